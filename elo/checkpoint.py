@@ -1,0 +1,284 @@
+"""A Hugging Face checkpoint directory in, a Hugging Face checkpoint directory out.
+
+Reading is lazy: headers first, then only the bytes that a process will hold. Nothing is unpickled.
+"""
+
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from elo.config import ModelConfig
+from elo.errors import UserError
+from elo.fields import read_json_object, write_json
+from elo.model import CausalLM, build
+
+CONFIG = "config.json"
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 5 * 10**9
+
+# Copied byte for byte from a checkpoint to what is made of it; tokenizers of all the families.
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer.model.v3",
+    "tekken.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "original/tokenizer.model",
+)
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Checkpoint:
+    """A checkpoint directory opened for reading: its configuration and the headers of its safetensors files.
+
+    Raises UserError naming file and tensor for everything that can be known from the headers: a missing config.json,
+    a truncated file, an index that points outside of the directory, a missing or unexpected tensor, a wrong shape.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        if not self.directory.is_dir():
+            raise UserError(f"{self.directory}: no such directory; a checkpoint is a Hugging Face directory")
+        self.config = ModelConfig.load(self.directory)
+        self._open_files: dict[Path, safe_open] = {}
+        self._file_of = self._locate()
+        self._check_headers()
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a tensor is stored."""
+        return DTYPES[self._slice(name).get_dtype()]
+
+    def tensor(self, name: str) -> Tensor:
+        """One whole tensor."""
+        return self._slice(name)[:]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """tensor(name)[start:stop], reading only those bytes."""
+        return self._slice(name)[start:stop]
+
+    def load_into(self, model: CausalLM, source: Callable[[str], str] = lambda name: name) -> None:
+        """Fill every parameter of `model`; of one sharded by `fully_shard`, each process reads only its own rows.
+
+        `source` gives the checkpoint's name for a parameter's name: a slice renumbers layers. The values are
+        converted to the dtype that the parameter has.
+        """
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                start, stop = local_rows(parameter)
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                if stop > start:
+                    local.copy_(self.rows(source(name), start, stop))
+
+    def _locate(self) -> dict[str, Path]:
+        index_path = self.directory / INDEX
+        if (self.directory / SINGLE).is_file():
+            return dict.fromkeys(self._open(self.directory / SINGLE).keys(), self.directory / SINGLE)
+        if not index_path.is_file():
+            raise UserError(f"{self.directory}: neither {SINGLE} nor {INDEX} is here")
+        weight_map = read_json_object(index_path).get("weight_map")
+        if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
+            raise UserError(f"{index_path}: weight_map must be an object from tensor names to file names")
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file:
+                raise UserError(f"{index_path}: shard name {file!r} points outside of the directory")
+            if not (self.directory / file).is_file():
+                raise UserError(f"{index_path}: shard {file} is not in the directory")
+        located = {name: self.directory / file for name, file in weight_map.items()}
+        for path in sorted(set(located.values())):
+            present = set(self._open(path).keys())
+            for name, file in located.items():
+                if file == path and name not in present:
+                    raise UserError(f"{path}: tensor {name}, which {INDEX} promises, is not in this file")
+        return located
+
+    def _open(self, path: Path) -> safe_open:
+        if path not in self._open_files:
+            try:
+                self._open_files[path] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise UserError(f"{path}: not a complete safetensors file: {error}") from None
+        return self._open_files[path]
+
+    def _slice(self, name: str) -> "safe_open":
+        if name == EMBEDDING and name not in self._file_of:
+            name = HEAD  # a tied checkpoint may hold the shared matrix under either name
+        return self._open(self._file_of[name]).get_slice(name)
+
+    def _check_headers(self) -> None:
+        expected = expected_shapes(self.config)
+        tied = self.config.tie_word_embeddings
+        for name, shape in expected.items():
+            if name not in self._file_of and not (tied and name == EMBEDDING and HEAD in self._file_of):
+                raise UserError(f"{self.directory}: tensor {name} of shape {shape} is missing")
+            found = self._slice(name)
+            if tuple(found.get_shape()) != shape:
+                where = self._file_of.get(name, self.directory)
+                raise UserError(
+                    f"{where}: tensor {name} has shape {tuple(found.get_shape())}, config.json says {shape}"
+                )
+            if found.get_dtype() not in DTYPES:
+                raise UserError(f"{self._file_of[name]}: tensor {name} is {found.get_dtype()}, not {', '.join(DTYPES)}")
+        for name, path in self._file_of.items():
+            # Old Llama files carry the rotary frequencies, which follow from config.json.
+            if name not in expected and not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD):
+                raise UserError(f"{path}: tensor {name} is unexpected for {self.config.architecture}")
+        if tied and {EMBEDDING, HEAD} <= self._file_of.keys():
+            self._check_tie()
+
+    def _check_tie(self) -> None:
+        """A head that is stored beside the embedding it is tied to must be the same."""
+        for start in range(0, self.config.vocab_size, 8192):
+            stop = min(start + 8192, self.config.vocab_size)
+            if not torch.equal(self.rows(EMBEDDING, start, stop), self.rows(HEAD, start, stop)):
+                raise UserError(
+                    f"{self._file_of[HEAD]}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
+                    "set tie_word_embeddings to false"
+                )
+
+
+def load_model(directory: str | Path, device: str | torch.device, dtype: torch.dtype) -> CausalLM:
+    """A whole model on one device, for inference."""
+    checkpoint = Checkpoint(directory)
+    model = build(checkpoint.config).to(dtype).to_empty(device=device)
+    model.tie_weights()
+    checkpoint.load_into(model)
+    return model.requires_grad_(False).eval()
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a checkpoint, in the model's order; a tied head is not stored."""
+    return {name: tuple(parameter.shape) for name, parameter in build(config).named_parameters()}
+
+
+def local_rows(parameter: Tensor) -> tuple[int, int]:
+    """The rows of a parameter that this process holds, as (start, stop); all of them unless it is sharded."""
+    if not isinstance(parameter, DTensor):
+        return 0, parameter.shape[0]
+    # fully_shard splits the first dimension; DCP asks a DTensor for its part by this protocol.
+    (part,) = parameter.__create_chunk_list__()
+    return part.offsets[0], part.offsets[0] + part.sizes[0]
+
+
+def whole(parameter: Tensor) -> Tensor:
+    """A parameter in one piece on the host. Collective: every process must call it for the same parameter."""
+    parameter = parameter.detach()
+    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
+
+
+def export(
+    directory: Path,
+    model: CausalLM,
+    base: Checkpoint,
+    source: Callable[[str], str] = lambda name: name,
+    notes: dict[str, dict[str, Any]] | None = None,
+) -> None:
+    """Save a trained model as a checkpoint. Collective.
+
+    What was trained comes from `model`, in the dtype that the base stores it in; what was frozen comes bit for bit
+    from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`.
+    """
+    parameters = dict(model.named_parameters())
+
+    def tensor(name: str) -> Tensor | None:
+        if parameters[name].requires_grad:
+            return whole(parameters[name])
+        return base.tensor(source(name)) if writes() else None
+
+    save(directory, model.config, tensor, lambda name: base.dtype(source(name)), base.directory, notes or {})
+
+
+def save(
+    directory: Path,
+    config: ModelConfig,
+    tensor: Callable[[str], Tensor | None],
+    dtype: Callable[[str], torch.dtype],
+    companions: Path,
+    notes: dict[str, dict[str, Any]],
+) -> None:
+    """Write a checkpoint into `directory` so that a reader finds either all of it or no config.json.
+
+    tensor: a name's whole tensor; asked for in the same order on every process, so that it may gather, but only what
+    rank 0 gets is written. dtype: the one to store a tensor in. companions: the directory whose tokenizer and
+    generation files are copied. notes: further JSON files, from name to content.
+    """
+    shards: list[list[str]] = [[]]
+    total = filled = 0
+    for name, shape in expected_shapes(config).items():
+        size = math.prod(shape) * dtype(name).itemsize
+        if filled and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled, total = filled + size, total + size
+
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") if writes() else nullcontext() as folder:
+        weight_map = {}
+        for number, names in enumerate(shards, start=1):
+            file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
+            weight_map |= dict.fromkeys(names, file)
+            tensors = {}
+            for name in names:
+                value = tensor(name)
+                if folder is not None:
+                    tensors[name] = value.to(dtype(name)).contiguous()
+            if folder is not None:
+                save_file(tensors, Path(folder) / file, metadata={"format": "pt"})
+        if folder is not None:
+            aside = Path(folder)
+            if len(shards) > 1:
+                write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+            for name in COMPANIONS:
+                if (companions / name).is_file():
+                    (aside / name).parent.mkdir(exist_ok=True)
+                    shutil.copyfile(companions / name, aside / name)
+            for name, content in notes.items():
+                write_json(aside / name, content)
+            write_json(aside / CONFIG, config.json)
+            _move_in(aside, directory)
+
+
+def writes() -> bool:
+    """Whether this process is the one that writes checkpoints."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def remove_model(directory: Path) -> None:
+    """Remove a checkpoint's model, config.json first, so that no reader takes a part for the whole."""
+    for path in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
+        path.unlink(missing_ok=True)
+
+
+def _move_in(aside: Path, directory: Path) -> None:
+    remove_model(directory)
+    umask = os.umask(0)
+    os.umask(umask)
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file() and path != aside / CONFIG]
+    for path in [*files, aside / CONFIG]:
+        with open(path, "rb") as file:
+            os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors writes files that only their owner may read
+            os.fsync(file.fileno())
+        destination = directory / path.relative_to(aside)
+        destination.parent.mkdir(exist_ok=True)
+        os.replace(path, destination)

@@ -1,0 +1,131 @@
+"""What stages 1 and 2 share: continual pretraining on packed windows of the two-language corpus."""
+
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elo.config import ModelConfig
+from elo.corpus import Mixture, Windows
+from elo.distributed import World
+from elo.documents import ENDINGS, find_files
+from elo.errors import UserError
+from elo.loss import IGNORE
+from elo.options import Parser, positive, positive_int, share
+from elo.shards import TokenShard, tokenize
+
+LARGEST_BATCH = 2**19  # tokens
+FEWEST_STEPS = 100
+
+
+def add_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    text = f"files, directories or globs of {', '.join(ENDINGS)}"
+    group.add_argument("--target", nargs="+", default=["data/target"], metavar="PATH", help=f"new language: {text}")
+    group.add_argument("--source", nargs="+", default=["data/source"], metavar="PATH", help="English: likewise")
+    group.add_argument("--target-fraction", type=share, default=0.9, help="of the bytes (%(default)s)")
+    group.add_argument("--gb", type=positive, help="10^9 bytes of text in both languages (default: all at that ratio)")
+    group.add_argument("--text-field", default="text", help="of JSON lines and Parquet (%(default)s)")
+    group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
+    group.add_argument("--cache", type=Path, help="tokens of earlier runs (default: token-cache beside --out)")
+    group.add_argument("--workers", type=positive_int, help="processes that tokenize (default: one a core)")
+    group.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+    group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens in a window (%(default)s)")
+    group.add_argument("--batch-tokens", type=positive_int, metavar="TOKENS", help=(
+        f"in a step, over all processes (default: {LARGEST_BATCH}, or fewer for {FEWEST_STEPS} steps)"))  # fmt: skip
+    group.add_argument(
+        "--micro-batch", type=positive_int, default=4, help="windows at a time in a process (%(default)s)"
+    )
+
+
+def open_windows(arguments: Namespace, config: ModelConfig, world: World, start: int = 0) -> Windows:
+    """Tokenize both languages, or reuse their tokens, and open the stream from byte `start` on.
+
+    One process a node tokenizes while the others wait.
+    """
+    if arguments.seq_len > config.max_position_embeddings:
+        raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
+    if arguments.target_fraction == 0:
+        raise UserError("--target-fraction 0: there would be nothing of the target language")
+    languages = [find_texts("--target", arguments.target)]
+    if arguments.target_fraction < 1:
+        languages.append(find_texts("--source", arguments.source))
+    cache = arguments.cache or arguments.out.parent / "token-cache"
+
+    def shards() -> list[TokenShard]:
+        return [
+            tokenize(
+                files,
+                arguments.model,
+                cache,
+                text_field=arguments.text_field,
+                skip_malformed=arguments.skip_malformed,
+                workers=arguments.workers,
+            )
+            for files in languages
+        ]
+
+    opened = shards() if world.local_rank == 0 else None
+    world.wait()
+    target, source = [*(opened or shards()), None][:2]
+    mixture = Mixture(target, source, arguments.target_fraction, arguments.seed, arguments.gb, start)
+    return Windows(mixture, arguments.seq_len)
+
+
+def find_texts(option: str, patterns: list[str]) -> list[Path]:
+    try:
+        return find_files(patterns)
+    except UserError as error:
+        raise UserError(f"{option}: {error}; put the texts of that language there or name them with {option}") from None
+
+
+class PackedBatches:
+    """Consecutive windows of the stream, `batch_tokens` a step; satisfies `training.Batches`.
+
+    Window i of a step goes to process i modulo their number, so that the batch is the same for any number of them.
+    A process that has one window fewer than others gets an empty one: all must call the model equally often.
+    """
+
+    def __init__(self, windows: Windows, batch_tokens: int | None, micro_batch: int, world: World) -> None:
+        self.windows, self.micro_batch, self.world = windows, micro_batch, world
+        if batch_tokens is None:
+            batch_tokens = LARGEST_BATCH
+            while batch_tokens > windows.seq_len and windows.tokens < FEWEST_STEPS * batch_tokens:
+                batch_tokens //= 2
+        elif batch_tokens % windows.seq_len:
+            raise UserError(f"--batch-tokens {batch_tokens} is not a multiple of --seq-len {windows.seq_len}")
+        self.windows_per_step = max(1, batch_tokens // windows.seq_len)
+
+    def __len__(self) -> int:
+        return -(-len(self.windows) // self.windows_per_step)
+
+    def _window_range(self, step: int) -> range:
+        first = step * self.windows_per_step
+        return range(first, min(first + self.windows_per_step, len(self.windows)))
+
+    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
+        window_range = self._window_range(step)
+        mine = window_range[self.world.rank :: self.world.size]
+        most = -(-len(window_range) // self.world.size)
+        for start in range(0, most, self.micro_batch):
+            pairs = [self.windows[index] for index in mine[start : start + self.micro_batch]]
+            empty = min(self.micro_batch, most - start) - len(pairs)
+            length = self.windows.seq_len
+            pairs += [(torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE))] * empty
+            tokens, labels = zip(*pairs, strict=True)
+            yield torch.stack(tokens), torch.stack(labels)
+
+    def label_count(self, step: int) -> int:
+        window_range = self._window_range(step)
+        return self.windows.label_count(window_range.start, window_range.stop)
+
+    def consumed(self, steps: int) -> dict[str, int]:
+        windows = min(steps * self.windows_per_step, len(self.windows))
+        used = self.windows.consumed(windows)
+        text = used["target_bytes"] + used["source_bytes"]
+        return {"tokens": self.windows.label_count(0, windows), "bytes": text, **used}
+
+    def documents(self, step: int) -> list[str]:
+        return list(dict.fromkeys(name for index in self._window_range(step) for name in self.windows.documents(index)))

@@ -1,0 +1,23 @@
+"""python -m eval {perplexity, speed}: what a model is worth, and what it costs."""
+
+from elo.errors import exit_status
+from elo.options import Parser
+from eval import perplexity, speed
+
+COMMANDS = {"perplexity": perplexity, "speed": speed}
+
+
+def main() -> None:
+    parser = Parser(prog="python -m eval", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, module in COMMANDS.items():
+        subparser = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of computation (%(default)s)")
+        subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
+    arguments = parser.parse_args()
+    COMMANDS[arguments.command].main(arguments)
+
+
+if __name__ == "__main__":
+    exit_status(main)

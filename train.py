@@ -1,0 +1,78 @@
+"""Stage 1: ELO pretraining. Detach layers of a model, train them on a new language, save the small model.
+
+    torchrun --nproc_per_node=8 train.py --layers 1,32
+
+--method full trains the whole model instead, the baseline that the paper compares with.
+"""
+
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+from elo import pretraining
+from elo.checkpoint import Checkpoint, export
+from elo.distributed import DTYPES, World, parallelize, process_group
+from elo.errors import exit_status
+from elo.model import build
+from elo.options import Parser
+from elo.run import open_run, option_values
+from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
+from elo.training import TrainingOptions, planned_steps, train
+
+DEFAULT_MODEL = "models/Llama-3.1-8B"
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with process_group() as world:
+        run(arguments, world)
+
+
+def parse_arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="base checkpoint (%(default)s)")
+    parser.add_argument("--layers", default="1,-1", help="to detach and train, from 1; -1 is the last (%(default)s)")
+    parser.add_argument("--method", choices=("elo", "full"), default="elo", help="train (%(default)s)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    pretraining.add_arguments(parser)
+    TrainingOptions.add_arguments(parser, lr=3e-4)
+    return parser.parse_args()
+
+
+def run(arguments: Namespace, world: World) -> None:
+    base = Checkpoint(arguments.model)
+    if arguments.method == "elo":
+        layers = parse_layers(arguments.layers, base.config.num_hidden_layers)
+        config, source = detach(base.config, layers), partial(base_name, layers=layers)
+    else:
+        layers, config, source = None, base.config, lambda name: name
+    open_run(arguments.out, arguments, world)
+    options = TrainingOptions.from_arguments(arguments)
+    windows = pretraining.open_windows(arguments, config, world)
+    batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
+
+    model = build(config)
+    if arguments.method == "elo":
+        freeze_all_but_layers(model)
+    parallelize(model, world, DTYPES[arguments.dtype], arguments.compile)
+    base.load_into(model, source)
+    done = train(model, batches, options, world, arguments.out)
+    if done < planned_steps(batches, options):
+        world.say(f"stopped after step {done}; --resume goes on from there")
+        return
+    elo = {
+        "base": str(Path(arguments.model).resolve()),
+        "method": arguments.method,
+        "layers": layers,
+        "steps": done,
+        "consumed": batches.consumed(done),
+        "options": option_values(arguments),
+    }
+    export(arguments.out, model, base, source, notes={"elo.json": elo})
+
+
+if __name__ == "__main__":
+    exit_status(main)
