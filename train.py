@@ -10,16 +10,14 @@ from functools import partial
 from pathlib import Path
 
 from elo import pretraining
-from elo.checkpoint import Checkpoint, export
-from elo.distributed import DTYPES, World, parallelize, process_group
-from elo.errors import exit_status
+from elo.checkpoint import export
+from elo.distributed import ParallelOptions, World, parallelize, process_group
+from elo.errors import UserError, exit_status
 from elo.model import build
 from elo.options import Parser
-from elo.run import open_run, option_values
+from elo.run import check_out, open_run
 from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
 from elo.training import TrainingOptions, planned_steps, train
-
-DEFAULT_MODEL = "models/Llama-3.1-8B"
 
 
 def main() -> None:
@@ -30,48 +28,43 @@ def main() -> None:
 
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="base checkpoint (%(default)s)")
-    parser.add_argument("--layers", default="1,-1", help="to detach and train, from 1; -1 is the last (%(default)s)")
+    parser.add_argument("--layers", help="to detach and train, from 1; -1 is the last (default: 1,-1)")
     parser.add_argument("--method", choices=("elo", "full"), default="elo", help="train (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     pretraining.add_arguments(parser)
     TrainingOptions.add_arguments(parser, lr=3e-4)
+    ParallelOptions.add_arguments(parser)
     return parser.parse_args()
 
 
 def run(arguments: Namespace, world: World) -> None:
-    base = Checkpoint(arguments.model)
+    base = pretraining.open_base(arguments.model)
     if arguments.method == "elo":
-        layers = parse_layers(arguments.layers, base.config.num_hidden_layers)
+        layers = parse_layers(arguments.layers or "1,-1", base.config.num_hidden_layers)
         config, source = detach(base.config, layers), partial(base_name, layers=layers)
+    elif arguments.layers:
+        raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
     else:
         layers, config, source = None, base.config, lambda name: name
-    open_run(arguments.out, arguments, world)
-    options = TrainingOptions.from_arguments(arguments)
+    check_out(arguments)
     windows = pretraining.open_windows(arguments, config, world)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
+    options = TrainingOptions.from_arguments(arguments)
+    open_run(arguments, world)
 
     model = build(config)
     if arguments.method == "elo":
         freeze_all_but_layers(model)
-    parallelize(model, world, DTYPES[arguments.dtype], arguments.compile)
+    parallelize(model, world, ParallelOptions.from_arguments(arguments))
     base.load_into(model, source)
     done = train(model, batches, options, world, arguments.out)
     if done < planned_steps(batches, options):
         world.say(f"stopped after step {done}; --resume goes on from there")
         return
-    elo = {
-        "base": str(Path(arguments.model).resolve()),
-        "method": arguments.method,
-        "layers": layers,
-        "steps": done,
-        "consumed": batches.consumed(done),
-        "options": option_values(arguments),
-    }
-    export(arguments.out, model, base, source, notes={"elo.json": elo})
+    notes = pretraining.notes(arguments, layers, batches, done)
+    export(arguments.out, model, base, source, {"elo.json": notes})
 
 
 if __name__ == "__main__":

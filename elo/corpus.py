@@ -32,7 +32,7 @@ class Mixture:
 
     start, gigabytes: the stretch has the documents that stand at [start, start + gigabytes * 10^9). Without
     `gigabytes` it goes on until one language is used up. A target_fraction of 1 needs no source.
-    Memory: 9 bytes a document of the stretch, and 40 bytes a document of the larger shard while this is built.
+    Memory: 9 bytes a document of the stretch, and about 60 a document of the larger shard while it is shuffled.
     Raises `UserError` if a shard has not enough text.
     """
 
@@ -75,24 +75,29 @@ class Mixture:
             self.before.append(int(before[low]) if low < high else 0)
         # Of equal keys the target's comes first.
         self.stream = np.concatenate(documents)[np.argsort(np.concatenate(keys), kind="stable")]
+        if not len(self.stream) and gigabytes != 0:
+            wanted = "no text is left" if gigabytes is None else f"--gb {gigabytes:g} is less than a document"
+            raise UserError(wanted + self._after())
         self.totals = self._running_totals()
         self.tokens = int(self.totals[0, -1])
 
     def _end(self, gigabytes: float | None) -> int:
         """The position in the stream, in bytes, at which this stretch ends."""
-        present = min(math.floor(shard.bytes / share) for shard, share in zip(self.shards, self.shares, strict=True))
-        end = present if gigabytes is None else self.start + round(gigabytes * 10**9)
-        after = f" after the {_gigabytes(self.start)} of an earlier stage" if self.start else ""
-        if self.start >= present and gigabytes is None:
-            raise UserError(f"no text is left{after}: there are {_gigabytes(present)} at this --target-fraction")
-        if end > present:
-            missing = [
-                f"{_gigabytes(end * share)} of {name} text are needed and {_gigabytes(shard.bytes)} are there"
-                for name, shard, share in zip(LANGUAGES, self.shards, self.shares, strict=False)
-                if end * share > shard.bytes
-            ]
-            raise UserError(f"--gb {gigabytes:g}{after}: " + "; ".join(missing))
+        if gigabytes is None:
+            present = (math.floor(shard.bytes / share) for shard, share in zip(self.shards, self.shares, strict=True))
+            return max(self.start, min(present))
+        end = self.start + round(gigabytes * 10**9)
+        missing = [
+            f"{_gigabytes(end * share)} of {name} text are needed and {_gigabytes(shard.bytes)} are there"
+            for name, shard, share in zip(LANGUAGES, self.shards, self.shares, strict=False)
+            if end * share > shard.bytes
+        ]
+        if missing:
+            raise UserError(f"--gb {gigabytes:g}{self._after()}: " + "; ".join(missing))
         return end
+
+    def _after(self) -> str:
+        return f" after the {_gigabytes(self.start)} of an earlier stage" if self.start else ""
 
     def rows(self, entries: np.ndarray) -> np.ndarray:
         """Of each entry of the stream (n, 5): tokens, target bytes and documents, source bytes and documents."""

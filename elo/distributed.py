@@ -6,19 +6,22 @@ so that there is one path through the code.
 
 import os
 import signal
+from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from types import FrameType
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from elo.errors import UserError
 from elo.model import CausalLM
+from elo.options import Parser
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -74,25 +77,59 @@ def process_group() -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def parallelize(model: CausalLM, world: World, dtype: torch.dtype, compile_blocks: bool) -> CausalLM:
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a model is laid out over the processes and what is traded for memory."""
+
+    dtype: str
+    compile: bool
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
+
+    @staticmethod
+    def add_arguments(parser: Parser) -> None:
+        group = parser.add_argument_group("computation and memory")
+        group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+        compiles = torch.cuda.is_available()
+        group.add_argument(
+            "--compile", action=BooleanOptionalAction, default=compiles, help="blocks (default: on CUDA)"
+        )
+        group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
+        group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
+
+    @staticmethod
+    def from_arguments(arguments: Namespace) -> "ParallelOptions":
+        return ParallelOptions(**{name: getattr(arguments, name) for name in ParallelOptions.__dataclass_fields__})
+
+
+def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> CausalLM:
     """Compile each block, shard it, shard the rest; then give the model memory on the device, yet to be filled.
 
-    Trained parameters are held in fp32 and computed in `dtype`, gradients are reduced in fp32. Frozen ones are held
-    in `dtype` as well: nothing is ever added to them.
+    Trained parameters are held in fp32 and computed in `options.dtype`, gradients are reduced in fp32. Frozen ones
+    are held in that dtype as well: nothing is ever added to them.
     """
+    dtype = DTYPES[options.dtype]
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    shard = partial(
+        fully_shard,
+        mesh=world.mesh,
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+        if options.cpu_offload
+        else OffloadPolicy(),
+    )
     for block in model.model.layers:
-        if compile_blocks:
+        block.activation_checkpointing = options.activation_checkpointing
+        if options.compile:
             block.compile(fullgraph=True)
-        fully_shard(block, mesh=world.mesh, mp_policy=policy)
-    fully_shard(model, mesh=world.mesh, mp_policy=policy)
+        shard(block)
+    shard(model)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
         # A frozen embedding and head never change: gather them once and keep them.
         model.set_reshard_after_backward(False, recurse=False)
-    return model.to_empty(device=world.device)
+    return model.to_empty(device="cpu" if options.cpu_offload else world.device)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -38,7 +38,6 @@ DOCUMENT = np.dtype(
 class Job(NamedTuple):
     tokenizer_directory: str
     text_field: str
-    skip_malformed: bool
 
 
 class Batch(NamedTuple):
@@ -54,15 +53,13 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: Tokenizer, job: Job, batch: Batch) -> Encoded:
-    """Tokenize one batch; without `skip_malformed` it ends before the first malformed record."""
+    """Tokenize one batch, and say which of its records are malformed."""
     texts, places, malformed = [], [], []
     for file, record in batch.records:
         try:
             found = record.texts(job.text_field)
         except MalformedError as error:
             malformed.append((file, error))
-            if not job.skip_malformed:
-                break
         else:
             texts += found
             places += [(file, record.line)] * len(found)
@@ -70,7 +67,7 @@ def encode(tokenizer: Tokenizer, job: Job, batch: Batch) -> Encoded:
     head = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], token_type)
     tail = np.array([tokenizer.eos_id], token_type)
     tokens, documents, offset = [np.array([], token_type)], [], 0
-    for start in range(0, len(texts), 16):  # a token in a list takes 20 times its space in an array
+    for start in range(0, len(texts), 16):  # few: a token in a list takes 20 times its space in an array
         group = texts[start : start + 16]
         for text, ids in zip(group, tokenizer.encode_batch(group), strict=True):
             tokens += [head, np.array(ids, token_type), tail]
@@ -91,10 +88,9 @@ def serve() -> None:
 
     It ends when stdin does, so it does not outlive its parent, however that dies.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which then ends this process
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr  # nothing else may write into the replies
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, pickle.UnpicklingError, BrokenPipeError):
         job = pickle.load(requests)
         tokenizer = load_tokenizer(job.tokenizer_directory)
         while True:
@@ -149,14 +145,9 @@ def encode_in_processes(job: Job, batches: Iterable[Batch], workers: int) -> Ite
     threads = ThreadPoolExecutor(workers)  # each waits for one process
     try:
         for _ in range(workers):
-            # In a session of its own Ctrl-C does not reach it: this process ends it.
-            process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                env=environment,
-                start_new_session=True,
-            )
+            # In a session of its own it does not get Ctrl-C: this process does, and ends it.
+            pipe = subprocess.PIPE
+            process = subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, start_new_session=True)
             processes.append(process)
             pickle.dump(job, process.stdin)
             idle.put(process)

@@ -3,30 +3,38 @@
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from elo.checkpoint import Checkpoint
 from elo.config import ModelConfig
 from elo.corpus import Mixture, Windows
 from elo.distributed import World
 from elo.documents import ENDINGS, find_files
 from elo.errors import UserError
+from elo.fields import read_json_object
 from elo.loss import IGNORE
-from elo.options import Parser, positive, positive_int, share
+from elo.options import Parser, not_negative, positive_int, share
+from elo.run import option_values
 from elo.shards import TokenShard, tokenize
 
+DEFAULT_MODEL = "models/Llama-3.1-8B"
 LARGEST_BATCH = 2**19  # tokens
 FEWEST_STEPS = 100
 
 
-def add_arguments(parser: Parser) -> None:
+def add_arguments(parser: Parser, gb: float | None = None) -> None:
+    parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="base checkpoint (%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     group = parser.add_argument_group("data")
     text = f"files, directories or globs of {', '.join(ENDINGS)}"
     group.add_argument("--target", nargs="+", default=["data/target"], metavar="PATH", help=f"new language: {text}")
     group.add_argument("--source", nargs="+", default=["data/source"], metavar="PATH", help="English: likewise")
     group.add_argument("--target-fraction", type=share, default=0.9, help="of the bytes (%(default)s)")
-    group.add_argument("--gb", type=positive, help="10^9 bytes of text in both languages (default: all at that ratio)")
+    amount = "all at that ratio" if gb is None else f"{gb:g}"
+    group.add_argument("--gb", type=not_negative, default=gb, help=f"10^9 bytes of text, both languages ({amount})")
     group.add_argument("--text-field", default="text", help="of JSON lines and Parquet (%(default)s)")
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--cache", type=Path, help="tokens of earlier runs (default: token-cache beside --out)")
@@ -40,10 +48,11 @@ def add_arguments(parser: Parser) -> None:
     )
 
 
-def open_windows(arguments: Namespace, config: ModelConfig, world: World, start: int = 0) -> Windows:
-    """Tokenize both languages, or reuse their tokens, and open the stream from byte `start` on.
+def open_windows(arguments: Namespace, config: ModelConfig, world: World, after: Path | None = None) -> Windows:
+    """Tokenize both languages, or reuse their tokens, and open their stream; one process a node does the work.
 
-    One process a node tokenizes while the others wait.
+    With `after`, the directory of an earlier run, the stream begins where that run stopped reading it. Raises
+    UserError if it read another stream: other texts, seed or fraction.
     """
     if arguments.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
@@ -70,8 +79,27 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, start:
     opened = shards() if world.local_rank == 0 else None
     world.wait()
     target, source = [*(opened or shards()), None][:2]
+    earlier = read_json_object(after / "elo.json") if after else {}
+    if after and not {"stream", "consumed"} <= earlier.keys():
+        raise UserError(f"{after}/elo.json: it does not say which documents that run consumed")
+    start = earlier["consumed"]["position"] if after else 0
     mixture = Mixture(target, source, arguments.target_fraction, arguments.seed, arguments.gb, start)
+    for name, value in mixture.identity.items():
+        if after and value != earlier["stream"][name]:
+            raise UserError(
+                f"{after}: that run had other {name.replace('_', ' ')}; its documents can only be told from new ones "
+                "with the same --target, --source, --text-field, --target-fraction and --seed"
+            )
     return Windows(mixture, arguments.seq_len)
+
+
+def open_base(directory: str) -> Checkpoint:
+    if not Path(directory).is_dir():
+        raise UserError(
+            f"--model {directory}: no such directory; get a checkpoint with "
+            f"`hf download meta-llama/Llama-3.1-8B --local-dir {DEFAULT_MODEL}` or name one with --model"
+        )
+    return Checkpoint(directory)
 
 
 def find_texts(option: str, patterns: list[str]) -> list[Path]:
@@ -129,3 +157,18 @@ class PackedBatches:
 
     def documents(self, step: int) -> list[str]:
         return list(dict.fromkeys(name for index in self._window_range(step) for name in self.windows.documents(index)))
+
+
+def notes(
+    arguments: Namespace, layers: tuple[int, ...] | None, batches: PackedBatches | None = None, steps: int = 0
+) -> dict[str, Any]:
+    """elo.json: what a run trained and on what, so that a later stage can follow it."""
+    stream = {"stream": batches.windows.mixture.identity, "consumed": batches.consumed(steps)} if batches else {}
+    return {
+        "base": str(Path(arguments.model).resolve()),
+        "method": getattr(arguments, "method", "align"),
+        "layers": layers,
+        "steps": steps,
+        **stream,
+        "options": option_values(arguments),
+    }

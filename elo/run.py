@@ -32,36 +32,39 @@ def option_values(arguments: Namespace) -> dict[str, Any]:
     return json.loads(json.dumps(vars(arguments), default=str))
 
 
-def open_run(out: Path, arguments: Namespace, world: World) -> None:
-    """Make `out` this run's directory and write run.json: the command, the options, versions and machine.
+def check_out(arguments: Namespace) -> None:
+    """Before any work: raise UserError if --out has another run, and neither --resume nor --overwrite is given.
 
-    Raises UserError if another run is there and neither --resume nor --overwrite is given, or if --resume comes with
-    other options than the run had.
+    Also if --resume comes with other options than the run had.
     """
-    options = option_values(arguments)
+    out, options = arguments.out, option_values(arguments)
     used = [path for name in (CONFIG, "run.json", "metrics.jsonl", "checkpoints") if (path := out / name).exists()]
-    if options["resume"]:
-        before = read_json_object(out / "run.json").get("options", {}) if (out / "run.json").exists() else options
+    if arguments.resume and (out / "run.json").exists():
+        before = read_json_object(out / "run.json").get("options", {})
         changed = [name for name in options if name not in FREE and options[name] != before.get(name)]
         if changed:
             was = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
             raise UserError(f"--resume: the run in {out} had other options: {was}")
-    elif used and not options["overwrite"]:
+    elif used and not arguments.overwrite:
         raise UserError(f"--out {out}: {used[0].name} of an earlier run is there; use --resume, --overwrite or another")
+
+
+def open_run(arguments: Namespace, world: World) -> None:
+    """Make --out this run's directory and write run.json: the command, the options, versions and machine."""
+    out = arguments.out
     world.wait()
     if world.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        if not options["resume"]:
+        if not arguments.resume:
             remove_model(out)
             (out / "metrics.jsonl").unlink(missing_ok=True)
             shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        versions = {"python": platform.python_version(), "torch": torch.__version__}
-        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor()
+        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
         run = {
             "command": sys.argv,
-            "options": options,
-            "versions": versions,
-            "device": device or platform.machine(),
+            "options": option_values(arguments),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "device": device,
             "processes": world.size,
             "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         }
@@ -75,8 +78,8 @@ class States:
     DCP unpickles: this directory is the run's own, and a model directory is never read this way.
     """
 
-    def __init__(self, directory: Path, model: CausalLM, optimizer: torch.optim.Optimizer, world: World) -> None:
-        self.directory, self.model, self.optimizer, self.world = directory, model, optimizer, world
+    def __init__(self, directory: Path, model: CausalLM, optimizers: list[torch.optim.Optimizer], world: World) -> None:
+        self.directory, self.model, self.optimizers, self.world = directory, model, optimizers, world
 
     def save(self, step: int) -> None:
         """Collective. The states before the last two are removed once this one is complete."""
@@ -100,7 +103,7 @@ class States:
         dcp.load(state, checkpoint_id=complete[-1], process_group=self.world.host_group)
         set_state_dict(
             self.model,
-            self.optimizer,
+            self.optimizers,
             model_state_dict=state["model"],
             optim_state_dict=state["optimizer"],
             options=TRAINED_ONLY,
@@ -113,7 +116,7 @@ class States:
         return sorted(states, key=lambda path: int(re.sub(r"\D", "", path.name)))
 
     def _state(self, step: int) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizer, options=TRAINED_ONLY)
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=TRAINED_ONLY)
         return {"model": model, "optimizer": optimizer, "step": torch.tensor(step)}
 
 

@@ -27,16 +27,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from elo.encoding import (
-    BATCH,
-    DOCUMENT,
-    Encoded,
-    Job,
-    encode,
-    encode_in_processes,
-    read_batches,
-    token_type_of,
-)
+from elo.encoding import BATCH, DOCUMENT, Encoded, Job, encode, encode_in_processes, read_batches, token_type_of
 from elo.errors import UserError
 from elo.tokenizer import load_tokenizer
 
@@ -92,7 +83,7 @@ def tokenize(
     """The token shard of one language's files, built under `cache` if it is not there yet.
 
     `workers` is the number of processes (default: one per core); the result does not depend on it. Memory does
-    not grow with the corpus. With `progress`, a bar and the report of skipped records go to stderr.
+    not grow with the corpus. With `progress`, a bar (on a terminal) and the report of skipped records go to stderr.
 
     Raises `UserError`: with file and line for a malformed record, unless `skip_malformed`; for a file that is
     damaged or changes meanwhile; for a corpus without a document; for a disk that is full.
@@ -100,22 +91,15 @@ def tokenize(
     tokenizer = load_tokenizer(tokenizer_directory)
     files, cache = [str(path) for path in paths], Path(cache)
     states = _states(files)
-    made_from = [
-        FORMAT,
-        tokenizer.fingerprint,
-        tokenizer.bos_id,
-        tokenizer.eos_id,
-        text_field,
-        skip_malformed,
-    ]
+    made_from = [FORMAT, tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id, text_field, skip_malformed]
     key = hashlib.sha256(json.dumps([made_from, states]).encode()).hexdigest()[:32]
     shard = TokenShard.open(cache / key, files)
     if shard is None:
-        job = Job(str(tokenizer_directory), text_field, skip_malformed)
+        job = Job(str(tokenizer_directory), text_field)
         sizes = [size for _, size, _ in states]
         # Starting a process takes a second, in which one tokenizes a few megabytes.
         workers = min(workers or len(os.sched_getaffinity(0)), math.ceil(sum(sizes) / (2 * BATCH)))
-        bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tokenizing", disable=not progress)
+        bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tokenizing", disable=None if progress else True)
         try:
             with bar, _building_directory(cache) as directory:
                 batches = read_batches(files, sizes, text_field)
@@ -188,10 +172,7 @@ def _write(
         "bytes": text_bytes,
         "digest": hashlib.sha256(digests[0].digest() + digests[1].digest()).hexdigest(),
         "skipped": skipped,
-        "sizes": {
-            "tokens.bin": tokens * token_type.itemsize,
-            "documents.bin": documents * DOCUMENT.itemsize,
-        },
+        "sizes": {"tokens.bin": tokens * token_type.itemsize, "documents.bin": documents * DOCUMENT.itemsize},
     }
     with open(directory / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)

@@ -4,11 +4,16 @@ Layers are numbered from 1 here, as in the paper, and from 0 in a checkpoint's t
 """
 
 import re
+from dataclasses import fields
+from pathlib import Path
 
+import torch
 from torch import nn
 
+from elo.checkpoint import Checkpoint
 from elo.config import ModelConfig
 from elo.errors import UserError
+from elo.fields import read_json_object
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -51,7 +56,41 @@ def base_name(name: str, layers: tuple[int, ...]) -> str:
     return f"model.layers.{layers[int(match[1])] - 1}.{match[2]}" if match else name
 
 
+def slice_name(name: str, layers: tuple[int, ...]) -> str | None:
+    """The inverse of `base_name`: where a layer's tensor of the base is in the slice, None for all others."""
+    match = LAYER_NAME.fullmatch(name)
+    if match is None or int(match[1]) + 1 not in layers:
+        return None
+    return f"model.layers.{layers.index(int(match[1]) + 1)}.{match[2]}"
+
+
 def freeze_all_but_layers(model: nn.Module) -> None:
     """Equation 2 of the paper: only the detached layers are trained; embedding, norm and head stay as they are."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(LAYER_NAME.fullmatch(name) is not None)
+
+
+def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int, ...]]:
+    """A stage-1 result and its layers' numbers, to go back into the model they were detached from.
+
+    Raises UserError if `base` is another model: a configuration, embedding, norm or head that differs.
+    """
+    notes_path, number = directory / "elo.json", base.config.num_hidden_layers
+    layers = read_json_object(notes_path).get("layers")
+    if not isinstance(layers, list) or not layers or not all(isinstance(layer, int) for layer in layers):
+        raise UserError(f"{notes_path}: no layers there; --elo takes a result of train.py --method elo")
+    layers = parse_layers(",".join(map(str, layers)), number)
+    trained, expected = Checkpoint(directory), detach(base.config, layers)
+    for field in fields(ModelConfig):
+        found, wanted = getattr(trained.config, field.name), getattr(expected, field.name)
+        if field.compare and found != wanted:
+            raise UserError(f"{directory}: {field.name} is {found}, but in {base.directory} it is {wanted}")
+    for name in trained.names():
+        if LAYER_NAME.fullmatch(name) is None and not _same(trained, base, name):
+            raise UserError(f"{directory}: {name}, which stage 1 froze, differs from that of {base.directory}")
+    return trained, layers
+
+
+def _same(a: Checkpoint, b: Checkpoint, name: str, rows: int = 16384) -> bool:
+    starts = range(0, a.shape(name)[0], rows)
+    return all(torch.equal(a.rows(name, start, start + rows), b.rows(name, start, start + rows)) for start in starts)

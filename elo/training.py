@@ -3,21 +3,18 @@
 import math
 import sys
 import time
-from argparse import BooleanOptionalAction, Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from elo.distributed import DTYPES, StopSignal, World, peak_memory
+from elo.distributed import StopSignal, World, peak_memory
 from elo.errors import UserError
 from elo.model import CausalLM
-from elo.options import Parser, not_negative, not_negative_int, positive, positive_int, share
+from elo.optimizer import Optimizer, TrainingOptions, learning_rate
 from elo.run import Metrics, States
 
 
@@ -40,76 +37,25 @@ class Batches(Protocol):
         """Where the batch's text comes from, as file:line."""
 
 
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Options of the loop. The defaults are this project's own: the paper gives no hyperparameters."""
-
-    lr: float
-    warmup: float
-    min_lr_ratio: float
-    weight_decay: float
-    clip: float
-    max_steps: int | None
-    save_every: int | None
-    resume: bool
-
-    @staticmethod
-    def add_arguments(parser: Parser, lr: float) -> None:
-        group = parser.add_argument_group("training")
-        group.add_argument("--lr", type=positive, default=lr, help="peak learning rate (%(default)s)")
-        group.add_argument("--warmup", type=share, default=0.05, help="share of the steps with rising lr (%(default)s)")
-        group.add_argument("--min-lr-ratio", type=share, default=0.1, help="the cosine ends at this x lr (%(default)s)")
-        group.add_argument("--weight-decay", type=not_negative, default=0.1, help="of matrices (%(default)s)")
-        group.add_argument("--clip", type=positive, default=1.0, help="largest norm of the gradient (%(default)s)")
-        group.add_argument("--max-steps", type=not_negative_int, help="stop after this many steps (default: one epoch)")
-        group.add_argument("--save-every", type=positive_int, metavar="STEPS", help="save a resumable state this often")
-        cuda = torch.cuda.is_available()
-        group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
-        group.add_argument(
-            "--compile", action=BooleanOptionalAction, default=cuda, help="each block (default: on CUDA)"
-        )
-        group.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
-
-    @staticmethod
-    def from_arguments(arguments: Namespace) -> "TrainingOptions":
-        names = TrainingOptions.__dataclass_fields__
-        return TrainingOptions(**{name: getattr(arguments, name) for name in names})
-
-
-def learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
-    """Linear warmup, then a cosine from `lr` down to `lr * min_lr_ratio` at the last step. Steps count from 0."""
-    warmup = math.ceil(options.warmup * steps)
-    if step < warmup:
-        return options.lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    floor = options.min_lr_ratio
-    return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
-
-
-def make_optimizer(model: CausalLM, options: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW over the trained parameters; norms and biases are not decayed."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options.lr, betas=(0.9, 0.95), fused=True)
-
-
-def step_gradients(model: CausalLM, batches: Batches, step: int, world: World) -> float:
-    """Accumulate the gradient of the batch's mean loss; returns this process's part of that loss."""
+def accumulate(model: CausalLM, batches: Batches, step: int, optimizer: Optimizer, world: World) -> float:
+    """The backward passes of a batch's mean loss over this process's part of it; returns the whole loss. Collective."""
     count = batches.label_count(step)
     total = torch.zeros((), device=world.device)
-    for tokens, labels in batches.micro_batches(step):
-        tokens, labels = (
-            tokens.to(world.device, non_blocking=True),
-            labels.to(world.device, non_blocking=True),
-        )
+    micro_batches = list(batches.micro_batches(step))
+    for number, (tokens, labels) in enumerate(micro_batches, start=1):
+        tokens = tokens.to(world.device, non_blocking=True)
+        labels = labels.to(world.device, non_blocking=True)
         loss = model(tokens, labels) / count
+        total += loss.detach()
+        optimizer.last_micro_batch = number == len(micro_batches)
+        if optimizer.last_micro_batch:
+            # Known before the last backward pass, which may already change parameters.
+            (whole,) = world.sum(total.item())
+            if not math.isfinite(whole):
+                return whole
         # fully_shard averages gradients over the processes; the batch's gradient is their sum.
         (loss * world.size).backward()
-        total += loss.detach()
-    return total.item()
+    return whole
 
 
 def planned_steps(batches: Batches, options: TrainingOptions) -> int:
@@ -124,8 +70,8 @@ def train(model: CausalLM, batches: Batches, options: TrainingOptions, world: Wo
     loss or the gradient is not finite, before the parameters are touched.
     """
     steps = planned_steps(batches, options)
-    optimizer = make_optimizer(model, options)
-    states = States(out / "checkpoints", model, optimizer, world)
+    optimizer = Optimizer(model, options)
+    states = States(out / "checkpoints", model, optimizer.adamws, world)
     step = states.load_newest() if options.resume else 0
     begun = time.perf_counter()
     bar = tqdm(total=steps, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
@@ -134,16 +80,13 @@ def train(model: CausalLM, batches: Batches, options: TrainingOptions, world: Wo
         while step < steps:
             started = time.perf_counter()
             lr = learning_rate(step, steps, options)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            part = step_gradients(model, batches, step, world)
-            norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], options.clip)
-            norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-            loss, stopping = world.sum(part, stop.requested)
+            optimizer.set_learning_rate(lr)
+            loss = accumulate(model, batches, step, optimizer, world)
+            norm = optimizer.gradient_norm(world) if math.isfinite(loss) else math.nan
             if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise not_finite(step + 1, loss, norm, batches.documents(step), states)
+                raise not_finite(step + 1, loss, norm, batches.documents(step), states, optimizer)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            (stopping,) = world.sum(stop.requested)
             step += 1
 
             seconds = time.perf_counter() - started
@@ -169,11 +112,15 @@ def train(model: CausalLM, batches: Batches, options: TrainingOptions, world: Wo
     return step
 
 
-def not_finite(step: int, loss: float, norm: float, documents: list[str], states: States) -> UserError:
+def not_finite(
+    step: int, loss: float, norm: float, documents: list[str], states: States, optimizer: Optimizer
+) -> UserError:
     saved = states.complete()
+    changed = optimizer.in_backward and math.isfinite(loss)
     named, more = documents[:20], len(documents) - 20
     return UserError(
-        f"step {step}: the loss is {loss} and the gradient's norm {norm}; the parameters are as before this step; "
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}; "
+        f"the parameters are {'lost' if changed else 'as before this step'}; "
         f"the last saved state is {saved[-1] if saved else 'none, for want of --save-every'}; "
         f"the batch's documents are {', '.join(named)}{f' and {more} more' if more > 0 else ''}"
     )

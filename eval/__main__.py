@@ -1,5 +1,6 @@
 """python -m eval {perplexity, speed}: what a model is worth, and what it costs."""
 
+from elo.distributed import DTYPES
 from elo.errors import exit_status
 from elo.options import Parser
 from eval import perplexity, speed
@@ -12,8 +13,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         subparser = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
+        subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
         module.add_arguments(subparser)
-        subparser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="of computation (%(default)s)")
         subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
     arguments = parser.parse_args()
     COMMANDS[arguments.command].main(arguments)

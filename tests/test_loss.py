@@ -1,0 +1,63 @@
+"""The chunked head and loss against torch's own cross-entropy."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from elo import loss as loss_module
+from elo.loss import IGNORE, linear_cross_entropy
+
+
+def sample(dtype=torch.float32, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(53, 24, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(301, 24, generator=generator).to(dtype).requires_grad_()
+    labels = torch.randint(0, 301, (53,), generator=generator)
+    labels[[0, 7, 52]] = IGNORE
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("rows_at_a_time", [1, 10, 1000])
+def test_value_and_gradients(rows_at_a_time, monkeypatch):
+    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 301 * rows_at_a_time)
+    hidden, weight, labels = sample()
+    (linear_cross_entropy(hidden, weight, labels) * 0.7).backward()
+    ours = hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    (F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum") * 0.7).backward()
+    torch.testing.assert_close(ours, (hidden.grad, weight.grad), rtol=1e-5, atol=1e-5)
+
+
+def test_a_frozen_head_gets_no_gradient():
+    hidden, weight, labels = sample()
+    weight.requires_grad_(False)
+    linear_cross_entropy(hidden, weight, labels).backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+
+
+def test_bf16_is_summed_in_fp32():
+    hidden, weight, labels = sample(torch.bfloat16)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    assert loss.dtype == torch.float32
+    expected = F.cross_entropy((hidden @ weight.T).float(), labels, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    loss.backward()
+    exact = sample()[0]
+    F.cross_entropy(exact @ weight.float().T, labels, ignore_index=IGNORE, reduction="sum").backward()
+    assert (hidden.grad.float() - exact.grad).norm() < 0.02 * exact.grad.norm()
+
+
+def test_only_ignored_labels():
+    hidden, weight, labels = sample()
+    loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE))
+    loss.backward()
+    assert loss.item() == 0
+    assert not hidden.grad.any()
+
+
+def test_logits_that_would_overflow_exp():
+    hidden, weight, labels = sample()
+    loss = linear_cross_entropy(hidden * 1000, weight, labels)
+    expected = F.cross_entropy(hidden * 1000 @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
+    torch.testing.assert_close(loss, expected)

@@ -1,0 +1,233 @@
+"""train.py as its users run it: processes, micro-batches, interruptions and mistakes."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_tokenizer import write_tokenizer
+from transformers import AutoModelForCausalLM
+
+import train
+from elo.checkpoint import load_model
+from elo.errors import exit_status
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+KOREAN = "둘째로 더 많은 글이 필요하다. 그리고 끝. "
+ENGLISH = "First of all, a tokenizer needs some text. "
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A small random Llama with a tokenizer, and a corpus in two languages beside it."""
+    directory = tmp_path_factory.mktemp("base")
+    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400, tie_word_embeddings=True)
+    families.write("small", directory / "model", dtype=torch.bfloat16)
+    write_tokenizer(directory / "model")
+    for name, text in (("ko", KOREAN), ("en", ENGLISH)):
+        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(60)]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def command(base, out, *options, processes=0):
+    launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes else [sys.executable]
+    text = ["--target", base / "ko.jsonl", "--source", base / "en.jsonl"]
+    fixed = ["--model", base / "model", "--seq-len", "32", "--batch-tokens", "160", "--lr", "1e-2", "--dtype", "fp32"]
+    return [str(word) for word in [*launcher, "train.py", *fixed, *text, "--out", out, *options]]
+
+
+def run(*arguments, fails=False, **settings):
+    result = subprocess.run(
+        command(*arguments, **settings), cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
+    )
+    assert (result.returncode != 0) == fails, result.stderr
+    return result
+
+
+def metrics(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out):
+    return [line["loss"] for line in metrics(out)]
+
+
+@pytest.fixture(scope="module")
+def plain(base, tmp_path_factory):
+    """One process, micro-batches of 2 windows."""
+    out = tmp_path_factory.mktemp("runs") / "plain"
+    run(base, out, "--micro-batch", "2")
+    return out
+
+
+def test_only_the_layers_learn(base, plain):
+    assert losses(plain)[-1] < losses(plain)[0] - 1
+    before = load_file(base / "model" / "model.safetensors")
+    after = load_file(plain / "model.safetensors")
+    for name, tensor in after.items():
+        origin = name.replace("layers.1.", "layers.3.")
+        assert torch.equal(tensor, before[origin]) == (".layers." not in name), name
+    elo = json.loads((plain / "elo.json").read_text())
+    assert elo["layers"] == [1, 4]
+    assert elo["method"] == "elo"
+    assert elo["consumed"]["target_bytes"] > 8 * elo["consumed"]["source_bytes"] > 0
+
+
+def test_the_result_loads_in_transformers_with_the_same_logits(plain):
+    tokens = torch.arange(90).view(3, 30)
+    theirs, info = AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32, output_loading_info=True)
+    assert not any(info.values())
+    assert theirs.config.num_hidden_layers == 2
+    torch.testing.assert_close(
+        load_model(plain, "cpu", torch.float32)(tokens), theirs(tokens).logits, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize(("processes", "micro_batch"), [(1, 5), (2, 1), (2, 3), (3, 4)])
+def test_the_same_losses_for_any_processes_and_micro_batch(base, plain, tmp_path, processes, micro_batch):
+    run(base, tmp_path / "out", "--micro-batch", micro_batch, processes=processes)
+    assert losses(tmp_path / "out") == pytest.approx(losses(plain), rel=2e-5)
+    ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "out", plain))
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-2, atol=2e-3)
+
+
+def test_the_seed_decides(base, plain, tmp_path):
+    run(base, tmp_path / "same", "--micro-batch", "2")
+    run(base, tmp_path / "other", "--micro-batch", "2", "--seed", "1")
+    assert losses(tmp_path / "same") == losses(plain)
+    assert losses(tmp_path / "other") != losses(plain)
+    weights = [(out / "model.safetensors").read_bytes() for out in (plain, tmp_path / "same")]
+    assert weights[0] == weights[1]
+
+
+def test_no_steps_write_the_plain_slice(base, tmp_path):
+    run(base, tmp_path / "out", "--max-steps", "0")
+    before = load_file(base / "model" / "model.safetensors")
+    for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
+        assert torch.equal(tensor, before[name.replace("layers.1.", "layers.3.")])
+
+
+def test_full_trains_every_parameter(base, tmp_path):
+    run(base, tmp_path / "out", "--method", "full", "--max-steps", "5", processes=2)
+    before, after = (load_file(d / "model.safetensors") for d in (base / "model", tmp_path / "out"))
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    run(base, tmp_path / "one", "--method", "full", "--max-steps", "5")
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_path, processes, number):
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        command(base, out, "--micro-batch", "2", processes=processes), cwd=ROOT, stderr=subprocess.DEVNULL
+    )
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
+        time.sleep(0.01)
+        assert process.poll() is None
+    process.send_signal(number)
+    process.wait(60)
+    # torchrun itself exits with 1 or 128 + the signal; the workers end by themselves.
+    assert processes or process.returncode == 0
+    assert not (out / "config.json").exists()
+    stopped_after = len(metrics(out))
+    assert (out / "checkpoints" / f"step-{stopped_after}" / ".metadata").exists()
+
+    run(base, out, "--micro-batch", "2", "--resume", processes=processes)
+    assert [line["step"] for line in metrics(out)] == list(range(1, len(losses(plain)) + 1))
+    if processes:
+        assert losses(out) == pytest.approx(losses(plain), rel=2e-5)
+    else:
+        assert losses(out) == losses(plain)
+        assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path):
+    result = run(base, tmp_path / "out", "--lr", "1e30", "--save-every", "1", fails=True)
+    assert result.returncode == 2
+    message = result.stderr.strip().splitlines()[-1]
+    assert "error: step 2: the loss is" in message
+    assert "ko.jsonl:" in message
+    assert "step-1;" in message
+    assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-1"]
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+MISTAKES = [
+    (["--layers", "1,5"], "there is no layer 5; the model has 4 layers"),
+    (["--layers", "0"], "the model has 4 layers"),
+    (["--layers", "2,1"], "ascending order; the model has 4 layers"),
+    (["--method", "full", "--layers", "1,2"], "--layers"),
+    (["--model", "nowhere"], "nowhere: no such directory"),
+    (["--target", "nowhere"], "--target: nowhere: no such file or directory"),
+    (["--gb", "0.5"], "--gb 0.5"),
+    (["--gb", "-1"], "'-1' is not a number above 0"),
+    (["--seq-len", "4096"], "--seq-len 4096: the model has 128 positions"),
+    (["--batch-tokens", "100"], "--batch-tokens 100 is not a multiple of --seq-len 32"),
+    (["--seed", "-1"], "--seed -1"),
+    (["--target-fraction", "2"], "'2' is not a number from 0 to 1"),
+    (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
+    (["--text-field", "body"], "jsonl:1: "),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
+def test_mistakes_are_one_line(base, tmp_path, options, message, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", command(base, tmp_path / "out", *options)[1:])
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(train.main)
+    assert exit_.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_run_is_not_overwritten_by_accident(base, plain):
+    before = (plain / "model.safetensors").stat().st_mtime_ns
+    result = run(base, plain, fails=True)
+    assert result.returncode == 2
+    assert "--overwrite" in result.stderr
+    result = run(base, plain, "--resume", "--seed", "3", fails=True)
+    assert "--seed was 0" in result.stderr
+    assert (plain / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_defaults_say_what_is_missing(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--layers", "1,32"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1
+    assert "models/Llama-3.1-8B" in result.stderr
+    assert "download" in result.stderr
+    assert "--model" in result.stderr
+
+
+def test_a_poisoned_weight_is_found_at_the_first_step(base, tmp_path):
+    poisoned = tmp_path / "model"
+    poisoned.mkdir()
+    for file in (base / "model").iterdir():
+        (poisoned / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(poisoned / "model.safetensors")
+    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, poisoned / "model.safetensors")
+    result = run(base, tmp_path / "out", "--model", poisoned, fails=True)
+    assert "step 1: the loss is nan" in result.stderr
+    assert not (tmp_path / "out" / "config.json").exists()
