@@ -13,8 +13,9 @@ Hugging Face's tokenizer.json and tiktoken describe this differently:
 import base64
 import binascii
 import re
-from collections.abc import Iterable
-from functools import cached_property
+import unicodedata
+from collections.abc import Container, Iterable
+from functools import cache, cached_property
 from pathlib import Path
 
 import tiktoken
@@ -29,7 +30,7 @@ LLAMA3_PATTERN = (
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
-# Stand-ins for bytes that have no token start here, above every real id.
+# Above every real id; see ByteLevelBPE.
 _NO_TOKEN = 1 << 31
 
 
@@ -54,40 +55,50 @@ def token_bytes(token: str) -> bytes | None:
 class ByteLevelBPE:
     """Text to ids by `pattern` and `ranks` (token bytes -> id, which is also the merge priority).
 
-    Bytes without a token of their own vanish, as in Hugging Face tokenizers. `source` is the file, for errors.
+    Bytes without a token of their own vanish, as in Hugging Face tokenizers. `nfc`: texts are brought into Unicode's
+    composed normal form first (Qwen2). `source` is the file, for errors.
     """
 
-    def __init__(self, ranks: dict[bytes, int], pattern: str, source: Path) -> None:
-        # tiktoken needs all 256 bytes. SmolLM2 has 235: the others get ids that no token has.
+    def __init__(self, ranks: dict[bytes, int], pattern: str, source: Path, nfc: bool = False) -> None:
+        # tiktoken needs all 256 bytes. SmolLM2 has 235: the others get ids that are never used.
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
         ranks = ranks | {bytes([byte]): _NO_TOKEN + byte for byte in self._missing}
         self._pattern = pattern
+        self._nfc = nfc
         try:
             self._encoding = tiktoken.Encoding("elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         except ValueError as error:
             raise UserError(f"{source}: cannot use the pattern {pattern!r}: {error}") from error
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, which must be valid Unicode (no lone surrogates)."""
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """The ids of `texts`, which must be valid Unicode (no lone surrogates)."""
+        if self._nfc:
+            # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
+            # 100 combining marks that are newer than that stands among other marks.
+            texts = [t if unicodedata.is_normalized("NFC", t) else unicodedata.normalize("NFC", t) for t in texts]
+        return list(map(self._encode, texts))
+
+    def _encode(self, text: str) -> list[int]:
+        if self._missing:
+            data = text.encode()
+            if len(data.translate(None, delete=self._missing)) < len(data):
+                return self._encode_pieces(text)
         # tiktoken's regex engine runs out of stack on a run of about 1,000,000 spaces.
         if len(text) > 100_000 and re.search(r"(?<!\s)\s{100000}", text):
             return self._encode_pieces(text)
         try:
-            ids = self._encoding.encode_ordinary(text)
+            return self._encoding.encode_ordinary(text)
         except BaseException as error:  # pyo3's PanicException is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
             return self._encode_pieces(text)
-        if self._missing and max(ids, default=0) >= _NO_TOKEN:
-            return self._encode_pieces(text)
-        return ids
 
     def merge(self, piece: bytes) -> list[int]:
         """The ids of a piece, whatever the pattern says."""
         return self._encoding._encode_single_piece(piece)
 
     def _encode_pieces(self, text: str) -> list[int]:
-        """`encode` with the pieces cut by Python's `re`: slower, but it has no limit, and a byte without a token can
+        """`_encode` with the pieces cut by Python's `re`: slower, but it has no limit, and a byte without a token can
         be taken out of its piece before the merges, so that its neighbours meet."""
         ids = []
         for match in self._python_pattern.finditer(text):
@@ -160,6 +171,7 @@ def _to_python(pattern: str) -> str:
     return _PATTERN_PART.sub(spell, pattern)
 
 
+@cache
 def _characters(one_character: str) -> str:
     """The characters that match in tiktoken, as ranges for a [set] of Python's re."""
     single_bytes = {bytes([byte]): byte for byte in range(256)}
@@ -181,42 +193,46 @@ def mergeable_ranks(
     merges: Iterable[tuple[str, str]],
     source: Path,
     ignore_merges: bool = False,
-    not_text: Iterable[str] = (),
+    not_text: Container[str] = (),
 ) -> dict[bytes, int]:
-    """The tokens with which tiktoken's rule gives the ids of the listed merges. UserError where none do.
+    """The tokens (bytes -> id) with which tiktoken's rule gives the ids of the listed merges. UserError where none do.
 
     `ignore_merges`: a piece that is in the vocabulary is one token, however its merges end (Llama 3).
     `not_text`: the added tokens, which no piece may become by that rule.
 
-    Why it is exact: within a stretch of text whose ends nothing has crossed yet, merging goes as if the stretch stood
-    alone. So if two neighbours x, y together have the bytes of a token t, then merging t's bytes alone arrives at
-    [x, y] too. We keep the tokens whose own bytes merge into them: for those, [x, y] is the listed pair, the only one
-    that ever meets, and tiktoken merges it because it is listed and for no other reason. Every other token is left
-    out, since no text merges into it.
+    Why it is exact: in a stretch of text that no merge has crossed the ends of, merging goes as if it stood alone. So
+    when neighbours x, y together have the bytes of a token t, then merging t's bytes alone arrives at [x, y] too, and
+    no other pair ever makes t. We keep the tokens that their own bytes merge into: for them that pair is listed. No
+    text merges into the others, so they are left out, or, with `ignore_merges`, checked not to be such a pair.
     """
-    single = {token: vocab[token] for token in BYTE_ALPHABET if token in vocab}
-    left, right = _splits(vocab, merges_in_order := _numbered(vocab, merges, source), set(single.values()))
+    numbered = _numbered(vocab, merges, source)
     bytes_of = {id: spelled for token, id in vocab.items() if (spelled := token_bytes(token))}
-    ranks = {bytes_of[id]: id for id in [*single.values(), *left] if id in bytes_of}
-    if not ranks:
+    single = {id for id, spelled in bytes_of.items() if len(spelled) == 1}
+    if not single:
         raise UserError(f"{source}: no token is written in the byte-level alphabet")
+    made = {id for _, _, id in numbered}
+    tokens = {spelled: id for id, spelled in bytes_of.items() if id in single or id in made}
+    if ignore_merges:
+        tokens |= {bytes_of[id]: id for token, id in vocab.items() if id in bytes_of and token not in not_text}
+        if _every_pair_is_listed(tokens, numbered):
+            return tokens
 
-    # The tokens left out: would the kept ones arrive at a pair that makes one after all?
-    rest = {id for id in bytes_of if len(bytes_of[id]) > 1 and id not in left}
-    listed = {(x, y) for x, y, made in merges_in_order if made in rest}
-    if not ignore_merges:
-        rest = {made for _, _, made in merges_in_order if made in rest}
-    rest -= {vocab[token] for token in not_text if token in vocab}
+    left = _first_parts(numbered, single)
+    ranks = {spelled: id for spelled, id in tokens.items() if id in single or id in left}
+    rest = {spelled: id for spelled, id in tokens.items() if spelled not in ranks}
     if rest:
+        # Would the kept ones, after all, arrive at a pair that makes one of these?
         bpe = ByteLevelBPE(ranks, GPT2_PATTERN, source)
-        for id in rest:
-            end = bpe.merge(bytes_of[id])
-            if len(end) == 2 and (ignore_merges or tuple(end) in listed):
+        late = {(x, y) for x, y, id in numbered if id not in left}
+        for spelled, id in rest.items():
+            end = bpe.merge(spelled)
+            if len(end) == 2 and (ignore_merges or tuple(end) in late):
+                why = "from a part with a larger id" if tuple(end) in late else "which is not a listed pair"
                 raise UserError(
-                    f"{source}: token {id} ({bytes_of[id]!r}) is merged from {end[0]} and {end[1]} by one rule and not "
-                    "by the other (merges out of id order, or a merge that is not listed): tiktoken cannot reproduce it"
+                    f"{source}: tiktoken cannot reproduce the merges: it would make token {id} ({spelled!r:.60}) of "
+                    f"tokens {end[0]} and {end[1]}, {why}"
                 )
-    return ranks | {bytes_of[id]: id for id in rest} if ignore_merges else ranks
+    return ranks | rest if ignore_merges else ranks
 
 
 def _numbered(vocab: dict[str, int], merges: Iterable[tuple[str, str]], source: Path) -> list[tuple[int, int, int]]:
@@ -240,38 +256,48 @@ def _numbered(vocab: dict[str, int], merges: Iterable[tuple[str, str]], source: 
     return numbered
 
 
-def _splits(
-    vocab: dict[str, int], merges: list[tuple[int, int, int]], single: set[int]
-) -> tuple[dict[int, int], dict[int, int]]:
-    """The last merge (left part, right part) of every token that its own bytes merge into.
+def _every_pair_is_listed(tokens: dict[bytes, int], merges: list[tuple[int, int, int]]) -> bool:
+    """Whether any two tokens that make a third are a listed merge, so that tiktoken's rule is no other one.
 
-    Merging makes tokens in the order of their ids, each from smaller ones. So x and y arrive at [x, y] unless, on the
-    way, something merges across the boundary between them. The tokens at the boundary are known for every moment: going
-    back in time from [x, y], the later made of the two is undone, again and again.
+    So it is in Llama 3's tokenizer.json, which was converted from tiktoken: about two merges for each token.
+    """
+    listed = {(x, y) for x, y, _ in merges}
+    for spelled in tokens:
+        for cut in range(1, len(spelled)):
+            x = tokens.get(spelled[:cut])
+            if x is not None and (y := tokens.get(spelled[cut:])) is not None and (x, y) not in listed:
+                return False
+    return True
+
+
+def _first_parts(merges: list[tuple[int, int, int]], single: set[int]) -> dict[int, int]:
+    """The tokens that their own bytes merge into, with the left part of their last merge. `single`: those of one byte.
+
+    Tokens arise in the order of their ids, each from smaller ones (a merge with a larger part is passed over). So two
+    parts x, y arise and meet unless, before, something merges across the boundary between them. Which two tokens are
+    at the boundary is known for every moment: going back in time from [x, y], always the later of the two is undone.
     """
     left: dict[int, int] = {}
     right: dict[int, int] = {}
     made_from: dict[tuple[int, int], int] = {}
     for x, y, made in merges:
-        # A part that is made later than the whole is no way to make the whole; `mergeable_ranks` looks at it again.
-        if not (x in left or x in single) or not (y in left or y in single):
+        if not ((x in left or x in single) and (y in left or y in single)):
             continue
         at_left, at_right = x, y
         while True:
-            parts_left = right.get(at_left)
-            parts_right = left.get(at_right)
-            # Until when these two neighbours existed. Of equal merges the leftmost is first, hence the + 1.
-            if parts_left is not None and (parts_right is None or at_left > at_right):
-                until, at_left = at_left, parts_left
-            elif parts_right is not None:
-                until, at_right = at_right + 1, parts_right
+            undone_left, undone_right = right.get(at_left), left.get(at_right)
+            # These two were neighbours until the later one's id; of equal merges the leftmost is first, hence + 1.
+            if undone_left is not None and (undone_right is None or at_left > at_right):
+                until, at_left = at_left, undone_left
+            elif undone_right is not None:
+                until, at_right = at_right + 1, undone_right
             else:
                 left[made], right[made] = x, y
                 made_from[x, y] = made
                 break
             if made_from.get((at_left, at_right), until) < until:
                 break
-    return left, right
+    return left
 
 
 # ---------------------------------------------------------------------------------------------------------------------

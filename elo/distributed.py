@@ -112,6 +112,7 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data = parameter.data.to(dtype)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if options.cpu_offload else OffloadPolicy()
     shard = partial(
         fully_shard,
         mesh=world.mesh,

@@ -9,12 +9,9 @@ by code, with the ids in `special_tokens`. So the ids are those of Hugging Face'
 """
 
 import codecs
-import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
-
-import sentencepiece
 
 from elo.byte_level_bpe import (
     BYTE_ALPHABET,
@@ -27,6 +24,7 @@ from elo.byte_level_bpe import (
     token_bytes,
 )
 from elo.errors import UserError
+from elo.sentencepiece_bpe import SentencePieceModel
 from elo.tokenizer_files import (
     AddedToken,
     TokenizerFiles,
@@ -45,7 +43,7 @@ from elo.tokenizer_files import (
 # SentencePiece, or Llama 3's lines of `base64 rank`; the content tells which.
 MODEL_FILES = ("tokenizer.model", "tokenizer.model.v3", "original/tokenizer.model")
 
-# What pretraining puts after a document, whatever `eos_token` says: in an instruct checkpoint that ends a turn of a chat.
+# What pretraining puts after a document. Not `eos_token`: in an instruct checkpoint that ends a turn of a chat.
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
@@ -71,8 +69,8 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
     elif tokenizer_json is not None:
         pre_tokenizer = tokenizer_json.get("pre_tokenizer") or {}
         raise UserError(
-            f"{files.path('tokenizer.json')}: not a byte-level BPE (pre_tokenizer: {pre_tokenizer!r:.100}). If it restates "
-            "a SentencePiece model (Llama 2, Mistral), its file tokenizer.model is needed next to it"
+            f"{files.path('tokenizer.json')}: not a byte-level BPE (pre_tokenizer: {pre_tokenizer!r:.100}). If it "
+            "restates a SentencePiece model (Llama 2, Mistral), its file tokenizer.model is needed next to it"
         )
     elif files.read("vocab.json") is not None and files.read("merges.txt") is not None:
         tokenizer = _from_vocab_json(files)
@@ -97,15 +95,20 @@ class Tokenizer:
     fingerprint: str
 
     def __init__(
-        self, bytes_of: dict[int, bytes], added: dict[str, AddedToken], starts_with_space: Iterable[int] = ()
+        self,
+        encode_batch: Callable[[list[str]], list[list[int]]],
+        bytes_of: dict[int, bytes],
+        added: dict[str, AddedToken],
+        starts_with_space: frozenset[int] = frozenset(),
     ) -> None:
         """`bytes_of`: what the ids of ordinary tokens decode to. `starts_with_space`: see `StreamDecoder`."""
+        self._encode_batch = encode_batch
         self.special_tokens = {text: token.id for text, token in added.items()}
         self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
         # Of the added tokens only those that are not special are text: Qwen's <tool_call> is what a model writes.
-        text_tokens = {token.id: text.encode() for text, token in added.items() if not token.special}
+        text_tokens = {token.id: text.encode(errors="replace") for text, token in added.items() if not token.special}
         self._bytes_of = text_tokens | bytes_of
-        self._starts_with_space = frozenset(starts_with_space)
+        self._starts_with_space = starts_with_space
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never one of a special token. UserError for lone surrogates: they are not Unicode text."""
@@ -121,9 +124,6 @@ class Tokenizer:
                     f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
                 ) from error
         return self._encode_batch(texts)
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        raise NotImplementedError
 
     def encode_document(self, text: str) -> list[int]:
         """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
@@ -166,22 +166,6 @@ class StreamDecoder:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Byte-level BPE: Llama 3, Qwen2, SmolLM2
-
-
-class ByteLevelTokenizer(Tokenizer):
-    """`nfc`: texts are brought into Unicode's composed normal form first (Qwen2)."""
-
-    def __init__(self, bpe: ByteLevelBPE, nfc: bool, bytes_of: dict[int, bytes], added: dict[str, AddedToken]) -> None:
-        super().__init__(bytes_of, added)
-        self._bpe = bpe
-        self._nfc = nfc
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        if self._nfc:
-            # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
-            # 100 combining marks that are newer than that stands among other marks.
-            texts = [t if unicodedata.is_normalized("NFC", t) else unicodedata.normalize("NFC", t) for t in texts]
-        return list(map(self._bpe.encode, texts))
 
 
 def _from_tokenizer_json(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
@@ -241,21 +225,21 @@ def _byte_level(
     added: dict[str, AddedToken],
     source: Path,
     ignore_merges: bool = False,
-) -> ByteLevelTokenizer:
+) -> Tokenizer:
     ranks = mergeable_ranks(vocab, merges, source, ignore_merges, not_text=added)
     bytes_of = {id: spelled for spelled, id in ranks.items()}
     for token, id in vocab.items():
         if id not in bytes_of and token not in added:
             # No text becomes this token, but a model might say it.
-            bytes_of[id] = token_bytes(token) or token.encode()
-    return ByteLevelTokenizer(ByteLevelBPE(ranks, pattern, source), nfc, bytes_of, added)
+            bytes_of[id] = token_bytes(token) or token.encode(errors="replace")
+    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc).encode_batch, bytes_of, added)
 
 
 def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
     ranks = read_tiktoken(files.read(name) or b"", files.path(name))
     added = read_added_tokens(files, {}) or _llama3_added_tokens(len(ranks))
     bpe = ByteLevelBPE(ranks, LLAMA3_PATTERN, files.path(name))
-    tokenizer = ByteLevelTokenizer(bpe, False, {id: spelled for spelled, id in ranks.items()}, added)
+    tokenizer = Tokenizer(bpe.encode_batch, {id: spelled for spelled, id in ranks.items()}, added)
     return _with_document_ends(tokenizer, files, "<|begin_of_text|>")
 
 
@@ -281,107 +265,36 @@ def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
 # SentencePiece: Llama 2, Mistral
 
 
-class SentencePieceTokenizer(Tokenizer):
-    def __init__(
-        self,
-        model: sentencepiece.SentencePieceProcessor,
-        bytes_of: dict[int, bytes],
-        added: dict[str, AddedToken],
-        starts_with_space: Iterable[int],
-    ) -> None:
-        super().__init__(bytes_of, added, starts_with_space)
-        self._model = model
-
-    def _encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._model.encode(texts, num_threads=1)
-
-
 def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
-    source = files.path(name)
-    data = files.read(name) or b""
-    model = sentencepiece.SentencePieceProcessor()
-    try:
-        model.LoadFromSerializedProto(data)
-    except RuntimeError as error:
-        raise UserError(f"{source}: not a SentencePiece model: {error}") from error
-    for symbol in _user_defined_symbols(data):
-        if symbol.strip("▁ \t\n\r"):
-            raise UserError(
-                f"{source}: SentencePiece finds its user-defined symbol {symbol!r} in any text, so that a text could "
-                "inject it; such models are not supported"
-            )
-
-    pieces = [model.id_to_piece(id) for id in range(model.get_piece_size())]
-    control = {id for id in range(len(pieces)) if model.is_control(id) or model.is_unknown(id)}
-    text_pieces = {piece: id for id, piece in enumerate(pieces) if id not in control}
-    _check_restated(text_pieces, len(pieces), files, source)
-    added = read_added_tokens(files, text_pieces)
+    model = SentencePieceModel(files.read(name) or b"", files.path(name))
+    _check_restated(model, files, files.path(name))
+    added = read_added_tokens(files, model.text)
+    model.forbid(token.id for token in added.values() if token.special)
     # A fine-tune may have renamed a control token ([control_8] -> <|im_start|>): then only the new name counts.
     renamed = {token.id for token in added.values()}
-    added |= {pieces[id]: AddedToken(id, special=True) for id in sorted(control - renamed)}
+    added |= {piece: AddedToken(id, special=True) for piece, id in model.control.items() if id not in renamed}
 
-    bytes_of = {id: piece.replace("▁", " ").encode() for piece, id in text_pieces.items()}
-    bytes_of |= {id: bytes([int(pieces[id][3:-1], 16)]) for id in bytes_of if model.is_byte(id)}  # <0x0A>
-    bytes_of[model.unk_id()] = model.decode([model.unk_id()]).encode()
-    # Whether this model puts a space before a text shows in what it decodes.
-    spaced = [id for piece, id in text_pieces.items() if piece.startswith("▁")]
-    stripped = spaced if spaced and not model.decode(spaced[:1]).startswith(" ") else []
-    tokenizer = SentencePieceTokenizer(model, bytes_of, added, stripped)
-
-    bos, eos = (
-        {id: text for text, id in tokenizer.special_tokens.items()}.get(id) for id in (model.bos_id(), model.eos_id())
-    )
-    if not field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), True):
-        bos = None
-    return _with_document_ends(tokenizer, files, bos, eos)
+    tokenizer = Tokenizer(model.encode_batch, model.bytes_of, added, model.starts_with_space)
+    add_bos = field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), True)
+    return _with_document_ends(tokenizer, files, model.bos if add_bos else None, model.eos)
 
 
-def _check_restated(text_pieces: dict[str, int], size: int, files: TokenizerFiles, source: Path) -> None:
-    """UserError when tokenizer.json is of another vocabulary, as when only that file was extended."""
+def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Path) -> None:
+    """UserError when tokenizer.json has another vocabulary, as when only that file was extended."""
     path = files.path("tokenizer.json")
-    vocab = field(field(files.json("tokenizer.json") or {}, "model", dict, path, {}), "vocab", (dict, list), path, {})
+    restated = field(files.json("tokenizer.json") or {}, "model", dict, path, {})
+    vocab = field(restated, "vocab", (dict, list), path, {})
     if isinstance(vocab, list):  # Unigram: [piece, score] in the order of the ids
-        vocab = {entry[0]: id for id, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+        vocab = {str(entry[0]): id for id, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    read_vocabulary(vocab, path)
     added = read_added_tokens(files, {})
-    for piece, id in vocab.items():
-        other = text_pieces.get(piece, id) != id
-        if other or (isinstance(id, int) and id >= size and piece not in added):
-            raise UserError(f"{path}: its token {piece!r} ({id!r:.20}) is not the one of {source}: which is right?")
-
-
-def _user_defined_symbols(model: bytes) -> list[str]:
-    """The pieces of type USER_DEFINED in a serialized sentencepiece ModelProto (sentencepiece_model.proto)."""
-    symbols = []
-    for number, piece in _protobuf_fields(model):
-        if number == 1:  # repeated SentencePiece pieces = 1 { string piece = 1; float score = 2; Type type = 3; }
-            fields = dict(_protobuf_fields(piece))
-            if fields.get(3) == 4:
-                symbols.append(fields[1].decode())
-    return symbols
-
-
-def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """The (field number, value) of a valid protobuf message."""
-
-    def varint() -> int:
-        nonlocal at
-        value = shift = 0
-        while True:
-            byte = message[at]
-            value |= (byte & 0x7F) << shift
-            at, shift = at + 1, shift + 7
-            if byte < 0x80:
-                return value
-
-    at = 0
-    while at < len(message):
-        number, wire_type = divmod(varint(), 8)
-        if wire_type == 0:
-            yield number, varint()
-            continue
-        length = {1: 8, 5: 4}.get(wire_type) or varint()
-        yield number, message[at : at + length]
-        at += length
+    piece_of = {id: piece for piece, id in model.text.items()}
+    for token, id in vocab.items():
+        extends = id >= model.size and token not in added
+        if extends or model.text.get(token, id) != id or piece_of.get(id, token) != token:
+            raise UserError(
+                f"{path}: its token {id}, {token!r}, is not in {source}: one of the two is of another model"
+            )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -86,12 +86,17 @@ def has_byte_level(tokenizer_json: dict[str, Any]) -> bool:
 
 def _steps(record: Any, key: str) -> list[dict[str, Any]]:
     """The steps of a normalizer, pre_tokenizer or post_processor, which may be null, one, or a Sequence (of ...)."""
-    if not isinstance(record, dict) or not record:
-        return []
-    if record.get("type") != "Sequence":
-        return [record]
-    parts = record.get(key)
-    return [step for part in parts for step in _steps(part, key)] if isinstance(parts, list) else []
+    steps = []
+    pending = [record] if record else []
+    while pending:
+        step = pending.pop(0)
+        if not isinstance(step, dict):
+            step = {"type": step}  # for the refusal
+        if step.get("type") == "Sequence" and isinstance(step.get(key), list):
+            pending = step[key] + pending
+        else:
+            steps.append(step)
+    return steps
 
 
 def is_nfc(normalizer: dict[str, Any], source: Path) -> bool:
@@ -147,8 +152,9 @@ def read_template_bos(post_processor: dict[str, Any], source: Path) -> str | Non
             if not isinstance(part, dict) or "SpecialToken" not in part:
                 break
             front.append(token_text(part["SpecialToken"], key="id"))
-        if len(front) > 1:
-            raise UserError(f"{source}: its post_processor puts {len(front)} tokens before a text; one is supported")
+        if len(front) > 1 or None in front:
+            what = f"{len(front)} tokens" if len(front) > 1 else "None"
+            raise UserError(f"{source}: its post_processor puts {what} before a text; one token is supported")
         if front:
             return front[0]
     return None
@@ -195,7 +201,7 @@ def read_merges_txt(data: bytes, source: Path) -> list[tuple[str, str]]:
 
 
 def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str, AddedToken]:
-    """Text -> token, from the three files that may add tokens to `vocab`; UserError where they contradict each other."""
+    """Text -> token, from the three files that may add to `vocab`; UserError where they contradict each other."""
     added: dict[str, AddedToken] = {}
     text_of = {id: text for text, id in vocab.items()}
 
@@ -205,11 +211,10 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
             raise UserError(f"{source}: an added token has the text {text!r:.60}")
         _check_id(text, id, source)
         known = added[text].id if text in added else vocab.get(text, id)
-        if known != id or text_of.setdefault(id, text) != text:
-            raise UserError(
-                f"{source}: the added token {text!r:.60} has the id {id}, but elsewhere {text!r:.60} is {known} and "
-                f"{id} is {text_of.get(id)!r:.60}"
-            )
+        if known != id:
+            raise UserError(f"{source}: its token {text!r:.60} has the id {id}, but elsewhere the id {known!r:.20}")
+        if text_of.setdefault(id, text) != text:
+            raise UserError(f"{source}: its token {id} is {text!r:.60}, but elsewhere {text_of[id]!r:.60}")
         added.setdefault(text, AddedToken(id, bool(special)))
 
     source = files.path("tokenizer.json")

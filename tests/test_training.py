@@ -172,7 +172,7 @@ MISTAKES = [
     (["--model", "nowhere"], "nowhere: no such directory"),
     (["--target", "nowhere"], "--target: nowhere: no such file or directory"),
     (["--gb", "0.5"], "--gb 0.5"),
-    (["--gb", "-1"], "'-1' is not a number above 0"),
+    (["--gb", "-1"], "'-1' is not a number, 0 or more"),
     (["--seq-len", "4096"], "--seq-len 4096: the model has 128 positions"),
     (["--batch-tokens", "100"], "--batch-tokens 100 is not a multiple of --seq-len 32"),
     (["--seed", "-1"], "--seed -1"),
