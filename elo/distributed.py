@@ -117,9 +117,7 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
         fully_shard,
         mesh=world.mesh,
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
-        offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-        if options.cpu_offload
-        else OffloadPolicy(),
+        offload_policy=offload,
     )
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing

@@ -11,8 +11,10 @@ from torch import Tensor
 
 IGNORE = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
-# Logits at a time: few enough for a CPU's cache, enough rows for a GPU's matrix units at a vocabulary of 150,000.
-CHUNK_ELEMENTS = {"cpu": 2**23, "cuda": 2**28}
+# Logits at a time in the matrix products: enough rows for them to be fast, few enough to be small beside the model.
+CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
+# Logits at a time in the softmax, which passes over them five times: on a CPU a part that stays in its cache.
+BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -38,24 +40,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
-            h, count, target = hidden[rows], counts[rows, None], targets[rows, None]
-            logits = (h @ weight.T).float()  # (chunk, vocabulary)
-            label_logit = logits.gather(1, target)
-            largest = logits.amax(1, keepdim=True)
-            # From here on the same memory holds exp(logits - largest): softmax but for its row sums.
-            unnormalized = logits.sub_(largest).exp_()
-            row_sum = unnormalized.sum(1, keepdim=True)
-            loss += ((row_sum.log() + largest - label_logit) * count).sum()
+            h, count, target = hidden[rows], counts[rows, None], targets[rows]
+            logits = h @ weight.T  # (chunk, vocabulary)
+            losses, row_sum = _exponentiate(logits, target)
+            loss += (losses * count).sum()
 
             # The gradient at the logits is softmax - one_hot(label). Both parts are applied on the small side of the
             # matrix products: the row sums after them, the one-hot as a row of the weight.
             if needs_hidden:
-                product = unnormalized.to(h.dtype) @ weight
-                hidden_grad[rows] = (product / row_sum - weight[target[:, 0]]) * count
+                hidden_grad[rows] = ((logits @ weight) / row_sum - weight[target]) * count
             if needs_weight:
-                scaled = (h * (count / row_sum)).to(h.dtype)
-                weight_grad += unnormalized.to(h.dtype).T @ scaled
-                weight_grad.index_add_(0, target[:, 0], (h * count).float(), alpha=-1)
+                weight_grad += logits.T @ (h * (count / row_sum)).to(h.dtype)
+                weight_grad.index_add_(0, target, (h * count).float(), alpha=-1)
 
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
@@ -69,3 +65,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
             None,
         )
+
+
+def _exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Replace each row of logits by exp(row - max(row)), its softmax but for the sum.
+
+    Returns each row's cross-entropy and its sum, both (rows, 1) in fp32.
+    """
+    losses = torch.empty(logits.shape[0], 1, device=logits.device)
+    row_sum = torch.empty_like(losses)
+    block = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+    for start in range(0, logits.shape[0], block):
+        rows = slice(start, start + block)
+        part = logits[rows].float()  # the same memory if it is fp32 already
+        largest = part.amax(1, keepdim=True)
+        losses[rows] = largest - part.gather(1, target[rows, None])
+        row_sum[rows] = part.sub_(largest).exp_().sum(1, keepdim=True)
+        if part.dtype != logits.dtype:
+            logits[rows] = part
+    return losses.add_(row_sum.log()), row_sum
