@@ -1,8 +1,10 @@
 """A Hugging Face checkpoint directory in, a Hugging Face checkpoint directory out.
 
-Reading is lazy: headers first, then only the bytes that a process will hold. Nothing is unpickled.
+Reading is lazy: headers first, then only the bytes that a process will hold. Writing holds one tensor at a time.
+Nothing is unpickled.
 """
 
+import json
 import math
 import os
 import shutil
@@ -10,12 +12,11 @@ import tempfile
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -45,9 +46,20 @@ COMPANIONS = (
     "chat_template.json",
     "original/tokenizer.model",
 )
+# What our stages tell of how they made a model.
+NOTES = ("elo.json", "chat_vector.json", "sft.json")
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class Stored(NamedTuple):
+    """Where and how a tensor is stored."""
+
+    file: Path
+    name: str
+    shape: tuple[int, ...]
+    dtype: str  # as safetensors names it
 
 
 class Checkpoint:
@@ -62,39 +74,51 @@ class Checkpoint:
         if not self.directory.is_dir():
             raise UserError(f"{self.directory}: no such directory; a checkpoint is a Hugging Face directory")
         self.config = ModelConfig.load(self.directory)
-        self._open_files: dict[Path, safe_open] = {}
-        self._file_of = self._locate()
+        self._stored = self._locate()
+        if self.config.tie_word_embeddings and EMBEDDING not in self._stored and HEAD in self._stored:
+            self._stored[EMBEDDING] = self._stored[HEAD]  # the shared matrix may be stored under either name
         self._check_headers()
+
+    def names(self) -> list[str]:
+        """The tensors, in the model's order; a tied head is not one of its own."""
+        return list(expected_shapes(self.config))
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._stored[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
-        return DTYPES[self._slice(name).get_dtype()]
+        return DTYPES[self._stored[name].dtype]
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor."""
-        return self._slice(name)[:]
+        return self.rows(name, 0, self.shape(name)[0])
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """tensor(name)[start:stop], reading only those bytes."""
-        return self._slice(name)[start:stop]
+        stored = self._stored[name]
+        # The file is mapped anew each time, since what was read of a mapping counts as this process's memory until
+        # the mapping goes. It goes with the tensor; opening takes a millisecond.
+        with _open(stored.file) as file:
+            return file.get_slice(stored.name)[start:stop]
 
-    def load_into(self, model: CausalLM, source: Callable[[str], str] = lambda name: name) -> None:
-        """Fill every parameter of `model`; of one sharded by `fully_shard`, each process reads only its own rows.
+    def load_into(self, model: CausalLM, source: Callable[[str], str | None] = lambda name: name) -> None:
+        """Fill parameters of `model`; of one sharded by `fully_shard`, each process reads only its own rows.
 
-        `source` gives the checkpoint's name for a parameter's name: a slice renumbers layers. The values are
-        converted to the dtype that the parameter has.
+        `source` gives the checkpoint's name for a parameter's name (a slice renumbers layers), None for one to leave
+        as it is. The values are converted to the dtype that the parameter has.
         """
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 start, stop = local_rows(parameter)
                 local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                if stop > start:
-                    local.copy_(self.rows(source(name), start, stop))
+                if stop > start and (stored := source(name)) is not None:
+                    local.copy_(self.rows(stored, start, stop))
 
-    def _locate(self) -> dict[str, Path]:
+    def _locate(self) -> dict[str, Stored]:
         index_path = self.directory / INDEX
         if (self.directory / SINGLE).is_file():
-            return dict.fromkeys(self._open(self.directory / SINGLE).keys(), self.directory / SINGLE)
+            return _headers(self.directory / SINGLE)
         if not index_path.is_file():
             raise UserError(f"{self.directory}: neither {SINGLE} nor {INDEX} is here")
         weight_map = read_json_object(index_path).get("weight_map")
@@ -105,46 +129,29 @@ class Checkpoint:
                 raise UserError(f"{index_path}: shard name {file!r} points outside of the directory")
             if not (self.directory / file).is_file():
                 raise UserError(f"{index_path}: shard {file} is not in the directory")
-        located = {name: self.directory / file for name, file in weight_map.items()}
-        for path in sorted(set(located.values())):
-            present = set(self._open(path).keys())
-            for name, file in located.items():
-                if file == path and name not in present:
-                    raise UserError(f"{path}: tensor {name}, which {INDEX} promises, is not in this file")
-        return located
-
-    def _open(self, path: Path) -> safe_open:
-        if path not in self._open_files:
-            try:
-                self._open_files[path] = safe_open(path, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise UserError(f"{path}: not a complete safetensors file: {error}") from None
-        return self._open_files[path]
-
-    def _slice(self, name: str) -> "safe_open":
-        if name == EMBEDDING and name not in self._file_of:
-            name = HEAD  # a tied checkpoint may hold the shared matrix under either name
-        return self._open(self._file_of[name]).get_slice(name)
+        shards = {file: _headers(self.directory / file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in shards[file]:
+                path = self.directory / file
+                raise UserError(f"{path}: tensor {name}, which {INDEX} promises, is not in this file")
+        return {name: shards[file][name] for name, file in weight_map.items()}
 
     def _check_headers(self) -> None:
         expected = expected_shapes(self.config)
         tied = self.config.tie_word_embeddings
         for name, shape in expected.items():
-            if name not in self._file_of and not (tied and name == EMBEDDING and HEAD in self._file_of):
+            if name not in self._stored:
                 raise UserError(f"{self.directory}: tensor {name} of shape {shape} is missing")
-            found = self._slice(name)
-            if tuple(found.get_shape()) != shape:
-                where = self._file_of.get(name, self.directory)
-                raise UserError(
-                    f"{where}: tensor {name} has shape {tuple(found.get_shape())}, config.json says {shape}"
-                )
-            if found.get_dtype() not in DTYPES:
-                raise UserError(f"{self._file_of[name]}: tensor {name} is {found.get_dtype()}, not {', '.join(DTYPES)}")
-        for name, path in self._file_of.items():
+            found = self._stored[name]
+            if found.shape != shape:
+                raise UserError(f"{found.file}: tensor {name} has shape {found.shape}, config.json says {shape}")
+            if found.dtype not in DTYPES:
+                raise UserError(f"{found.file}: tensor {name} is {found.dtype}, not {', '.join(DTYPES)}")
+        for name, found in self._stored.items():
             # Old Llama files carry the rotary frequencies, which follow from config.json.
             if name not in expected and not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD):
-                raise UserError(f"{path}: tensor {name} is unexpected for {self.config.architecture}")
-        if tied and {EMBEDDING, HEAD} <= self._file_of.keys():
+                raise UserError(f"{found.file}: tensor {name} is unexpected for {self.config.architecture}")
+        if tied and HEAD in self._stored and self._stored[EMBEDDING] != self._stored[HEAD]:
             self._check_tie()
 
     def _check_tie(self) -> None:
@@ -153,9 +160,22 @@ class Checkpoint:
             stop = min(start + 8192, self.config.vocab_size)
             if not torch.equal(self.rows(EMBEDDING, start, stop), self.rows(HEAD, start, stop)):
                 raise UserError(
-                    f"{self._file_of[HEAD]}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
+                    f"{self._stored[HEAD].file}: {HEAD} differs from {EMBEDDING}, but config.json ties them; "
                     "set tie_word_embeddings to false"
                 )
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a complete safetensors file: {error}") from None
+
+
+def _headers(path: Path) -> dict[str, Stored]:
+    with _open(path) as file:
+        slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118  a safe_open is no dict
+        return {name: Stored(path, name, tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
 
 
 def load_model(directory: str | Path, device: str | torch.device, dtype: torch.dtype) -> CausalLM:
@@ -220,12 +240,13 @@ def save(
     """Write a checkpoint into `directory` so that a reader finds either all of it or no config.json.
 
     tensor: a name's whole tensor; asked for in the same order on every process, so that it may gather, but only what
-    rank 0 gets is written. dtype: the one to store a tensor in. companions: the directory whose tokenizer and
-    generation files are copied. notes: further JSON files, from name to content.
+    rank 0 gets is written, and let go before the next is asked for. dtype: the one to store a tensor in. companions:
+    the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
     """
+    shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
     total = filled = 0
-    for name, shape in expected_shapes(config).items():
+    for name, shape in shapes.items():
         size = math.prod(shape) * dtype(name).itemsize
         if filled and filled + size > SHARD_BYTES:
             shards.append([])
@@ -238,13 +259,12 @@ def save(
         for number, names in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
-            tensors = {}
-            for name in names:
-                value = tensor(name)
-                if folder is not None:
-                    tensors[name] = value.to(dtype(name)).contiguous()
+            names.sort(key=lambda name: -dtype(name).itemsize)  # aligns every tensor for readers that map files
             if folder is not None:
-                save_file(tensors, Path(folder) / file, metadata={"format": "pt"})
+                save_file(Path(folder) / file, {name: (shapes[name], dtype(name)) for name in names}, tensor)
+            else:
+                for name in names:
+                    tensor(name)
         if folder is not None:
             aside = Path(folder)
             if len(shards) > 1:
@@ -256,7 +276,35 @@ def save(
             for name, content in notes.items():
                 write_json(aside / name, content)
             write_json(aside / CONFIG, config.json)
-            _move_in(aside, directory)
+            adopt(aside, directory)
+
+
+def save_file(
+    path: Path,
+    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
+    tensor: Callable[[str], Tensor],
+) -> None:
+    """Write a safetensors file of these shapes and dtypes, asking for one tensor at a time, in the given order.
+
+    The safetensors library writes only tensors that are all in memory. The format (https://github.com/huggingface/
+    safetensors#format): the header's length in 8 bytes, a JSON header, and then the data of all tensors, little-endian.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (shape, dtype) in tensors.items():
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        stored_as = next(key for key, value in DTYPES.items() if value == dtype)
+        header[name] = {"dtype": stored_as, "shape": shape, "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with open(path, "xb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, (shape, dtype) in tensors.items():
+            value = tensor(name)
+            if value.shape != shape:
+                raise ValueError(f"{name} has shape {tuple(value.shape)}, not {shape}")
+            file.write(value.to(dtype).contiguous().view(-1).view(torch.uint8).numpy())
+            del value  # before the next is made
 
 
 def writes() -> bool:
@@ -265,19 +313,19 @@ def writes() -> bool:
 
 
 def remove_model(directory: Path) -> None:
-    """Remove a checkpoint's model, config.json first, so that no reader takes a part for the whole."""
-    for path in [directory / CONFIG, directory / INDEX, *directory.glob("model*.safetensors")]:
+    """Remove a checkpoint, config.json first, so that no reader takes a part for the whole."""
+    with_it = (*COMPANIONS, *NOTES) if (directory / CONFIG).exists() else ()
+    weights = directory.glob("model*.safetensors")
+    for path in [directory / CONFIG, directory / INDEX, *weights, *(directory / name for name in with_it)]:
         path.unlink(missing_ok=True)
 
 
-def _move_in(aside: Path, directory: Path) -> None:
+def adopt(aside: Path, directory: Path) -> None:
+    """Move a checkpoint's files to their place, over one that is there; config.json first gone and last there."""
     remove_model(directory)
-    umask = os.umask(0)
-    os.umask(umask)
     files = [path for path in sorted(aside.rglob("*")) if path.is_file() and path != aside / CONFIG]
     for path in [*files, aside / CONFIG]:
         with open(path, "rb") as file:
-            os.fchmod(file.fileno(), 0o666 & ~umask)  # safetensors writes files that only their owner may read
             os.fsync(file.fileno())
         destination = directory / path.relative_to(aside)
         destination.parent.mkdir(exist_ok=True)

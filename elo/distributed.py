@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -45,6 +46,12 @@ class World:
     def wait(self) -> None:
         """Until every process has come here."""
         dist.barrier(self.host_group)
+
+    def from_rank_0(self, value: Any) -> Any:
+        """Rank 0's value, on every process."""
+        values = [value]
+        dist.broadcast_object_list(values, src=0, group=self.host_group)
+        return values[0]
 
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64."""

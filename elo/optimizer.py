@@ -47,6 +47,8 @@ class TrainingOptions:
 
     @staticmethod
     def from_arguments(arguments: Namespace) -> "TrainingOptions":
+        if arguments.optimizer_in_backward and arguments.clip:
+            raise UserError("--optimizer-in-backward cannot clip by the gradient's norm: give --clip 0 with it")
         names = TrainingOptions.__dataclass_fields__
         return TrainingOptions(**{name: getattr(arguments, name) for name in names})
 
@@ -80,8 +82,6 @@ class Optimizer:
     """
 
     def __init__(self, model: CausalLM, options: TrainingOptions) -> None:
-        if options.optimizer_in_backward and options.clip:
-            raise UserError("--optimizer-in-backward cannot clip by the gradient's norm: give --clip 0 with it")
         self.in_backward, self.clip = options.optimizer_in_backward, options.clip
         self.groups = parameter_groups(model, options)
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]

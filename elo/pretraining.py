@@ -19,6 +19,7 @@ from elo.loss import IGNORE
 from elo.options import Parser, not_negative, positive_int, share
 from elo.run import option_values
 from elo.shards import TokenShard, tokenize
+from elo.tokenizer import load_tokenizer
 
 DEFAULT_MODEL = "models/Llama-3.1-8B"
 LARGEST_BATCH = 2**19  # tokens
@@ -61,6 +62,7 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
     languages = [find_texts("--target", arguments.target)]
     if arguments.target_fraction < 1:
         languages.append(find_texts("--source", arguments.source))
+    load_tokenizer(arguments.model, config.vocab_size)
     cache = arguments.cache or arguments.out.parent / "token-cache"
 
     def shards() -> list[TokenShard]:

@@ -38,6 +38,9 @@ def check_out(arguments: Namespace) -> None:
     Also if --resume comes with other options than the run had.
     """
     out, options = arguments.out, option_values(arguments)
+    for name in ("model", "elo", "after"):
+        if options.get(name) and Path(options[name]).resolve() == out.resolve():
+            raise UserError(f"--out {out}: this is --{name}; give another directory")
     used = [path for name in (CONFIG, "run.json", "metrics.jsonl", "checkpoints") if (path := out / name).exists()]
     if arguments.resume and (out / "run.json").exists():
         before = read_json_object(out / "run.json").get("options", {})

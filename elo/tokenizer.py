@@ -47,8 +47,10 @@ MODEL_FILES = ("tokenizer.model", "tokenizer.model.v3", "original/tokenizer.mode
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
-def load_tokenizer(directory: str | Path) -> "Tokenizer":
+def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tokenizer":
     """The tokenizer of a checkpoint directory. UserError naming the file when it cannot be represented exactly.
+
+    With the number of the model's `embeddings` also if it makes tokens for which there is none.
 
     The first of these that is there:
     1. tokenizer.json, if it is a byte-level BPE (Llama 3, Qwen2, SmolLM2);
@@ -80,6 +82,15 @@ def load_tokenizer(directory: str | Path) -> "Tokenizer":
             "merges.txt"
         )
     tokenizer.fingerprint = files.fingerprint()
+    if embeddings is not None:
+        # Fine-tunes may add a padding token without a row for it; it is never made from text.
+        beyond = sum(number >= embeddings for number in tokenizer.special_tokens.values())
+        used = max(tokenizer.bos_id or 0, tokenizer.eos_id)
+        if tokenizer.vocab_size - beyond > embeddings or used >= embeddings:
+            raise UserError(
+                f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {embeddings}; "
+                "they do not belong together"
+            )
     return tokenizer
 
 

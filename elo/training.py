@@ -3,9 +3,9 @@
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -63,11 +63,32 @@ def planned_steps(batches: Batches, options: TrainingOptions) -> int:
     return len(batches) if options.max_steps is None else min(options.max_steps, len(batches))
 
 
-def train(model: CausalLM, batches: Batches, options: TrainingOptions, world: World, out: Path) -> int:
+@torch.no_grad()
+def evaluate(model: CausalLM, batches: Batches, world: World) -> float:
+    """The mean loss over all of `batches`, in nats a label. Collective."""
+    total = torch.zeros((), device=world.device)
+    labels_counted = 0
+    for step in range(len(batches)):
+        labels_counted += batches.label_count(step)
+        for tokens, labels in batches.micro_batches(step):
+            total += model(tokens.to(world.device), labels.to(world.device))
+    # Without a backward pass what the root gathered would stay, instead of its sharded parameters.
+    model.reshard()
+    return world.sum(total.item())[0] / labels_counted
+
+
+def train(
+    model: CausalLM,
+    batches: Batches,
+    options: TrainingOptions,
+    world: World,
+    out: Path,
+    after_step: Callable[[int], dict[str, Any]] = lambda step: {},
+) -> int:
     """Train through `batches`; returns the number of steps done, fewer than planned after SIGTERM or Ctrl-C.
 
-    Writes a line a step to `out`/metrics.jsonl and resumable states to `out`/checkpoints. Raises UserError when the
-    loss or the gradient is not finite, before the parameters are touched.
+    Writes a line a step to `out`/metrics.jsonl, with what `after_step` returns, and resumable states to
+    `out`/checkpoints. Raises UserError when the loss or the gradient is not finite, before the parameters are touched.
     """
     steps = planned_steps(batches, options)
     optimizer = Optimizer(model, options)
@@ -100,6 +121,7 @@ def train(model: CausalLM, batches: Batches, options: TrainingOptions, world: Wo
                     "tokens_per_second": batches.label_count(step - 1) / seconds,
                     "seconds": time.perf_counter() - begun,
                     "memory_bytes": peak_memory(world.device),
+                    **after_step(step),
                 }
             )
             bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from elo.checkpoint import load_model
+from elo.config import ModelConfig
 from elo.distributed import DTYPES, inference_device
 from elo.documents import Document, find_files, read_documents
 from elo.errors import UserError
@@ -43,7 +44,7 @@ def main(arguments: Namespace) -> None:
     if arguments.seq_len < 2:
         raise UserError(f"--seq-len {arguments.seq_len}: a window needs at least 2 tokens")
     files = find_files(arguments.data)
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
     model = load_model(arguments.model, inference_device(), DTYPES[arguments.dtype])
     print(f"{'bits/byte':>9} {'loss':>8} {'perplexity':>11} {'tokens':>9} {'documents':>9}  file")
     results = []

@@ -23,6 +23,7 @@ from elo.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parent.parent / "../shared/data/tokenizers"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers of ../shared/data are not here")
+MISTRAL_V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 
 # ---- the published templates; Llama's without their branches for tools
 
@@ -225,15 +226,14 @@ def test_the_ids_of_the_real_llama3(tmp_path, name):
 def mistral(tmp_path_factory):
     """The tokenizer of Mistral v0.3, which mistral-common brings along."""
     directory = tmp_path_factory.mktemp("mistral")
-    published = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
-    shutil.copy(published, directory / "tokenizer.model")
+    shutil.copy(MISTRAL_V3, directory / "tokenizer.model")
     return open_format(directory)
 
 
 def test_the_ids_of_mistral_common(mistral):
     _, format = mistral
     assert format.name == "mistral"
-    serving, finetuning = MistralTokenizer.v3(), MistralTokenizer.v3(mode=ValidationMode.finetuning)
+    serving, finetuning = MistralTokenizer.v3(), MistralTokenizer.from_file(MISTRAL_V3, mode=ValidationMode.finetuning)
     rng = random.Random(0)
     contents = [*CONTENTS, "[INST] x [/INST]", "<s>", "[/INST]"]
     ends = set()

@@ -199,6 +199,8 @@ def test_a_run_is_not_overwritten_by_accident(base, plain):
     result = run(base, plain, fails=True)
     assert result.returncode == 2
     assert "--overwrite" in result.stderr
+    result = run(base, base / "model", "--overwrite", fails=True)
+    assert "this is --model" in result.stderr
     result = run(base, plain, "--resume", "--seed", "3", fails=True)
     assert "--seed was 0" in result.stderr
     assert (plain / "model.safetensors").stat().st_mtime_ns == before

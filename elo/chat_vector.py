@@ -1,0 +1,178 @@
+"""The chat vector (arXiv 2310.04799): what instruction tuning changed in a model, added to another of its kind.
+
+theta + scale * (theta_instruct - theta_base)
+"""
+
+import math
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from elo.checkpoint import EMBEDDING, HEAD, Checkpoint
+from elo.config import ModelConfig
+from elo.errors import UserError
+from elo.slicing import LAYER_NAME, parse_layers
+from elo.tokenizer import MODEL_FILES, load_tokenizer
+
+# Elements computed at a time, so that fp32 copies of a whole tensor are never made.
+BLOCK = 2**20
+
+# The ids that end a text or fill a batch, which instruction tuning may have changed.
+TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class ChatVector:
+    """scale * (theta_instruct - theta_base)"""
+
+    instruct: Checkpoint
+    base: Checkpoint
+    scale: float
+
+    def rows(self, name: str) -> int:
+        """How many rows of a tensor the vector has: those that both models have."""
+        return min(self.instruct.shape(name)[0], self.base.shape(name)[0])
+
+    def added_to(self, theta: Tensor, name: str, start: int) -> Tensor:
+        """The vector added to rows `start` and following of a tensor, fp32 -> fp32; rows it lacks stay as they are."""
+        stop = min(start + len(theta), self.rows(name))
+        if stop <= start:
+            return theta
+        instruct = self.instruct.rows(name, start, stop).float()
+        base = self.base.rows(name, start, stop).float()
+        return torch.cat([add(theta[: stop - start], instruct, base, self.scale), theta[stop - start :]])
+
+
+def add(theta: Tensor, instruct: Tensor, base: Tensor, scale: float) -> Tensor:
+    """theta + scale * (instruct - base), all fp32; with scale 1 exactly `instruct` wherever theta equals base.
+
+    There the sum alone gives instruct only up to rounding: fp32 has no room for 1 and 2^-30 in one difference, which
+    bf16 values may have, and base + (instruct - base) turns -0 into 0.
+    """
+    result = theta + scale * (instruct - base)
+    return torch.where(theta == base, instruct, result) if scale == 1 else result
+
+
+@dataclass(frozen=True)
+class Merge:
+    """A model, the chat vectors to add, and the names of the tensors to which they are added."""
+
+    model: Checkpoint
+    vectors: tuple[ChatVector, ...]
+    moved: Collection[str]
+
+    def tensor(self, name: str) -> Tensor:
+        """A tensor of the result, computed in fp32 and rounded once to the dtype in which the model stores it.
+
+        Holds little more than the result. Raises UserError if a value is too large for the dtype.
+        """
+        if name not in self.moved:
+            return self.model.tensor(name)
+        shape, dtype = self.model.shape(name), self.model.dtype(name)
+        result = torch.empty(shape, dtype=dtype)
+        rows = max(1, BLOCK * shape[0] // math.prod(shape))
+        for start in range(0, shape[0], rows):
+            theta = self.model.rows(name, start, start + rows).float()
+            for vector in self.vectors:
+                theta = vector.added_to(theta, name, start)
+            result[start : start + rows] = theta
+            lowest, highest = result[start : start + rows].aminmax()  # NaN if there is one
+            if not (math.isfinite(lowest) and math.isfinite(highest)):
+                raise UserError(f"{name}: the sum has values that are not finite in {dtype}; is a --scale too large?")
+        return result
+
+    def config(self) -> ModelConfig:
+        """The model's configuration with the token ids of the first instruct model, which are where a chat stops."""
+        instruct = self.vectors[0].instruct.config.json
+        fields = {name: value for name, value in self.model.config.json.items() if name not in TOKEN_IDS}
+        # One that the instruct model leaves to the architecture's default must stay so here.
+        return ModelConfig.from_json(fields | {name: instruct[name] for name in TOKEN_IDS if name in instruct})
+
+
+def moved_tensors(names: list[str], layers: tuple[int, ...] | None, skip_embeddings: bool) -> list[str]:
+    """The tensors to add vectors to: those of `layers` only (from 1), or all, or all but embedding and head."""
+    if layers is None:
+        return [name for name in names if not (skip_embeddings and name in (EMBEDDING, HEAD))]
+    matches = {name: LAYER_NAME.fullmatch(name) for name in names}
+    return [name for name, match in matches.items() if match and int(match[1]) + 1 in layers]
+
+
+def parse_ranges(text: str, num_hidden_layers: int) -> tuple[int, ...]:
+    """`parse_layers` with ranges: 1-4,30."""
+    layers = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)-(\d+)\s*", part)
+        numbers = parse_layers(f"{match[1]},{match[2]}" if match else part, num_hidden_layers)
+        layers += range(numbers[0], numbers[-1] + 1)
+    return parse_layers(",".join(map(str, layers)), num_hidden_layers)
+
+
+def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
+    """Raise UserError where the models do not fit; return what is no mistake, but perhaps not what was meant."""
+    for vector in merge.vectors:
+        for other in (vector.base, vector.instruct):
+            _check_fits(merge, other, shared_vocabulary_rows)
+    return list(dict.fromkeys([*_other_mathematics(merge), *_check_tokenizer(merge)]))
+
+
+def _check_fits(merge: Merge, other: Checkpoint, shared_vocabulary_rows: bool) -> None:
+    ours = merge.model
+    _check_same(ours, other, "architecture", "num_hidden_layers")
+    if {EMBEDDING, HEAD} & set(merge.moved):
+        _check_same(
+            ours, other, "tie_word_embeddings", hint="; --skip-embeddings leaves embedding and head as they are"
+        )
+    for name in merge.moved:
+        here, there = ours.shape(name), other.shape(name)
+        vocabulary = name in (EMBEDDING, HEAD) and here[1:] == there[1:]
+        if here != there and vocabulary and not shared_vocabulary_rows:
+            raise UserError(
+                f"the vocabulary of {other.directory} has {there[0]} rows, that of {ours.directory} {here[0]}; "
+                "--shared-vocabulary-rows adds the vector to the rows that all have, --skip-embeddings to none"
+            )
+        if here != there and not vocabulary:
+            raise UserError(f"{name} has shape {there} in {other.directory}, but {here} in {ours.directory}")
+    # Matrices of the same shape may be cut into other heads.
+    _check_same(ours, other, "num_attention_heads", "num_key_value_heads", "head_dim")
+
+
+def _check_same(ours: Checkpoint, other: Checkpoint, *names: str, hint: str = "") -> None:
+    for name in names:
+        here, there = getattr(ours.config, name), getattr(other.config, name)
+        if here != there:
+            raise UserError(f"{name} is {there} in {other.directory}, but {here} in {ours.directory}{hint}")
+
+
+def _other_mathematics(merge: Merge) -> Iterator[str]:
+    ours = merge.model
+    for other in (other for vector in merge.vectors for other in (vector.base, vector.instruct)):
+        for name in ("rope", "rms_norm_eps", "sliding_windows"):
+            if getattr(other.config, name) != getattr(ours.config, name):
+                yield f"{name} differs between {ours.directory}, whose the result has, and {other.directory}"
+
+
+def _check_tokenizer(merge: Merge) -> Iterator[str]:
+    """The result has the first instruct model's tokenizer: UserError if that has tokens for which there is no row."""
+    instruct, ours = merge.vectors[0].instruct, merge.model
+    here, there = ours.config.vocab_size, instruct.config.vocab_size
+    if not any((instruct.directory / name).is_file() for name in ("tokenizer.json", "vocab.json", *MODEL_FILES)):
+        yield f"{instruct.directory} has no tokenizer, so the result has none"
+    elif here > there:
+        yield (
+            f"the result has the tokenizer of {instruct.directory}, which knows nothing of the tokens from {there} on "
+            f"that {ours.directory} has in addition"
+        )
+    elif here < there:
+        try:
+            size = load_tokenizer(instruct.directory).vocab_size
+        except UserError as error:
+            yield f"whether all tokens have one of the {here} rows is not known: {error}"
+            return
+        if size > here:
+            raise UserError(
+                f"the tokenizer of {instruct.directory} has {size} tokens, but {ours.directory} has only {here} rows; "
+                "give it more rows first (in transformers: resize_token_embeddings)"
+            )

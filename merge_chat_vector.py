@@ -1,0 +1,136 @@
+"""Stage 3a: add a chat vector to a model: theta + scale * (theta_instruct - theta_base), without training.
+
+    python merge_chat_vector.py --model runs/aligned --base models/Llama-3.1-8B \\
+        --instruct models/Llama-3.1-8B-Instruct --scale 1.0 --out runs/chat
+
+Several vectors: give --instruct with its --base again for each, and --scale once for all or once for each.
+
+Without --layers and --skip-embeddings the vector is added to every tensor: embedding, layers, final norm and head. The
+result is stored in the model's dtypes. It has the model's config.json with the token ids of the first instruct model,
+and that one's tokenizer, chat template and generation_config.json; chat_vector.json tells how it was made.
+"""
+
+import math
+import platform
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from elo.chat_vector import ChatVector, Merge, check, moved_tensors, parse_ranges
+from elo.checkpoint import CONFIG, Checkpoint, save
+from elo.errors import UserError, exit_status
+from elo.options import Parser
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    pairs = pair_up(arguments)
+    check_out(arguments)
+    model = Checkpoint(arguments.model)
+    vectors = tuple(ChatVector(Checkpoint(instruct), Checkpoint(base), scale) for instruct, base, scale in pairs)
+    layers = None if arguments.layers is None else parse_ranges(arguments.layers, model.config.num_hidden_layers)
+    merge = Merge(model, vectors, moved_tensors(model.names(), layers, arguments.skip_embeddings))
+    for note in check(merge, arguments.shared_vocabulary_rows):
+        print(f"note: {note}", file=sys.stderr)
+
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        with tqdm(total=len(model.names()), unit="tensor", disable=None) as progress:
+
+            def tensor(name: str) -> Tensor:
+                merged = merge.tensor(name)
+                progress.update()
+                return merged
+
+            notes = {"chat_vector.json": describe(merge, layers, arguments)}
+            save(arguments.out, merge.config(), tensor, model.dtype, vectors[0].instruct.directory, notes)
+    except OSError as error:
+        raise UserError(f"--out {arguments.out}: {error}") from error
+
+
+def parse_arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint to add the vector to")
+    parser.add_argument(
+        "--instruct", type=Path, required=True, action="append", metavar="DIR", help="instruction-tuned checkpoint"
+    )
+    parser.add_argument(
+        "--base", type=Path, required=True, action="append", metavar="DIR", help="what --instruct was made from"
+    )
+    parser.add_argument("--scale", type=float, action="append", metavar="X", help="factor of the vector (default: 1)")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
+    parser.add_argument(
+        "--layers",
+        metavar="LIST",
+        help="add the vector to these only, like 1-8,30 (from 1; -1 is the last); embedding, final norm and head stay",
+    )
+    parser.add_argument(
+        "--skip-embeddings", action="store_true", help="leave embedding and head as they are in the model"
+    )
+    parser.add_argument(
+        "--shared-vocabulary-rows",
+        action="store_true",
+        help="where vocabularies differ in size, add the vector to the rows of embedding and head that all have",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
+    return parser.parse_args()
+
+
+def pair_up(arguments: Namespace) -> list[tuple[Path, Path, float]]:
+    """Each --instruct with its --base and its --scale, in the order of the command line."""
+    instructs, bases, scales = arguments.instruct, arguments.base, arguments.scale or [1.0]
+    if len(bases) != len(instructs):
+        raise UserError(f"--instruct is given {len(instructs)} and --base {len(bases)} times; each needs the other")
+    if len(scales) not in (1, len(instructs)):
+        raise UserError(
+            f"--scale is given {len(scales)} times for {len(instructs)} vectors; give one for all, or one for each"
+        )
+    for scale in scales:
+        if not math.isfinite(scale):
+            raise UserError(f"--scale {scale}: not a finite number")
+    return list(zip(instructs, bases, scales * len(instructs), strict=False))
+
+
+def check_out(arguments: Namespace) -> None:
+    """Raise UserError where writing --out would destroy something that was not meant."""
+    out = arguments.out
+    for option in ("model", "instruct", "base"):
+        for directory in [arguments.model] if option == "model" else getattr(arguments, option):
+            if directory.resolve() == out.resolve():
+                raise UserError(f"--out {out}: this is --{option}; give another directory")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; give a directory")
+    if (out / "run.json").exists():
+        raise UserError(f"--out {out}: a training run is there; give another directory")
+    if ((out / CONFIG).exists() or any(out.glob("model*.safetensors"))) and not arguments.overwrite:
+        raise UserError(f"--out {out}: a model is there; use --overwrite or give another directory")
+
+
+def describe(merge: Merge, layers: tuple[int, ...] | None, arguments: Namespace) -> dict[str, object]:
+    """The content of chat_vector.json."""
+    vectors = [
+        {
+            "instruct": str(vector.instruct.directory.resolve()),
+            "base": str(vector.base.directory.resolve()),
+            "scale": vector.scale,
+        }
+        for vector in merge.vectors
+    ]
+    return {
+        "model": str(merge.model.directory.resolve()),
+        "vectors": vectors,
+        "layers": layers,
+        "skip_embeddings": arguments.skip_embeddings,
+        "shared_vocabulary_rows": arguments.shared_vocabulary_rows,
+        "tensors_moved": len(merge.moved),
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+
+if __name__ == "__main__":
+    exit_status(main)

@@ -1,0 +1,149 @@
+"""Stage 3b: bilingual instruction tuning of every parameter on conversations, as many in each language.
+
+    torchrun --nproc_per_node=8 sft.py --model runs/chat --data tagengo.parquet --languages ko,en \\
+        --samples 31000 --epochs 10 --out runs/sft
+
+The loss counts the assistant's words and its end-of-turn token, nothing else. With --validation-fraction every epoch
+ends with the loss on held-out conversations.
+"""
+
+import json
+import shutil
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+from elo import conversations
+from elo.chat import FORMATS, chat_format
+from elo.checkpoint import CONFIG, Checkpoint, adopt, export
+from elo.conversations import ConversationBatches, load_conversations
+from elo.distributed import ParallelOptions, World, parallelize, process_group
+from elo.errors import UserError, exit_status
+from elo.model import CausalLM, build
+from elo.optimizer import TrainingOptions
+from elo.options import Parser
+from elo.run import check_out, open_run, option_values
+from elo.tokenizer import load_tokenizer
+from elo.training import evaluate, planned_steps, train
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    with process_group() as world:
+        run(arguments, world)
+
+
+def parse_arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint to tune")
+    parser.add_argument("--out", type=Path, default=Path("runs/sft"), metavar="DIR", help="(%(default)s)")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    parser.add_argument("--chat-format", choices=FORMATS, help="(default: the checkpoint's)")
+    parser.add_argument(
+        "--keep", choices=("last", "best", "every"), default="last", help="epoch whose model is kept (%(default)s)"
+    )
+    conversations.add_arguments(parser)
+    TrainingOptions.add_arguments(parser, lr=1e-5)
+    ParallelOptions.add_arguments(parser)
+    return parser.parse_args()
+
+
+def run(arguments: Namespace, world: World) -> None:
+    base = Checkpoint(arguments.model)
+    if arguments.seq_len > base.config.max_position_embeddings:
+        raise UserError(f"--seq-len {arguments.seq_len}: the model has {base.config.max_position_embeddings} positions")
+    if arguments.keep == "best" and not arguments.validation_fraction:
+        raise UserError("--keep best needs --validation-fraction, to tell which epoch is the best")
+    check_out(arguments)
+    options = TrainingOptions.from_arguments(arguments)
+    chat = chat_format(arguments.model, load_tokenizer(arguments.model, base.config.vocab_size), arguments.chat_format)
+    every, report = load_conversations(
+        arguments.data,
+        chat,
+        arguments.seq_len,
+        arguments.languages,
+        arguments.samples,
+        arguments.seed,
+        arguments.skip_malformed,
+    )
+    world.say(str(report))
+    training, held_out = every.split(arguments.validation_fraction, arguments.seed)
+    shape = arguments.batch_conversations, arguments.micro_batch_tokens
+    batches = ConversationBatches(training, *shape, arguments.epochs, arguments.seed, world)
+    validation = ConversationBatches(held_out, *shape, 1, arguments.seed, world) if len(held_out) else None
+    open_run(arguments, world)
+
+    model = parallelize(build(base.config), world, ParallelOptions.from_arguments(arguments))
+    base.load_into(model)
+    epochs = Epochs(arguments, model, base, batches, validation, world)
+    done = train(model, batches, options, world, arguments.out, after_step=epochs.after_step)
+    if done < planned_steps(batches, options):
+        world.say(f"stopped after step {done}; --resume goes on from there")
+    else:
+        epochs.finish(done)
+
+
+class Epochs:
+    """What happens at the end of an epoch: the held-out loss, and a checkpoint in OUT/epoch-N if it is to be kept."""
+
+    def __init__(
+        self,
+        arguments: Namespace,
+        model: CausalLM,
+        base: Checkpoint,
+        batches: ConversationBatches,
+        validation: ConversationBatches | None,
+        world: World,
+    ) -> None:
+        self.out, self.keep, self.model, self.base = arguments.out, arguments.keep, model, base
+        self.batches, self.validation, self.world = batches, validation, world
+        resumed = arguments.resume and world.rank == 0
+        self.best = world.from_rank_0(self.best_so_far() if resumed else None)
+        self.notes = {"base": str(Path(arguments.model).resolve()), "options": option_values(arguments)}
+
+    def after_step(self, step: int) -> dict[str, Any]:
+        epoch, rest = divmod(step, self.batches.steps_per_epoch)
+        if rest:
+            return {}
+        ended: dict[str, Any] = {"epoch": epoch}
+        is_best = False
+        if self.validation is not None:
+            loss = ended["validation_loss"] = evaluate(self.model, self.validation, self.world)
+            self.world.say(f"epoch {epoch}: held-out loss {loss:.4f}")
+            is_best = self.best is None or loss < self.best[0]
+            self.best = (loss, epoch) if is_best else self.best
+        if self.keep == "every" or (self.keep == "best" and is_best):
+            self.save(epoch)
+        if self.keep == "best" and is_best and self.world.rank == 0:
+            for directory in self.out.glob("epoch-*"):
+                if directory != self.directory(epoch):
+                    shutil.rmtree(directory)
+        return ended
+
+    def best_so_far(self) -> tuple[float, int] | None:
+        """(loss, epoch) of the best epoch that an interrupted run saved."""
+        lines = map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines())
+        ended = [(line["validation_loss"], line["epoch"]) for line in lines if "validation_loss" in line]
+        return min((best for best in ended if (self.directory(best[1]) / CONFIG).exists()), default=None)
+
+    def directory(self, epoch: int) -> Path:
+        return self.out / f"epoch-{epoch}"
+
+    def save(self, epoch: int) -> None:
+        if self.world.rank == 0:
+            self.directory(epoch).mkdir(exist_ok=True)
+        self.world.wait()
+        export(self.directory(epoch), self.model, self.base, notes={"sft.json": {**self.notes, "epoch": epoch}})
+
+    def finish(self, steps: int) -> None:
+        """The model of the run: the last one, or the best."""
+        if self.keep == "best":
+            if self.world.rank == 0:
+                adopt(self.directory(self.best[1]), self.out)
+                shutil.rmtree(self.directory(self.best[1]))
+        else:
+            export(self.out, self.model, self.base, notes={"sft.json": {**self.notes, "steps": steps}})
+
+
+if __name__ == "__main__":
+    exit_status(main)

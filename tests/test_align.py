@@ -1,0 +1,179 @@
+"""align.py: the layers back in place, new documents only, and every parameter trained."""
+
+import json
+import shutil
+import sys
+
+import families
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from small_tokenizer import write_tokenizer
+from transformers import AutoModelForCausalLM
+
+import align
+import train
+from elo.checkpoint import load_model
+from elo.errors import exit_status
+
+COMMON = ["--seq-len", "32", "--batch-tokens", "128", "--lr", "1e-2", "--dtype", "fp32"]
+
+
+def run(script, monkeypatch, *words):
+    monkeypatch.setattr(sys, "argv", [script.__name__, *COMMON, *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(script.main)
+    return exit_.value.code
+
+
+@pytest.fixture(params=["llama3.2-tied", "mistral-v0.3", "qwen2-sliding"])
+def project(request, tmp_path, monkeypatch):
+    """A base model of each family, two corpora, and a stage-1 result on 4 kB of them."""
+    variant = families.VARIANTS[request.param]
+
+    def sized():
+        architecture, config = variant()
+        config.vocab_size = 400
+        return architecture, config
+
+    monkeypatch.setitem(families.VARIANTS, "sized", sized)
+    base = families.write("sized", tmp_path / "base", dtype=torch.bfloat16)
+    write_tokenizer(base)
+    for name in ("ko", "en"):
+        lines = [json.dumps({"text": f"{name} {number} " * (number % 9 + 2)}) for number in range(300)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    text = ["--model", base, "--target", tmp_path / "ko.jsonl", "--source", tmp_path / "en.jsonl"]
+    assert run(train, monkeypatch, *text, "--gb", "0.000004", "--out", tmp_path / "elo", "--layers", "1,4") == 0
+    return tmp_path, text
+
+
+def test_replacement_changes_the_trained_layers_only(project, monkeypatch):
+    directory, text = project
+    out = directory / "replaced"
+    assert run(align, monkeypatch, *text, "--elo", directory / "elo", "--gb", "0", "--out", out) == 0
+    base, elo, replaced = (load_file(directory / name / "model.safetensors") for name in ("base", "elo", "replaced"))
+    assert replaced.keys() == base.keys()
+    for name, tensor in replaced.items():
+        in_slice = name.replace("layers.3.", "layers.1.")
+        trained = "layers.0." in name or "layers.3." in name
+        assert torch.equal(tensor, elo[in_slice] if trained else base[name])
+    assert not torch.equal(replaced["model.layers.3.mlp.up_proj.weight"], base["model.layers.3.mlp.up_proj.weight"])
+    tokens = torch.arange(60).view(2, 30)
+    theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    torch.testing.assert_close(load_model(out, "cpu", torch.float32)(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+def test_alignment_trains_everything_on_new_documents(project, monkeypatch):
+    directory, text = project
+    seen = []
+    original = align.pretraining.PackedBatches.__init__
+
+    def spy(self, windows, *rest):
+        original(self, windows, *rest)
+        seen.append({name for index in range(len(windows)) for name in windows.documents(index)})
+
+    monkeypatch.setattr(align.pretraining.PackedBatches, "__init__", spy)
+    again = [*text, "--gb", "0.000004"]
+    assert run(train, monkeypatch, *again, "--out", directory / "again") == 0
+    aligned = [*text, "--elo", directory / "elo", "--gb", "0.000003", "--out", directory / "aligned"]
+    assert run(align, monkeypatch, *aligned) == 0
+    control = [*text, "--after", directory / "elo", "--gb", "0.000003", "--out", directory / "control"]
+    assert run(align, monkeypatch, *control) == 0
+    stage_1, stage_2, stage_2_control = seen
+    assert stage_1
+    assert stage_2
+    assert not stage_1 & stage_2
+    assert stage_2 == stage_2_control
+
+    base, aligned, control = (load_file(directory / d / "model.safetensors") for d in ("base", "aligned", "control"))
+    assert all(not torch.equal(aligned[name], base[name]) for name in base)
+    assert not torch.equal(aligned["model.layers.0.mlp.up_proj.weight"], control["model.layers.0.mlp.up_proj.weight"])
+    losses = [json.loads(line)["loss"] for line in (directory / "aligned" / "metrics.jsonl").read_text().splitlines()]
+    assert losses[-1] < losses[0]
+
+
+def test_memory_options_change_no_number(project, monkeypatch):
+    directory, text = project
+    runs = {
+        "plain": [],
+        "in-backward": ["--optimizer-in-backward"],
+        "checkpointing": ["--activation-checkpointing"],
+        "offload": ["--cpu-offload"],
+    }
+    for name, options in runs.items():
+        fixed = ["--gb", "0.000003", "--clip", "0", "--micro-batch", "4", "--max-steps", "4"]
+        assert (
+            run(align, monkeypatch, *text, *fixed, "--after", directory / "elo", "--out", directory / name, *options)
+            == 0
+        )
+    plain = (directory / "plain" / "model.safetensors").read_bytes()
+    for name in runs:
+        assert (directory / name / "model.safetensors").read_bytes() == plain, name
+
+
+def damage_frozen(elo):
+    tensors = load_file(elo / "model.safetensors")
+    tensors["model.embed_tokens.weight"][3, 3] += 1
+    save_file(tensors, elo / "model.safetensors")
+    return "model.embed_tokens.weight, which stage 1 froze, differs"
+
+
+def damage_config(elo):
+    config = json.loads((elo / "config.json").read_text())
+    (elo / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 0.5}))
+    return "rms_norm_eps is 0.5"
+
+
+def damage_layers(elo):
+    notes = json.loads((elo / "elo.json").read_text())
+    (elo / "elo.json").write_text(json.dumps({**notes, "layers": [1, 9]}))
+    return "there is no layer 9; the model has 4 layers"
+
+
+def damage_one_layer(elo):
+    notes = json.loads((elo / "elo.json").read_text())
+    (elo / "elo.json").write_text(json.dumps({**notes, "layers": [1]}))
+    return "num_hidden_layers is 2"
+
+
+def damage_missing(elo):
+    tensors = load_file(elo / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, elo / "model.safetensors")
+    return "tensor model.layers.1.mlp.up_proj.weight of shape (112, 48) is missing"
+
+
+def damage_shape(elo):
+    tensors = load_file(elo / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] = torch.zeros(112, 47)
+    save_file(tensors, elo / "model.safetensors")
+    return "has shape (112, 47), config.json says (112, 48)"
+
+
+def damage_notes(elo):
+    (elo / "elo.json").unlink()
+    return "elo.json: not readable"
+
+
+@pytest.mark.parametrize("project", ["llama3.2-tied"], indirect=True)
+def test_what_does_not_fit_is_refused(project, monkeypatch, capfd):
+    directory, text = project
+    for damage in [value for name, value in sorted(globals().items()) if name.startswith("damage_")]:
+        broken = directory / damage.__name__
+        shutil.copytree(directory / "elo", broken)
+        expected = damage(broken)
+        capfd.readouterr()
+        assert run(align, monkeypatch, *text, "--elo", broken, "--gb", "0.000003", "--out", directory / "out") == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert expected in line
+    for options, message in {
+        ("--seed", "7"): "other seed",
+        ("--target", directory / "en.jsonl"): "other documents",
+        ("--gb", "1"): "GB of an earlier stage: 0.9",
+        ("--optimizer-in-backward",): "give --clip 0",
+    }.items():
+        capfd.readouterr()
+        fixed = [*text, "--elo", directory / "elo", "--gb", "0.000003", "--out", directory / "out", *options]
+        assert run(align, monkeypatch, *fixed) == 2
+        assert message in capfd.readouterr().err
+    assert not (directory / "out").exists()
