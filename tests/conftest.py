@@ -1,6 +1,9 @@
-"""The scripts are imported from the project's root."""
+"""Settings of all tests. The scripts are imported from the project's root."""
 
+import os
 import sys
 from pathlib import Path
 
+# The models here are tiny: a second thread gains nothing, and costs much where other work wants the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))

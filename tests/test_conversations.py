@@ -24,13 +24,8 @@ from torch.nn.functional import cross_entropy
 
 from elo.chat import chat_format
 from elo.checkpoint import load_model
-from elo.conversations import (
-    SORTED_TOGETHER,
-    ConversationBatches,
-    language_list,
-    language_name,
-    load_conversations,
-)
+from elo.conversation_files import language_list, language_name
+from elo.conversations import SORTED_TOGETHER, ConversationBatches, load_conversations
 from elo.errors import UserError
 from elo.loss import IGNORE
 from elo.tokenizer import load_tokenizer
