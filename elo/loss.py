@@ -6,15 +6,20 @@ states (tokens x hidden) stays. `F.linear_cross_entropy` of torch 2.13 does the 
 chunks in bf16 when the input is bf16, and its chunks are slow on a CPU.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
+from elo.linear import matmul_t
+
 IGNORE = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
-# Logits at a time in the matrix products: enough rows for them to be fast, few enough to be small beside the model.
-CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**28}
-# Logits at a time in the softmax, which passes over them five times: on a CPU a part that stays in its cache.
-BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**28}
+# Logits at a time in the matrix products: enough rows for them to be fast, few enough to be small beside the model. On
+# a CPU also less than the 32 MiB from which on glibc takes fresh pages from the kernel for every tensor.
+CHUNK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**29}
+# fp32 logits at a time in the softmax, which passes over them five times: on a CPU a part that stays in its cache.
+BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**30}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -37,20 +42,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
         counts = labels != IGNORE
         targets = labels.where(counts, 0)
 
-        chunk = max(1, CHUNK_ELEMENTS[hidden.device.type] // weight.shape[0])
+        chunk = even_chunk(hidden.shape[0], CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * hidden.itemsize))
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             h, count, target = hidden[rows], counts[rows, None], targets[rows]
-            logits = h @ weight.T  # (chunk, vocabulary)
+            logits = matmul_t(h, weight)  # (chunk, vocabulary)
             losses, row_sum = _exponentiate(logits, target)
             loss += (losses * count).sum()
 
             # The gradient at the logits is softmax - one_hot(label). Both parts are applied on the small side of the
             # matrix products: the row sums after them, the one-hot as a row of the weight.
             if needs_hidden:
-                hidden_grad[rows] = ((logits @ weight) / row_sum - weight[target]) * count
+                hidden_grad[rows] = (matmul_t(logits, weight.T) / row_sum - weight[target]) * count
             if needs_weight:
-                weight_grad += logits.T @ (h * (count / row_sum)).to(h.dtype)
+                weight_grad += matmul_t(logits.T, (h * (count / row_sum)).to(h.dtype).T)
                 weight_grad.index_add_(0, target, (h * count).float(), alpha=-1)
 
         ctx.save_for_backward(hidden_grad, weight_grad)
@@ -74,7 +79,7 @@ def _exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     """
     losses = torch.empty(logits.shape[0], 1, device=logits.device)
     row_sum = torch.empty_like(losses)
-    block = max(1, BLOCK_ELEMENTS[logits.device.type] // logits.shape[1])
+    block = even_chunk(logits.shape[0], BLOCK_BYTES[logits.device.type] // (logits.shape[1] * 4))
     for start in range(0, logits.shape[0], block):
         rows = slice(start, start + block)
         part = logits[rows].float()  # the same memory if it is fp32 already
@@ -84,3 +89,8 @@ def _exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         if part.dtype != logits.dtype:
             logits[rows] = part
     return losses.add_(row_sum.log()), row_sum
+
+
+def even_chunk(rows: int, most: int) -> int:
+    """The size of the fewest chunks of at most `most` rows, none of them much smaller than the others."""
+    return math.ceil(rows / math.ceil(rows / max(1, most))) if rows else 1

@@ -1,10 +1,11 @@
-"""The decoder of Llama, Mistral and Qwen2: embedding, blocks, norm, head.
+"""The decoder of Llama, Mistral and Qwen2: embedding, blocks, norm, head; and the cache that generation needs.
 
 Modules and parameters carry the names of the Hugging Face checkpoint. Nothing here knows of devices, processes or
 files; a model is built on the meta device and filled by `elo.checkpoint`.
 """
 
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,70 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elo.config import ModelConfig
+from elo.linear import Linear
 from elo.loss import linear_cross_entropy
 from elo.rotary import rotary_table, rotate
+
+# Takes the keys and values of new tokens, each (batch, kv_heads, new, head_dim), and gives those of all so far.
+Extend = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+class KVCache:
+    """The keys and values of the tokens that each sequence of a batch has so far.
+
+    The token at position p lies in slot p, so sequences of different lengths need no padding in front. What lies
+    behind a sequence's length is never looked at and is overwritten by its next tokens.
+    """
+
+    def __init__(self, config: ModelConfig, batch: int, device: torch.device, dtype: torch.dtype) -> None:
+        self.lengths = [0] * batch  # tokens held of each sequence
+        empty = torch.zeros(batch, config.num_key_value_heads, 0, config.head_dim, device=device, dtype=dtype)
+        self.layers = [(empty, empty)] * config.num_hidden_layers
+
+    @property
+    def capacity(self) -> int:
+        """The slots of a sequence for which there is memory."""
+        return self.layers[0][0].shape[2]
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop the other sequences."""
+        self.lengths = [self.lengths[row] for row in rows]
+        self.layers = [(keys[rows], values[rows]) for keys, values in self.layers]
+
+    def truncate(self, length: int) -> None:
+        """Forget the tokens from position `length` on."""
+        self.lengths = [min(length, held) for held in self.lengths]
+
+    def new_positions(self, new: int) -> Tensor:
+        """(batch, new): where each sequence's next tokens go. Makes room for them."""
+        needed = max(self.lengths) + new
+        if needed > self.capacity:
+            more = 2 ** max(8, (needed - 1).bit_length()) - self.capacity
+            # Zeros: a slot that only a longer sequence has used yet is multiplied by an attention weight of 0.
+            self.layers = [
+                (F.pad(keys, (0, 0, 0, more)), F.pad(values, (0, 0, 0, more))) for keys, values in self.layers
+            ]
+        device = self.layers[0][0].device
+        return torch.tensor(self.lengths, device=device)[:, None] + torch.arange(new, device=device)
+
+    def mask(self, positions: Tensor, window: int | None) -> Tensor | None:
+        """(batch, 1, new, slots), True where a new token may look; None if that is everywhere, or all of the past."""
+        slots = max(self.lengths) + positions.shape[1]
+        starts, cuts = set(self.lengths), window is not None and window < slots
+        if not cuts and (starts == {0} or (positions.shape[1] == 1 and len(starts) == 1)):
+            return None
+        slot, position = torch.arange(slots, device=positions.device), positions[:, None, :, None]
+        return (slot <= position) & (slot > position - window) if cuts else slot <= position
+
+    def extend(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the new tokens' keys and values of a layer into their slots; gives all slots in use."""
+        rows, slots = (
+            torch.arange(len(positions), device=positions.device)[:, None],
+            max(self.lengths) + positions.shape[1],
+        )
+        for held, new in zip(self.layers[layer], (keys, values), strict=True):
+            held[rows, :, positions] = new.transpose(1, 2)
+        return tuple(held[:, :, :slots] for held in self.layers[layer])
 
 
 class RMSNorm(nn.Module):
@@ -34,16 +97,22 @@ class Attention(nn.Module):
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = nn.Linear(queries, config.hidden_size, bias=False)
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
         heads = (*x.shape[:2], -1, self.head_dim)
         q = rotate(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)  # (batch, heads, sequence, head_dim)
         k = rotate(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)  # (batch, kv_heads, sequence, head_dim)
         v = self.v_proj(x).view(heads).transpose(1, 2)
+        if extend is not None:
+            k, v = extend(k, v)
+            if x.shape[1] == 1:
+                # A single query sees all: those that share a key-value head can be its sequence, and no key is copied.
+                x = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, self.head_dim), k, v, attn_mask=mask)
+                return self.o_proj(x.flatten(1)[:, None])
         # Without a mask tensor CUDA takes the flash kernel.
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return self.o_proj(x.transpose(1, 2).flatten(2))
@@ -54,9 +123,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -69,18 +138,20 @@ class Block(nn.Module):
         super().__init__()
         self.sliding_window = config.sliding_windows[layer]
         self.activation_checkpointing = False  # keep only a block's input, and compute the rest again for the backward
-        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
         if self.activation_checkpointing and torch.is_grad_enabled():
             return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False)
-        return self._forward(x, cos, sin, mask)
+        return self._forward(x, cos, sin, mask, extend)
 
-    def _forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask)
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -94,8 +165,10 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         x = self.embed_tokens(tokens)  # (batch, sequence, hidden)
+        if cache is not None:
+            return self.norm(self._extend(x, cache))
         length = tokens.shape[1]
         cos, sin = rotary_table(self.rope, self.head_dim, length, x.device, x.dtype)
         for block in self.layers:
@@ -104,6 +177,16 @@ class Transformer(nn.Module):
             x = block(x, cos, sin, sliding_window_mask(length, window, x.device) if cuts else None)
         return self.norm(x)
 
+    def _extend(self, x: Tensor, cache: KVCache) -> Tensor:
+        """The blocks on tokens that follow those in the cache."""
+        positions = cache.new_positions(x.shape[1])  # (batch, sequence)
+        table = rotary_table(self.rope, self.head_dim, cache.capacity, x.device, x.dtype)
+        cos, sin = (angles[positions][:, None] for angles in table)  # (batch, 1, sequence, head_dim / 2)
+        masks = {window: cache.mask(positions, window) for window in {block.sliding_window for block in self.layers}}
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, masks[block.sliding_window], partial(cache.extend, layer, positions))
+        return x
+
 
 class CausalLM(nn.Module):
     """A decoder with its head.
@@ -111,13 +194,16 @@ class CausalLM(nn.Module):
     `forward(tokens)` gives logits of shape (batch, sequence, vocabulary) in the dtype of computation. With `labels`
     of the tokens' shape (the next token at each position, or IGNORE) it gives the summed cross-entropy in nats as an
     fp32 scalar, and tokens x vocabulary logits never exist (`elo.loss`).
+
+    With a cache, the tokens follow those in it and are added to it, and the logits are those of each row's last token
+    only, (batch, vocabulary). `lengths` is how many of a row's tokens are real, the others are padding at its end.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.model = Transformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
         self.tie_weights()
 
     def tie_weights(self) -> None:
@@ -125,8 +211,18 @@ class CausalLM(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
-    def forward(self, tokens: Tensor, labels: Tensor | None = None) -> Tensor:
-        hidden = self.model(tokens)
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
+    ) -> Tensor:
+        hidden = self.model(tokens, cache)
+        if cache is not None:
+            lengths = lengths or [tokens.shape[1]] * tokens.shape[0]
+            cache.lengths = [held + new for held, new in zip(cache.lengths, lengths, strict=True)]
+            return self.lm_head(hidden[range(len(lengths)), [new - 1 for new in lengths]])
         if labels is None:
             return self.lm_head(hidden)
         return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())

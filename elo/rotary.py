@@ -140,7 +140,8 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + head_dim / 2]) by its position's angle.
 
-    x: (batch, heads, sequence, head_dim); cos, sin: (sequence, head_dim / 2).
+    x: (batch, heads, sequence, head_dim); cos, sin: (sequence, head_dim / 2), or (batch, 1, sequence, head_dim / 2)
+    where the sequences are at different positions.
     """
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

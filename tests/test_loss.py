@@ -19,8 +19,8 @@ def sample(dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("rows_at_a_time", [1, 10, 1000])
 def test_value_and_gradients(rows_at_a_time, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_ELEMENTS, "cpu", 301 * rows_at_a_time)
-    monkeypatch.setitem(loss_module.BLOCK_ELEMENTS, "cpu", 301 * 4)
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 301 * 4 * rows_at_a_time)
+    monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 301 * 4 * 4)
     hidden, weight, labels = sample()
     (linear_cross_entropy(hidden, weight, labels) * 0.7).backward()
     ours = hidden.grad, weight.grad
