@@ -24,3 +24,15 @@ def write_tokenizer(directory, text=TEXT, vocab_size=400):
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|endoftext|>"}))
     return directory
+
+
+def add_chat_tokens(directory):
+    """Add <|im_start|> and <|im_end|> to the tokenizer of a directory; returns their ids."""
+    path = directory / "tokenizer.json"
+    tokenizer = json.loads(path.read_text())
+    first = 1 + max(tokenizer["model"]["vocab"].values())
+    for id, content in enumerate(("<|im_start|>", "<|im_end|>"), start=first):
+        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+        tokenizer["added_tokens"].append({"id": id, "content": content, **flags})
+    path.write_text(json.dumps(tokenizer))
+    return first, first + 1

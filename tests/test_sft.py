@@ -6,7 +6,7 @@ import sys
 import families
 import pytest
 import torch
-from small_tokenizer import write_tokenizer
+from small_tokenizer import add_chat_tokens, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 import sft
@@ -19,11 +19,7 @@ def project(tmp_path, monkeypatch):
     monkeypatch.setitem(families.VARIANTS, "small", lambda: families.qwen2(vocab_size=450))
     model = families.write("small", tmp_path / "model", dtype=torch.bfloat16)
     write_tokenizer(model)
-    tokenizer = json.loads((model / "tokenizer.json").read_text())
-    for number, name in ((440, "<|im_start|>"), (441, "<|im_end|>")):
-        flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
-        tokenizer["added_tokens"].append({"id": number, "content": name, **flags})
-    (model / "tokenizer.json").write_text(json.dumps(tokenizer))
+    add_chat_tokens(model)
     records = [
         {
             "language": language,
