@@ -89,7 +89,7 @@ def stream(
             step[row] = token
             left[row] -= 1
         yield step
-        going = [index for index, row in enumerate(rows) if left[row] and step[row] not in stops[row]]
+        going = [index for index, row in enumerate(rows) if left[row] > 0 and step[row] not in stops[row]]
         if 0 < len(going) < len(rows):
             cache.keep(going)
             sampler.keep(going)

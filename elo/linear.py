@@ -1,8 +1,8 @@
-"""Linear layers on the faster of a CPU's two matrix libraries.
+"""Linear layers that train on the faster of a CPU's two matrix libraries.
 
 torch multiplies fp32 matrices with MKL, which on AMD processors runs at less than half the speed of oneDNN, the library
 that torch takes for bf16. The operator used here is the one to which torch.compile lowers linear layers on a CPU.
-Everywhere else this is `torch.nn.functional.linear`.
+Without gradients this is `torch.nn.functional.linear`, so that logits are those of transformers to the last bit.
 """
 
 import torch
@@ -13,7 +13,7 @@ ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_cap
 
 
 def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x @ weight.T + bias, outside of autograd. x: (..., in); weight: (out, in), of any strides."""
+    """x @ weight.T + bias inside of an autograd function. x: (..., in); weight: (out, in), of any strides."""
     if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -39,6 +39,6 @@ class _Linear(torch.autograd.Function):
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)

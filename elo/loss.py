@@ -9,6 +9,7 @@ chunks in bf16 when the input is bf16, and its chunks are slow on a CPU.
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elo.linear import matmul_t
@@ -40,13 +41,14 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         counts = labels != IGNORE
+        product = matmul_t if needs_hidden or needs_weight else F.linear
         targets = labels.where(counts, 0)
 
         chunk = even_chunk(hidden.shape[0], CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * hidden.itemsize))
         for start in range(0, hidden.shape[0], chunk):
             rows = slice(start, start + chunk)
             h, count, target = hidden[rows], counts[rows, None], targets[rows]
-            logits = matmul_t(h, weight)  # (chunk, vocabulary)
+            logits = product(h, weight)  # (chunk, vocabulary)
             losses, row_sum = _exponentiate(logits, target)
             loss += (losses * count).sum()
 
