@@ -7,7 +7,6 @@ is expected, ends the chat. Messages may also come through a pipe, one a line. W
 
 import sys
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from elo.chat import ChatFormat, chat_format
 from elo.checkpoint import load_model
 from elo.distributed import DTYPES, inference_device
 from elo.errors import UserError, exit_status
+from elo.linear import ONEDNN
 from elo.model import CausalLM, KVCache
 from elo.options import Parser, not_negative, not_negative_int, positive, positive_int, share
 from elo.sampling import GREEDY, Sampler, Sampling
@@ -44,8 +44,9 @@ class PackedLinear(nn.Module):
 def pack_weights(model: CausalLM) -> CausalLM:
     """Make a model on a CPU faster at generating, in place; its weights can then be neither trained nor saved."""
     weight = model.lm_head.weight
-    x86 = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")
-    if not x86 or (weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if not ONEDNN or weight.device.type != "cpu":
+        return model
+    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return model
     for module in list(model.modules()):
         for name, child in module.named_children():
@@ -171,13 +172,13 @@ def chat(writer: Writer, format: ChatFormat, system: str | None) -> None:
 
 
 def read_messages() -> Iterator[str]:
-    """The lines of stdin that are not empty, to Ctrl-D or Ctrl-C."""
+    """The lines of stdin that are not empty."""
     sys.stdin.reconfigure(errors="replace")
     terminal = sys.stdin.isatty()
     while True:
         try:
             line = input("> " if terminal else "")
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return print() if terminal else None
         if line.strip():
             yield line
@@ -231,8 +232,10 @@ def main() -> None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         writer.answer([*bos, *tokenizer.encode(arguments.prompt)], {tokenizer.eos_id})
     elif arguments.prompt is None:
-        with suppress(KeyboardInterrupt):
+        try:
             chat(writer, format, arguments.system)
+        except KeyboardInterrupt:  # where a message was expected; the writer sees to its own
+            print()
     else:
         system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
         writer.answer(format.prompt([*system, {"role": "user", "content": arguments.prompt}]), format.stop_ids)

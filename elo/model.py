@@ -70,13 +70,12 @@ class KVCache:
 
     def extend(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new tokens' keys and values of a layer into their slots; gives all slots in use."""
-        rows, slots = (
-            torch.arange(len(positions), device=positions.device)[:, None],
-            max(self.lengths) + positions.shape[1],
-        )
-        for held, new in zip(self.layers[layer], (keys, values), strict=True):
-            held[rows, :, positions] = new.transpose(1, 2)
-        return tuple(held[:, :, :slots] for held in self.layers[layer])
+        held_keys, held_values = self.layers[layer]
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        held_keys[rows, :, positions] = keys.transpose(1, 2)
+        held_values[rows, :, positions] = values.transpose(1, 2)
+        slots = max(self.lengths) + positions.shape[1]
+        return held_keys[:, :, :slots], held_values[:, :, :slots]
 
 
 class RMSNorm(nn.Module):

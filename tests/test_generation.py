@@ -1,5 +1,6 @@
 """The KV cache, sampling and batches against transformers; the chat through a pipe and a terminal."""
 
+import io
 import json
 import os
 import pty
@@ -12,8 +13,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
-from small_tokenizer import write_tokenizer
-from tokenizers import Tokenizer
+from small_tokenizer import add_chat_tokens, write_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
@@ -265,9 +265,7 @@ def test_the_context_ends_a_row(llama):
 def chat_model(tmp_path_factory):
     """A random model that talks ChatML, and never stops by itself."""
     directory = write_tokenizer(tmp_path_factory.mktemp("chat"), vocab_size=300)
-    tokenizer = Tokenizer.from_file(str(directory / "tokenizer.json"))
-    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
+    add_chat_tokens(directory)
     families.write("llama3", directory)
     (directory / "generation_config.json").unlink()
     return directory
@@ -337,6 +335,21 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(writer, monkeypatch, cap
     assert len(writer.ids) == 5
     assert writer.answer([5, 6], ()) == expected
     capsys.readouterr()
+
+
+@pytest.mark.parametrize("more", [[], ["글" * 300]], ids=["in the answer", "in the question"])
+def test_a_full_context_ends_the_chat_with_one_line(chat_model, writer, monkeypatch, capsys, more):
+    writer.max_new_tokens = 2 if more else 10_000
+    monkeypatch.setattr(generation, "read_messages", lambda: iter(["First", *more]))
+    generation.chat(writer, chat_format(chat_model, writer.tokenizer, "chatml"), None)
+    cut_off = "[cut off after 2 tokens: --max-new-tokens]\n" if more else ""
+    full = "[the conversation has filled the model's context of 600 tokens; start a new one]\n"
+    assert capsys.readouterr().err == cut_off + full
+
+
+def test_messages_are_lines_that_are_not_empty(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("첫\n\n \n둘\n".encode() + b"\xff"), "utf-8"))
+    assert list(generation.read_messages()) == ["첫", "둘", "\ufffd"]
 
 
 def test_messages_through_a_pipe_until_the_context_is_full(chat_model):
