@@ -20,9 +20,9 @@ from elo.errors import exit_status
 from elo.model import build
 from elo.optimizer import TrainingOptions
 from elo.options import Parser
-from elo.run import check_out, open_run
+from elo.run import add_arguments, check_out, close_run, open_run
 from elo.slicing import open_slice, slice_name
-from elo.training import planned_steps, train
+from elo.training import train
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def parse_arguments() -> Namespace:
         "--after", type=Path, metavar="DIR", help="take the documents after this run's (default: --elo)"
     )
     parser.add_argument("--out", type=Path, default=Path("runs/aligned"), metavar="DIR", help="(%(default)s)")
+    add_arguments(parser)
     pretraining.add_arguments(parser, gb=1.0)
     TrainingOptions.add_arguments(parser, lr=2e-5)
     ParallelOptions.add_arguments(parser)
@@ -47,25 +48,24 @@ def parse_arguments() -> Namespace:
 def run(arguments: Namespace, world: World) -> None:
     base = pretraining.open_base(arguments.model)
     trained, layers = open_slice(arguments.elo, base) if arguments.elo else (None, ())
-    check_out(arguments)
+    parallel = ParallelOptions.from_arguments(arguments, world)
+    options = TrainingOptions.from_arguments(arguments)
+    goes_on = check_out(arguments, world)
     if arguments.gb == 0:
-        open_run(arguments, world)
+        open_run(arguments, world, goes_on, {})
         return write_replaced(arguments, base, trained, layers)
 
     windows = pretraining.open_windows(arguments, base.config, world, after=arguments.after or arguments.elo)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
-    options = TrainingOptions.from_arguments(arguments)
-    open_run(arguments, world)
+    open_run(arguments, world, goes_on, pretraining.data_of(base, trained, windows))
 
-    model = parallelize(build(base.config), world, ParallelOptions.from_arguments(arguments))
+    model = parallelize(build(base.config), world, parallel)
     base.load_into(model)
     if trained:
         trained.load_into(model, partial(slice_name, layers=layers))
     done = train(model, batches, options, world, arguments.out)
-    if done < planned_steps(batches, options):
-        world.say(f"stopped after step {done}; --resume goes on from there")
-        return None
-    return export(arguments.out, model, base, notes={"elo.json": pretraining.notes(arguments, layers, batches, done)})
+    export(arguments.out, model, base, notes={"elo.json": pretraining.notes(arguments, layers, batches, done)})
+    return close_run(arguments, world)
 
 
 def write_replaced(arguments: Namespace, base: Checkpoint, trained: Checkpoint | None, layers: tuple[int, ...]) -> None:

@@ -7,7 +7,6 @@ The loss counts the assistant's words and its end-of-turn token, nothing else. W
 ends with the loss on held-out conversations.
 """
 
-import json
 import shutil
 from argparse import Namespace
 from pathlib import Path
@@ -15,16 +14,16 @@ from typing import Any
 
 from elo import conversations
 from elo.chat import FORMATS, chat_format
-from elo.checkpoint import CONFIG, Checkpoint, adopt, export
+from elo.checkpoint import CONFIG, Checkpoint, copy, export, remove_model
 from elo.conversations import ConversationBatches, load_conversations
 from elo.distributed import ParallelOptions, World, parallelize, process_group
 from elo.errors import UserError, exit_status
 from elo.model import CausalLM, build
 from elo.optimizer import TrainingOptions
 from elo.options import Parser
-from elo.run import check_out, open_run, option_values
+from elo.run import add_arguments, check_out, close_run, open_run, option_values, read_metrics
 from elo.tokenizer import load_tokenizer
-from elo.training import evaluate, planned_steps, train
+from elo.training import evaluate, train
 
 
 def main() -> None:
@@ -37,7 +36,7 @@ def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint to tune")
     parser.add_argument("--out", type=Path, default=Path("runs/sft"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
+    add_arguments(parser)
     parser.add_argument("--chat-format", choices=FORMATS, help="(default: the checkpoint's)")
     parser.add_argument(
         "--keep", choices=("last", "best", "every"), default="last", help="epoch whose model is kept (%(default)s)"
@@ -54,8 +53,9 @@ def run(arguments: Namespace, world: World) -> None:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {base.config.max_position_embeddings} positions")
     if arguments.keep == "best" and not arguments.validation_fraction:
         raise UserError("--keep best needs --validation-fraction, to tell which epoch is the best")
-    check_out(arguments)
+    parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
+    goes_on = check_out(arguments, world)
     chat = chat_format(arguments.model, load_tokenizer(arguments.model, base.config.vocab_size), arguments.chat_format)
     every, report = load_conversations(
         arguments.data,
@@ -71,16 +71,15 @@ def run(arguments: Namespace, world: World) -> None:
     shape = arguments.batch_conversations, arguments.micro_batch_tokens
     batches = ConversationBatches(training, *shape, arguments.epochs, arguments.seed, world)
     validation = ConversationBatches(held_out, *shape, 1, arguments.seed, world) if len(held_out) else None
-    open_run(arguments, world)
+    data = {"conversations": every.digest(), "model": base.fingerprint()}
+    open_run(arguments, world, goes_on, data)
 
-    model = parallelize(build(base.config), world, ParallelOptions.from_arguments(arguments))
+    model = parallelize(build(base.config), world, parallel)
     base.load_into(model)
     epochs = Epochs(arguments, model, base, batches, validation, world)
     done = train(model, batches, options, world, arguments.out, after_step=epochs.after_step)
-    if done < planned_steps(batches, options):
-        world.say(f"stopped after step {done}; --resume goes on from there")
-    else:
-        epochs.finish(done)
+    epochs.finish(done)
+    close_run(arguments, world)
 
 
 class Epochs:
@@ -97,8 +96,7 @@ class Epochs:
     ) -> None:
         self.out, self.keep, self.model, self.base = arguments.out, arguments.keep, model, base
         self.batches, self.validation, self.world = batches, validation, world
-        resumed = arguments.resume and world.rank == 0
-        self.best = world.from_rank_0(self.best_so_far() if resumed else None)
+        self.best = world.on_rank_0(self.best_so_far)
         self.notes = {"base": str(Path(arguments.model).resolve()), "options": option_values(arguments)}
 
     def after_step(self, step: int) -> dict[str, Any]:
@@ -117,17 +115,21 @@ class Epochs:
         if self.keep == "best" and is_best and self.world.rank == 0:
             for directory in self.out.glob("epoch-*"):
                 if directory != self.directory(epoch):
-                    shutil.rmtree(directory)
+                    self.remove(directory)
         return ended
 
     def best_so_far(self) -> tuple[float, int] | None:
         """(loss, epoch) of the best epoch that an interrupted run saved."""
-        lines = map(json.loads, (self.out / "metrics.jsonl").read_text().splitlines())
+        lines = read_metrics(self.out)
         ended = [(line["validation_loss"], line["epoch"]) for line in lines if "validation_loss" in line]
         return min((best for best in ended if (self.directory(best[1]) / CONFIG).exists()), default=None)
 
     def directory(self, epoch: int) -> Path:
         return self.out / f"epoch-{epoch}"
+
+    def remove(self, directory: Path) -> None:
+        remove_model(directory)  # config.json first: nothing takes the rest for a model
+        shutil.rmtree(directory)
 
     def save(self, epoch: int) -> None:
         if self.world.rank == 0:
@@ -139,8 +141,9 @@ class Epochs:
         """The model of the run: the last one, or the best."""
         if self.keep == "best":
             if self.world.rank == 0:
-                adopt(self.directory(self.best[1]), self.out)
-                shutil.rmtree(self.directory(self.best[1]))
+                # A copy first: of files that were moved, a kill half-way would leave a part here and a part there.
+                copy(self.directory(self.best[1]), self.out)
+                self.remove(self.directory(self.best[1]))
         else:
             export(self.out, self.model, self.base, notes={"sft.json": {**self.notes, "steps": steps}})
 

@@ -15,9 +15,9 @@ from elo.distributed import ParallelOptions, World, parallelize, process_group
 from elo.errors import UserError, exit_status
 from elo.model import build
 from elo.options import Parser
-from elo.run import check_out, open_run
+from elo.run import add_arguments, check_out, close_run, open_run
 from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
-from elo.training import TrainingOptions, planned_steps, train
+from elo.training import TrainingOptions, train
 
 
 def main() -> None:
@@ -33,6 +33,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
     )
+    add_arguments(parser)
     pretraining.add_arguments(parser)
     TrainingOptions.add_arguments(parser, lr=3e-4)
     ParallelOptions.add_arguments(parser)
@@ -48,23 +49,22 @@ def run(arguments: Namespace, world: World) -> None:
         raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
     else:
         layers, config, source = None, base.config, lambda name: name
-    check_out(arguments)
+    parallel = ParallelOptions.from_arguments(arguments, world)
+    options = TrainingOptions.from_arguments(arguments)
+    goes_on = check_out(arguments, world)
     windows = pretraining.open_windows(arguments, config, world)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
-    options = TrainingOptions.from_arguments(arguments)
-    open_run(arguments, world)
+    open_run(arguments, world, goes_on, pretraining.data_of(base, None, windows))
 
     model = build(config)
     if arguments.method == "elo":
         freeze_all_but_layers(model)
-    parallelize(model, world, ParallelOptions.from_arguments(arguments))
+    parallelize(model, world, parallel)
     base.load_into(model, source)
     done = train(model, batches, options, world, arguments.out)
-    if done < planned_steps(batches, options):
-        world.say(f"stopped after step {done}; --resume goes on from there")
-        return
     notes = pretraining.notes(arguments, layers, batches, done)
     export(arguments.out, model, base, source, {"elo.json": notes})
+    close_run(arguments, world)
 
 
 if __name__ == "__main__":

@@ -4,13 +4,14 @@ Reading is lazy: headers first, then only the bytes that a process will hold. Wr
 Nothing is unpickled.
 """
 
+import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +30,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+SAVING = ".saving-"  # starts the name of a directory in which a checkpoint is written before it is moved to its place
 
 # Copied byte for byte from a checkpoint to what is made of it; tokenizers of all the families.
 COMPANIONS = (
@@ -101,6 +103,21 @@ class Checkpoint:
         # the mapping goes. It goes with the tensor; opening takes a millisecond.
         with _open(stored.file) as file:
             return file.get_slice(stored.name)[start:stop]
+
+    def fingerprint(self) -> str:
+        """Another one after any training of the weights, and the same for a copy.
+
+        Of each file its size, its beginning and 256 samples: what is beyond a megabyte is not read as a whole.
+        """
+        digest = hashlib.sha256(json.dumps(self.config.json, sort_keys=True).encode())
+        for path in sorted({stored.file for stored in self._stored.values()}):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size} ".encode())
+            with open(path, "rb") as file:
+                for start in sorted({size * sample // 256 // 4096 * 4096 for sample in range(256)}):
+                    file.seek(start)
+                    digest.update(file.read(4096))
+        return digest.hexdigest()[:32]
 
     def load_into(self, model: CausalLM, source: Callable[[str], str | None] = lambda name: name) -> None:
         """Fill parameters of `model`; of one sharded by `fully_shard`, each process reads only its own rows.
@@ -201,10 +218,11 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
     return part.offsets[0], part.offsets[0] + part.sizes[0]
 
 
-def whole(parameter: Tensor) -> Tensor:
-    """A parameter in one piece on the host. Collective: every process must call it for the same parameter."""
+def whole(parameter: Tensor) -> Tensor | None:
+    """A parameter in one piece on the host, for the process that writes. Collective: all must call it in one order."""
     parameter = parameter.detach()
-    return (parameter.full_tensor() if isinstance(parameter, DTensor) else parameter).cpu()
+    parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+    return parameter.cpu() if writes() else None
 
 
 def export(
@@ -254,7 +272,8 @@ def save(
         shards[-1].append(name)
         filled, total = filled + size, total + size
 
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") if writes() else nullcontext() as folder:
+    aside_or_none = tempfile.TemporaryDirectory(dir=directory, prefix=SAVING) if writes() else nullcontext()
+    with _naming(directory), aside_or_none as folder:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -277,6 +296,15 @@ def save(
                 write_json(aside / name, content)
             write_json(aside / CONFIG, config.json)
             adopt(aside, directory)
+
+
+@contextmanager
+def _naming(directory: Path) -> Iterator[None]:
+    """A full disk, or one that may not be written, is a UserError that names the directory."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{directory}: the checkpoint cannot be written: {error.strerror or error}") from None
 
 
 def save_file(
@@ -330,3 +358,17 @@ def adopt(aside: Path, directory: Path) -> None:
         destination = directory / path.relative_to(aside)
         destination.parent.mkdir(exist_ok=True)
         os.replace(path, destination)
+
+
+def copy(source: Path, directory: Path) -> None:
+    """A checkpoint into another directory, over one that is there; without more disk where files can be linked."""
+    with tempfile.TemporaryDirectory(dir=directory, prefix=SAVING) as folder:
+        for path in source.rglob("*"):
+            if path.is_file():
+                aside = Path(folder) / path.relative_to(source)
+                aside.parent.mkdir(exist_ok=True)
+                try:
+                    os.link(path, aside)
+                except OSError:
+                    shutil.copyfile(path, aside)
+        adopt(Path(folder), directory)

@@ -6,6 +6,7 @@ training, held_out = conversations.split(0.01, seed=0)
 batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world)
 """
 
+import hashlib
 import heapq
 from bisect import bisect_right
 from collections import Counter
@@ -105,6 +106,13 @@ class Conversations:
 
     def place(self, index: int) -> str:
         return place(self.files[self.table["file"][index]], self.table["number"][index])
+
+    def digest(self) -> str:
+        """Of tokens, of which are trained, and of where they stand: other conversations have another one."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.trained, self.table):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:32]
 
     def split(self, fraction: float, seed: int) -> tuple["Conversations", "Conversations"]:
         """(training, held out): this fraction of each language is held out, at least one conversation of several."""

@@ -5,26 +5,30 @@ so that there is one path through the code.
 """
 
 import os
-import signal
+import platform
+import time
 from argparse import BooleanOptionalAction, Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-from elo.errors import UserError
+from elo.errors import EarlyExit, ProcessLostError, UserError
 from elo.model import CausalLM
-from elo.options import Parser
+from elo.options import Parser, positive_int
+from elo.signals import StopSignal, end_with_torchrun
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+LEFT = "left"  # the key in the store under which the first process that leaves early says why
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True)
@@ -35,8 +39,10 @@ class World:
     size: int
     local_rank: int
     device: torch.device
-    mesh: DeviceMesh
     host_group: dist.ProcessGroup  # gloo, on the host, patient: one process may tokenize for hours
+    saving_group: dist.ProcessGroup  # another one, for the thread that writes states
+    store: dist.Store
+    stop: StopSignal
 
     def say(self, message: str) -> None:
         """A line on stdout, once."""
@@ -44,8 +50,11 @@ class World:
             print(message, flush=True)
 
     def wait(self) -> None:
-        """Until every process has come here."""
-        dist.barrier(self.host_group)
+        """Until every process has come here. A signal ends the waiting, as it could not in `dist.barrier` itself."""
+        barrier = dist.barrier(self.host_group, async_op=True)
+        while not barrier.is_completed():
+            time.sleep(0.005)
+        barrier.wait()
 
     def from_rank_0(self, value: Any) -> Any:
         """Rank 0's value, on every process."""
@@ -53,35 +62,106 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
+    def on_rank_0(self, function: Callable[[], Any]) -> Any:
+        """What `function` gives on rank 0, on every process; if it raises UserError or EarlyExit, all do."""
+        value, exception = None, None
+        if self.rank == 0:
+            try:
+                value = function()
+            except (UserError, EarlyExit) as raised:
+                exception = raised
+        value, exception = self.from_rank_0((value, exception))
+        if exception is not None:
+            raise exception
+        return value
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, on every process."""
+        values = [None] * self.size
+        dist.all_gather_object(values, value, group=self.host_group)
+        return values
+
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64."""
         total = torch.tensor(values, dtype=torch.float64)
         dist.all_reduce(total, group=self.host_group)
         return total.tolist()
 
+    def tell_why(self, reason: str) -> None:
+        """Leave word for the others, who will find that this process is gone."""
+        with suppress(RuntimeError):  # the store is gone if torchrun is
+            self.store.compare_set(LEFT, "", reason)
+
+    def why_lost(self) -> str | None:
+        """The word that the first process left, or None if it could not."""
+        with suppress(RuntimeError):
+            if self.store.check([LEFT]):
+                return self.store.get(LEFT).decode()
+        return None
+
 
 @contextmanager
 def process_group() -> Iterator[World]:
-    """Join torchrun's processes, or be the only one."""
-    cuda = torch.cuda.is_available()
+    """Join torchrun's processes, or be the only one.
+
+    Where a process ends, the others find their connections to it closed. If it left word why, they end likewise: they
+    too stop, or raise its UserError. If not, it was killed, and they raise ProcessLostError.
+    """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
-    if cuda:
-        if local_rank >= torch.cuda.device_count():
-            raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this node")
-        torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    device = take_device(local_rank)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend)
+        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
+        end_with_torchrun()
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store, rank, size = dist.HashStore(), 0, 1
+    # A group that torchrun has restarted may find the store of the one before.
+    store = dist.PrefixStore(f"elo-{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
+    patient, saving = (dist.new_group(backend="gloo", timeout=timedelta(days=7)) for _ in range(2))
+    stop = StopSignal()
+    world = World(rank, size, local_rank, device, patient, saving, store, stop)
+    stop.listen()
+    is_lost = False
     try:
-        size = dist.get_world_size()
-        mesh = init_device_mesh(device.type, (size,))
-        patient = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-        yield World(dist.get_rank(), size, local_rank, device, mesh, patient)
+        yield world
+    except EarlyExit:
+        world.tell_why(STOPPED)
+        raise
+    except Exception as error:
+        is_lost = _is_lost_connection(error)
+        if is_lost:
+            raise _reason_of_loss(world) from error
+        world.tell_why(str(error) if isinstance(error, UserError) else f"process {rank} failed, see above: {error}")
+        raise
     finally:
-        dist.destroy_process_group()
+        stop.leaving = True
+        if not is_lost:  # else it could wait for the process that is gone
+            dist.destroy_process_group()
+        stop.restore()
+
+
+def _is_lost_connection(error: Exception) -> bool:
+    """gloo has no exception class of its own."""
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def _reason_of_loss(world: World) -> EarlyExit | UserError:
+    why = world.why_lost()
+    if why == STOPPED:
+        reason = EarlyExit("stopped, because another process was")
+    elif why is not None:
+        reason = UserError(why)
+    else:
+        reason = ProcessLostError(
+            f"process {world.rank}: another process of this run was killed or cannot be reached any more; "
+            "the same command goes on from the last saved state, if there is one"
+        )
+    reason.at_once = True
+    return reason
+
+
+# ---- the layout of a model
 
 
 @dataclass(frozen=True)
@@ -92,21 +172,33 @@ class ParallelOptions:
     compile: bool
     activation_checkpointing: bool = False
     cpu_offload: bool = False
+    shard: int | None = None
 
     @staticmethod
     def add_arguments(parser: Parser) -> None:
         group = parser.add_argument_group("computation and memory")
         group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
-        compiles = torch.cuda.is_available()
         group.add_argument(
-            "--compile", action=BooleanOptionalAction, default=compiles, help="blocks (default: on CUDA)"
-        )
+            "--compile", action=BooleanOptionalAction, default=torch.cuda.is_available(), help=(
+            "blocks (default: on CUDA)"))  # fmt: skip
         group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
         group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
+        group.add_argument("--shard", type=positive_int, metavar="N", help=(
+            "shard over N processes and replicate such groups (default: shard over all)"))  # fmt: skip
 
     @staticmethod
-    def from_arguments(arguments: Namespace) -> "ParallelOptions":
+    def from_arguments(arguments: Namespace, world: World) -> "ParallelOptions":
+        """Raises UserError if --shard does not divide the number of processes."""
+        if arguments.shard and world.size % arguments.shard:
+            raise UserError(f"--shard {arguments.shard} does not divide the {world.size} processes of this run")
         return ParallelOptions(**{name: getattr(arguments, name) for name in ParallelOptions.__dataclass_fields__})
+
+
+def make_mesh(world: World, shard: int | None) -> DeviceMesh:
+    """Over all processes; with `shard`, groups of so many, neighbours by rank, that hold the model once each."""
+    if shard in (None, world.size):
+        return init_device_mesh(world.device.type, (world.size,))
+    return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> CausalLM:
@@ -122,7 +214,7 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if options.cpu_offload else OffloadPolicy()
     shard = partial(
         fully_shard,
-        mesh=world.mesh,
+        mesh=make_mesh(world, options.shard),
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         offload_policy=offload,
     )
@@ -138,6 +230,28 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     return model.to_empty(device="cpu" if options.cpu_offload else world.device)
 
 
+# ---- the device: everything that asks for CUDA
+
+
+def inference_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def take_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU where there is none. Raises UserError if the node has fewer GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this node")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes at the highest point so far: of the GPU's allocator, or of the resident process on a CPU."""
     if device.type == "cuda":
@@ -147,30 +261,13 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-class StopSignal:
-    """Remembers SIGTERM and Ctrl-C, so that the loop can save before it leaves.
-
-    Repeats change nothing: at a terminal each worker gets Ctrl-C twice, once from the terminal and once from torchrun,
-    which kills its workers 30 seconds later.
-    """
-
-    SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "StopSignal":
-        self.previous = [signal.signal(number, self._remember) for number in self.SIGNALS]
-        return self
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in zip(self.SIGNALS, self.previous, strict=True):
-            signal.signal(number, handler)
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of torch's generators, which dropout draws from. Whatever else is random here is drawn from --seed anew."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
 
 
-def inference_device() -> torch.device:
-    """The GPU if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

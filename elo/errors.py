@@ -1,6 +1,7 @@
-"""The difference between a user's mistake and a defect of ours.
+"""The difference between a user's mistake, a run that is asked to end, and a defect of ours.
 
-A mistake in a file or an option ends in one line on stderr and exit status 2. Everything else keeps its traceback.
+A mistake in a file or an option ends in one line on stderr and exit status 2. Being asked to end is no mistake: one
+line on stdout and exit status 0. Everything else keeps its traceback.
 """
 
 import os
@@ -13,17 +14,36 @@ from typing import NoReturn
 class UserError(Exception):
     """Something outside of the program is wrong: the message names the file or option and says what is right."""
 
+    at_once = False  # leave without waiting for threads, which may wait for a process that is gone
+
+
+class ProcessLostError(UserError):
+    """Another process of this run has ended, or cannot be reached any more."""
+
+
+class EarlyExit(BaseException):  # noqa: N818  not an error, so that nothing that handles errors takes it for one
+    """There is nothing left to do, or a signal asks to do it later. The message says which."""
+
+    at_once = False
+
 
 def exit_status(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process: 0, or 2 with one line on stderr for a `UserError`."""
+    rank, status, at_once = int(os.environ.get("RANK", 0)), 0, False
     try:
         main()
+    except EarlyExit as exit_:
+        if rank == 0:
+            print(exit_)
+        at_once = exit_.at_once
     except UserError as error:
         # Under torchrun every process finds the same mistake. Rank 0 reports it at once and torchrun then ends
         # the others; they speak only if the mistake was theirs alone.
-        rank = int(os.environ.get("RANK", 0))
-        if rank:
+        if rank and not isinstance(error, ProcessLostError):
             time.sleep(5)
         print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        sys.exit(2)
-    sys.exit(0)
+        status, at_once = 2, error.at_once
+    if at_once:
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from elo.distributed import World
 from elo.errors import UserError
 from elo.model import CausalLM
-from elo.options import Parser, not_negative, not_negative_int, positive, positive_int, share
+from elo.options import Interval, Parser, interval, not_negative, not_negative_int, positive, positive_int, share
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,9 @@ class TrainingOptions:
     clip: float
     optimizer_in_backward: bool
     max_steps: int | None
-    save_every: int | None
-    resume: bool
+    save_every: Interval | None
+    keep_checkpoints: int
+    stop_on_spike: bool
 
     @staticmethod
     def add_arguments(parser: Parser, lr: float) -> None:
@@ -42,8 +43,15 @@ class TrainingOptions:
             "--optimizer-in-backward", action="store_true", help="free each gradient at once; needs --clip 0"
         )
         group.add_argument("--max-steps", type=not_negative_int, help="stop after this many steps (default: one epoch)")
-        group.add_argument("--save-every", type=positive_int, metavar="STEPS", help="save a resumable state this often")
-        group.add_argument("--resume", action="store_true", help="go on from the newest state in --out")
+        group.add_argument(
+            "--save-every", type=interval, metavar="N", help="save a resumable state every N steps, or 15m, or 2h"
+        )
+        group.add_argument(
+            "--keep-checkpoints", type=positive_int, default=2, metavar="K", help="the newest states (%(default)s)"
+        )
+        group.add_argument(
+            "--stop-on-spike", action="store_true", help="stop where a loss or gradient norm is out of range"
+        )
 
     @staticmethod
     def from_arguments(arguments: Namespace) -> "TrainingOptions":
@@ -85,6 +93,8 @@ class Optimizer:
         self.in_backward, self.clip = options.optimizer_in_backward, options.clip
         self.groups = parameter_groups(model, options)
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]
+        # With --shard every gradient is there several times.
+        self.replicas = self.parameters[0].device_mesh.size(0) if self.parameters[0].device_mesh.ndim == 2 else 1
         self.last_micro_batch = False
         adamw = partial(torch.optim.AdamW, lr=options.lr, betas=(0.9, 0.95), fused=True)
         if not self.in_backward:
@@ -114,7 +124,7 @@ class Optimizer:
         if self.in_backward:
             (square,) = world.sum(torch.stack(self.square_norms).sum().item())
             self.square_norms.clear()
-            return math.sqrt(square)
+            return math.sqrt(square / self.replicas)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip or math.inf)
         return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 

@@ -1,7 +1,9 @@
 """Command-line options: a parser whose complaints are one line, and types that say what a value should have been."""
 
 import argparse
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn
 
 from elo.errors import UserError
@@ -45,3 +47,30 @@ def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
     if not fits(value):
         raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
     return value
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number of steps, or a time."""
+
+    text: str
+    steps: float = float("inf")
+    seconds: float = float("inf")
+
+    def is_due(self, steps: int, seconds: float) -> bool:
+        """Whether it is over after so many steps and seconds."""
+        return steps >= self.steps or seconds >= self.seconds
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def interval(text: str) -> Interval:
+    """Steps, such as 100, or a time, such as 30s, 15m or 2h."""
+    match = re.fullmatch(r"(\d{1,9})([smh]?)", text, re.ASCII)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps, as 100, nor a time, as 15m or 2h")
+    count, unit = int(match[1]), match[2]
+    if not unit:
+        return Interval(text, steps=count)
+    return Interval(text, seconds=count * {"s": 1, "m": 60, "h": 3600}[unit])

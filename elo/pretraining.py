@@ -28,7 +28,6 @@ FEWEST_STEPS = 100
 
 def add_arguments(parser: Parser, gb: float | None = None) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="base checkpoint (%(default)s)")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier run in --out")
     group = parser.add_argument_group("data")
     text = f"files, directories or globs of {', '.join(ENDINGS)}"
     group.add_argument("--target", nargs="+", default=["data/target"], metavar="PATH", help=f"new language: {text}")
@@ -102,6 +101,18 @@ def open_base(directory: str) -> Checkpoint:
             f"`hf download meta-llama/Llama-3.1-8B --local-dir {DEFAULT_MODEL}` or name one with --model"
         )
     return Checkpoint(directory)
+
+
+def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> dict[str, Any]:
+    """What a run's numbers follow from besides its options; see `run.open_run`."""
+    stream = windows.mixture.identity
+    shards = dict(zip(("target texts", "source texts"), stream["documents"], strict=False))
+    return {
+        **shards,
+        "first document": windows.mixture.start,
+        "base model": base.fingerprint(),
+        **({"stage-1 model": trained.fingerprint()} if trained else {}),
+    }
 
 
 def find_texts(option: str, patterns: list[str]) -> list[Path]:

@@ -1,139 +1,202 @@
-"""A run's directory: run.json, metrics.jsonl, resumable states under checkpoints/, and at the end the model."""
+"""A run's directory: run.json and metrics.jsonl from the start, states under checkpoints/, and at the end the model.
+
+The same command begins a run, goes on with one that was interrupted, and refuses to touch one that is finished.
+"""
 
 import json
+import os
 import platform
-import re
 import shutil
 import sys
 import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from elo.checkpoint import CONFIG, remove_model
-from elo.distributed import World
-from elo.errors import UserError
+from elo.checkpoint import COMPANIONS, CONFIG, INDEX, NOTES, SAVING, remove_model
+from elo.distributed import World, device_name
+from elo.errors import EarlyExit, UserError
 from elo.fields import read_json_object, write_json
-from elo.model import CausalLM
+from elo.options import Parser
+from elo.signals import restarted
 
-# Frozen parameters come from the base checkpoint again.
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-KEPT = 2
-# Options that change nothing in what is computed.
-FREE = {"resume", "overwrite", "save_every", "out", "workers"}
+RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+
+# Options that a run may go on with other values of.
+CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
+WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache"}  # change nothing that is computed
+# How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
+LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"}
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help=(
+        "go on with the interrupted run in --out: so it is anyway; succeeds if it is finished"))  # fmt: skip
+    group.add_argument("--restart", action="store_true", help="begin the interrupted run in --out anew")
 
 
 def option_values(arguments: Namespace) -> dict[str, Any]:
-    """The options of a run as JSON has them."""
-    return json.loads(json.dumps(vars(arguments), default=str))
+    """The options of a run as JSON has them, without those that tell how it is called."""
+    values = json.loads(json.dumps(vars(arguments), default=str))
+    return {name: value for name, value in values.items() if name not in CALLS}
 
 
-def check_out(arguments: Namespace) -> None:
-    """Before any work: raise UserError if --out has another run, and neither --resume nor --overwrite is given.
+def check_out(arguments: Namespace, world: World) -> bool:
+    """Before any work: whether the run in --out goes on (True) or one begins there. Collective.
 
-    Also if --resume comes with other options than the run had.
+    Raises UserError if --out has what only --overwrite or --restart may replace, or a run with other options, and
+    EarlyExit if it has a finished one and --resume is given.
     """
-    out, options = arguments.out, option_values(arguments)
-    for name in ("model", "elo", "after"):
-        if options.get(name) and Path(options[name]).resolve() == out.resolve():
-            raise UserError(f"--out {out}: this is --{name}; give another directory")
-    used = [path for name in (CONFIG, "run.json", "metrics.jsonl", "checkpoints") if (path := out / name).exists()]
-    if arguments.resume and (out / "run.json").exists():
-        before = read_json_object(out / "run.json").get("options", {})
-        changed = [name for name in options if name not in FREE and options[name] != before.get(name)]
-        if changed:
-            was = ", ".join(f"--{name.replace('_', '-')} was {before.get(name)}" for name in changed)
-            raise UserError(f"--resume: the run in {out} had other options: {was}")
-    elif used and not arguments.overwrite:
-        raise UserError(f"--out {out}: {used[0].name} of an earlier run is there; use --resume, --overwrite or another")
+    return world.on_rank_0(partial(_goes_on, arguments, world))
 
 
-def open_run(arguments: Namespace, world: World) -> None:
-    """Make --out this run's directory and write run.json: the command, the options, versions and machine."""
+def _goes_on(arguments: Namespace, world: World) -> bool:
     out = arguments.out
-    world.wait()
-    if world.rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        if not arguments.resume:
-            remove_model(out)
-            (out / "metrics.jsonl").unlink(missing_ok=True)
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)
-        device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.machine()
-        run = {
-            "command": sys.argv,
-            "options": option_values(arguments),
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-            "device": device,
-            "processes": world.size,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        }
-        write_json(out / "run.json", run)
-    world.wait()
+    for name in ("model", "elo", "after"):
+        other = getattr(arguments, name, None)
+        if other and Path(other).resolve() == out.resolve():
+            raise UserError(f"--out {out}: this is --{name}; give another directory")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; give a directory")
+    if not (out / RUN).exists():
+        found = [name for name in (CONFIG, INDEX, METRICS, CHECKPOINTS, *COMPANIONS, *NOTES) if (out / name).exists()]
+        found += [path.name for path in out.glob("model*.safetensors")]
+        if found and not arguments.overwrite:
+            raise UserError(f"--out {out}: {found[0]} is there already; use --overwrite or give another directory")
+        return False
+    changed = _changed_options(arguments, world)
+    if (out / CONFIG).exists():
+        # torchrun restarts the whole command where a process failed after the work was done.
+        if not changed and (arguments.resume or restarted()):
+            raise EarlyExit(f"{out}: this run is finished")
+        if not arguments.overwrite:
+            what = f"a run with {changed}" if changed else "this run"
+            raise UserError(f"--out {out}: {what} is finished there; use --overwrite or give another directory")
+        return False
+    if changed and (arguments.overwrite or arguments.restart):
+        return False
+    if changed:
+        raise UserError(
+            f"--out {out}: the run there is to be resumed, but it has {changed}; "
+            "give the same options, or --restart to begin anew, or another directory"
+        )
+    return restarted() or not arguments.restart
 
 
-class States:
-    """`directory`/step-N, each written by torch.distributed.checkpoint; one without `.metadata` was cut short.
+def _changed_options(arguments: Namespace, world: World) -> str:
+    """The options that an earlier run in --out had and this one has not; empty if there are none."""
+    before, now = read_json_object(arguments.out / RUN).get("options", {}), option_values(arguments)
+    if not isinstance(before, dict):
+        raise UserError(f"{arguments.out / RUN}: the options of the run are not an object")
+    changed = [name for name in {**before, **now} if name not in CALLS and before.get(name) != now.get(name)]
+    for name in LAYOUT & set(changed):
+        world.say(f"{_option(name)} was {before.get(name)}: from here on numbers are the same within rounding only")
+    changed = [name for name in changed if name not in WATCHING | LAYOUT]
+    return ", ".join(f"{_option(name)} {before.get(name)} instead of {now.get(name)}" for name in changed)
 
-    DCP unpickles: this directory is the run's own, and a model directory is never read this way.
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def open_run(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any]) -> None:
+    """Make --out this run's directory and note in run.json the command, options, versions and machine. Collective.
+
+    data: what the run's numbers follow from besides its options, from a name to something that tells whether it is
+    still the same. Raises UserError if a run that goes on had other data.
     """
+    world.wait()  # until every process has seen what is there
+    world.on_rank_0(partial(_open, arguments, world, goes_on, data))
 
-    def __init__(self, directory: Path, model: CausalLM, optimizers: list[torch.optim.Optimizer], world: World) -> None:
-        self.directory, self.model, self.optimizers, self.world = directory, model, optimizers, world
 
-    def save(self, step: int) -> None:
-        """Collective. The states before the last two are removed once this one is complete."""
-        dcp.save(
-            self._state(step),
-            checkpoint_id=self.directory / f"step-{step}",
-            process_group=self.world.host_group,
-        )
-        if self.world.rank == 0:
-            complete = self.complete()
-            for directory in self.directory.iterdir():
-                if directory not in complete[-KEPT:]:
-                    shutil.rmtree(directory)
+def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any]) -> None:
+    out, data = arguments.out, json.loads(json.dumps(data))
+    call = {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": device_name(world.device),
+        "processes": world.size,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    try:
+        if goes_on:
+            run = read_json_object(out / RUN)
+            changed = [name for name, value in data.items() if run["data"].get(name) != value]
+            if changed:
+                raise UserError(
+                    f"--out {out}: since the run there began, its {' and '.join(changed)} changed; "
+                    "give it what it had, or --restart to begin anew"
+                )
+            run["resumed"].append(call)
+        else:
+            run = {**call, "options": option_values(arguments), "data": data, "resumed": []}
+            out.mkdir(parents=True, exist_ok=True)
+            clear(out)
+        for leftover in [*out.glob(f"{SAVING}*"), *out.glob(f"epoch-*/{SAVING}*")]:
+            shutil.rmtree(leftover)
+        write_json(out / (RUN + ".new"), run)
+        os.replace(out / (RUN + ".new"), out / RUN)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
 
-    def load_newest(self) -> int:
-        """Collective. Restores the newest complete state and returns its step, or 0 where there is none."""
-        complete = self.complete()
-        if not complete:
-            return 0
-        state = self._state(0)
-        dcp.load(state, checkpoint_id=complete[-1], process_group=self.world.host_group)
-        set_state_dict(
-            self.model,
-            self.optimizers,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=TRAINED_ONLY,
-        )
-        return int(state["step"])
 
-    def complete(self) -> list[Path]:
-        """The complete states, oldest first."""
-        states = [path.parent for path in self.directory.glob("step-*/.metadata")]
-        return sorted(states, key=lambda path: int(re.sub(r"\D", "", path.name)))
+def clear(out: Path) -> None:
+    """Remove what a run leaves in its directory, but for run.json, and nothing else that may be there."""
+    remove_model(out)
+    for directory in [out / CHECKPOINTS, *out.glob("epoch-*")]:
+        shutil.rmtree(directory, ignore_errors=True)
+    (out / METRICS).unlink(missing_ok=True)
 
-    def _state(self, step: int) -> dict[str, Any]:
-        model, optimizer = get_state_dict(self.model, self.optimizers, options=TRAINED_ONLY)
-        return {"model": model, "optimizer": optimizer, "step": torch.tensor(step)}
+
+def close_run(arguments: Namespace, world: World) -> None:
+    """After the model is written: the states go, unless --save-every asked for them."""
+    if world.rank == 0 and not getattr(arguments, "save_every", None):
+        shutil.rmtree(arguments.out / CHECKPOINTS, ignore_errors=True)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without a last one that was cut short; empty if there is no such file."""
+    path = out / METRICS
+    if not path.exists():
+        return []
+    lines = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            lines.append(json.loads(line))
+            numbers = [lines[-1][name] for name in ("step", "loss", "grad_norm", "seconds")]
+        except (ValueError, TypeError, KeyError):
+            numbers = [None]
+        if not all(isinstance(value, int | float) for value in numbers):
+            raise UserError(f"{path}:{number}: not a line of a run's metrics; mend or remove the file")
+    return lines
 
 
 class Metrics:
-    """metrics.jsonl, a line a step, written by rank 0; on resuming, the lines after the resumed step go."""
+    """metrics.jsonl, a line a step, written by rank 0; on resuming, the lines after the resumed step go. Collective.
+
+    `before` are the last lines that stay, on every process.
+    """
+
+    REMEMBERED = 100
 
     def __init__(self, out: Path, step: int, world: World) -> None:
-        self.file = None
-        if world.rank == 0:
-            self.file = open(out / "metrics.jsonl", "a+", encoding="utf-8")  # noqa: SIM115  closed by __exit__
-            self.file.seek(0)
-            kept = [line for line in self.file if line.endswith("\n") and json.loads(line)["step"] <= step]
-            self.file.truncate(0)
-            self.file.writelines(kept)
+        self.path, self.file = out / METRICS, None
+        self.before = world.on_rank_0(partial(self._open, step)) if world.rank == 0 else world.on_rank_0(lambda: None)
+
+    def _open(self, step: int) -> list[dict[str, Any]]:
+        lines = read_metrics(self.path.parent)
+        kept = [line for line in lines if line["step"] <= step]
+        self.file = open(self.path, "ab")  # noqa: SIM115  closed by __exit__
+        # Cut, not written anew: a kill at this very moment loses nothing.
+        self.file.truncate(sum(len(line) for line in self.path.read_bytes().splitlines(keepends=True)[: len(kept)]))
+        return kept[-self.REMEMBERED :]
 
     def __enter__(self) -> "Metrics":
         return self
@@ -144,5 +207,8 @@ class Metrics:
 
     def write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(line).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None

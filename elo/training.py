@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elo.distributed import StopSignal, World, peak_memory
+from elo.distributed import World, peak_memory
 from elo.errors import UserError
+from elo.health import Health
 from elo.model import CausalLM
 from elo.optimizer import Optimizer, TrainingOptions, learning_rate
-from elo.run import Metrics, States
+from elo.run import CHECKPOINTS, Metrics
+from elo.states import States
 
 
 class Batches(Protocol):
@@ -85,58 +87,65 @@ def train(
     out: Path,
     after_step: Callable[[int], dict[str, Any]] = lambda step: {},
 ) -> int:
-    """Train through `batches`; returns the number of steps done, fewer than planned after SIGTERM or Ctrl-C.
+    """Train through `batches`, from the newest state in `out`/checkpoints on; returns the number of steps done.
 
-    Writes a line a step to `out`/metrics.jsonl, with what `after_step` returns, and resumable states to
-    `out`/checkpoints. Raises UserError when the loss or the gradient is not finite, before the parameters are touched.
+    Writes a line a step to `out`/metrics.jsonl, with what `after_step` returns, and states: every `save_every`, after
+    the last step, and after SIGTERM or Ctrl-C, on which EarlyExit is raised. Raises UserError when the loss or the
+    gradient is not finite, or with `stop_on_spike` out of range, before the parameters are touched.
     """
     steps = planned_steps(batches, options)
     optimizer = Optimizer(model, options)
-    states = States(out / "checkpoints", model, optimizer.adamws, world)
-    step = states.load_newest() if options.resume else 0
-    begun = time.perf_counter()
-    bar = tqdm(total=steps, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
+    kept = options.save_every, options.keep_checkpoints
+    states = States(out / CHECKPOINTS, model, optimizer.adamws, world, *kept)
+    with world.stop.deferred(), states:
+        step = states.load_newest()
+        with Metrics(out, step, world) as metrics:
+            health = Health((line["loss"], line["grad_norm"]) for line in metrics.before)
+            begun = time.perf_counter() - (metrics.before[-1]["seconds"] if metrics.before else 0)
+            bar = tqdm(total=steps, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
+            states.between_steps(step, step == steps)
 
-    with StopSignal() as stop, Metrics(out, step, world) as metrics:
-        while step < steps:
-            started = time.perf_counter()
-            lr = learning_rate(step, steps, options)
-            optimizer.set_learning_rate(lr)
-            loss = accumulate(model, batches, step, optimizer, world)
-            norm = optimizer.gradient_norm(world) if math.isfinite(loss) else math.nan
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                raise not_finite(step + 1, loss, norm, batches.documents(step), states, optimizer)
-            optimizer.step()
-            (stopping,) = world.sum(stop.requested)
-            step += 1
+            while step < steps:
+                started = time.perf_counter()
+                lr = learning_rate(step, steps, options)
+                optimizer.set_learning_rate(lr)
+                loss = accumulate(model, batches, step, optimizer, world)
+                norm = optimizer.gradient_norm(world) if math.isfinite(loss) else math.nan
+                wrong = health.judge(loss, norm)
+                if not (math.isfinite(loss) and math.isfinite(norm)) or (wrong and options.stop_on_spike):
+                    raise bad_step(step + 1, loss, norm, batches.documents(step), states, optimizer)
+                optimizer.step()
+                step += 1
 
-            seconds = time.perf_counter() - started
-            metrics.write(
-                {
-                    "step": step,
-                    "loss": loss,
-                    "lr": lr,
-                    "grad_norm": norm,
-                    **batches.consumed(step),
-                    "tokens_per_second": batches.label_count(step - 1) / seconds,
-                    "seconds": time.perf_counter() - begun,
-                    "memory_bytes": peak_memory(world.device),
-                    **after_step(step),
-                }
-            )
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
-            bar.update()
-            if stopping or (options.save_every and step % options.save_every == 0 and step < steps):
-                states.save(step)
-            if stopping:
-                break
-    bar.close()
+                seconds = time.perf_counter() - started
+                metrics.write(
+                    {
+                        "step": step,
+                        "loss": loss,
+                        "lr": lr,
+                        "grad_norm": norm,
+                        **batches.consumed(step),
+                        "tokens_per_second": batches.label_count(step - 1) / seconds,
+                        "seconds": time.perf_counter() - begun,
+                        "memory_bytes": peak_memory(world.device),
+                        **({"spike": wrong} if wrong else {}),
+                        **after_step(step),
+                    }
+                )
+                if wrong and world.rank == 0:
+                    tqdm.write(f"step {step}: {' and '.join(wrong)} out of range: loss {loss:.4f}, norm {norm:.4g}")
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
+                bar.update()
+                states.between_steps(step, step == steps)
+            bar.close()
     return step
 
 
-def not_finite(
+def bad_step(
     step: int, loss: float, norm: float, documents: list[str], states: States, optimizer: Optimizer
 ) -> UserError:
+    """A loss or norm that is not finite, or out of range. Collective."""
+    states.finish_saving()
     saved = states.complete()
     changed = optimizer.in_backward and math.isfinite(loss)
     named, more = documents[:20], len(documents) - 20

@@ -144,7 +144,7 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_
     stopped_after = len(metrics(out))
     assert (out / "checkpoints" / f"step-{stopped_after}" / ".metadata").exists()
 
-    run(base, out, "--micro-batch", "2", "--resume", processes=processes)
+    run(base, out, "--micro-batch", "2", processes=processes)  # the same command goes on
     assert [line["step"] for line in metrics(out)] == list(range(1, len(losses(plain)) + 1))
     if processes:
         assert losses(out) == pytest.approx(losses(plain), rel=2e-5)
@@ -202,7 +202,7 @@ def test_a_run_is_not_overwritten_by_accident(base, plain):
     result = run(base, base / "model", "--overwrite", fails=True)
     assert "this is --model" in result.stderr
     result = run(base, plain, "--resume", "--seed", "3", fails=True)
-    assert "--seed was 0" in result.stderr
+    assert "--seed 0 instead of 3" in result.stderr
     assert (plain / "model.safetensors").stat().st_mtime_ns == before
 
 
