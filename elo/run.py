@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
-from elo.checkpoint import CONFIG, remove_model
+from elo.checkpoint import ADAPTER_CONFIG, CONFIG, remove_model
 from elo.distributed import World
 from elo.errors import UserError
 from elo.fields import read_json_object, write_json
@@ -24,7 +24,7 @@ from elo.model import CausalLM
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 KEPT = 2
 # Options that change nothing in what is computed.
-FREE = {"resume", "overwrite", "save_every", "out", "workers"}
+FREE = {"resume", "overwrite", "save_every", "out", "workers", "merge"}
 
 
 def option_values(arguments: Namespace) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def check_out(arguments: Namespace) -> None:
     for name in ("model", "elo", "after"):
         if options.get(name) and Path(options[name]).resolve() == out.resolve():
             raise UserError(f"--out {out}: this is --{name}; give another directory")
-    used = [path for name in (CONFIG, "run.json", "metrics.jsonl", "checkpoints") if (path := out / name).exists()]
+    leaves = (CONFIG, ADAPTER_CONFIG, "run.json", "metrics.jsonl", "checkpoints")
+    used = [path for name in leaves if (path := out / name).exists()]
     if arguments.resume and (out / "run.json").exists():
         before = read_json_object(out / "run.json").get("options", {})
         changed = [name for name in options if name not in FREE and options[name] != before.get(name)]
