@@ -2,17 +2,19 @@
 
     torchrun --nproc_per_node=8 train.py --layers 1,32
 
---method full trains the whole model instead, the baseline that the paper compares with.
+--method full trains the whole model instead and --method lora adapters beside its frozen weights: the baselines that
+the paper compares with.
 """
 
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from elo import pretraining
+from elo import lora, pretraining
 from elo.checkpoint import export
 from elo.distributed import ParallelOptions, World, parallelize, process_group
 from elo.errors import UserError, exit_status
+from elo.lora import LoraOptions
 from elo.model import build
 from elo.options import Parser
 from elo.run import add_arguments, check_out, close_run, open_run
@@ -29,26 +31,33 @@ def main() -> None:
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--layers", help="to detach and train, from 1; -1 is the last (default: 1,-1)")
-    parser.add_argument("--method", choices=("elo", "full"), default="elo", help="train (%(default)s)")
+    parser.add_argument("--method", choices=("elo", "full", "lora"), default="elo", help="train (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
     )
     add_arguments(parser)
     pretraining.add_arguments(parser)
+    LoraOptions.add_arguments(parser)
     TrainingOptions.add_arguments(parser, lr=3e-4)
     ParallelOptions.add_arguments(parser)
     return parser.parse_args()
 
 
 def run(arguments: Namespace, world: World) -> None:
+    adapters = LoraOptions.from_arguments(arguments)
     base = pretraining.open_base(arguments.model)
+    layers, config, source = None, base.config, lambda name: name
     if arguments.method == "elo":
         layers = parse_layers(arguments.layers or "1,-1", base.config.num_hidden_layers)
         config, source = detach(base.config, layers), partial(base_name, layers=layers)
     elif arguments.layers:
         raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
-    else:
-        layers, config, source = None, base.config, lambda name: name
+    model = build(config)  # without memory yet
+    if arguments.method == "elo":
+        freeze_all_but_layers(model)
+    elif adapters:
+        lora.attach(model, adapters, arguments.seed)
+        source = lora.base_name
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
@@ -56,14 +65,16 @@ def run(arguments: Namespace, world: World) -> None:
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
     open_run(arguments, world, goes_on, pretraining.data_of(base, None, windows))
 
-    model = build(config)
-    if arguments.method == "elo":
-        freeze_all_but_layers(model)
     parallelize(model, world, parallel)
     base.load_into(model, source)
+    if adapters:
+        lora.initialize(model, arguments.seed)
     done = train(model, batches, options, world, arguments.out)
     notes = pretraining.notes(arguments, layers, batches, done)
-    export(arguments.out, model, base, source, {"elo.json": notes})
+    if adapters:
+        lora.export(arguments.out, model, base, adapters, notes, arguments.merge)
+    else:
+        export(arguments.out, model, base, source, {"elo.json": notes})
     close_run(arguments, world)
 
 

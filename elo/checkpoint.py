@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,8 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
 SAVING = ".saving-"  # starts the name of a directory in which a checkpoint is written before it is moved to its place
+# peft's files of a LoRA adapter, and the folder for them inside of a merged checkpoint.
+ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter"
 
 # Copied byte for byte from a checkpoint to what is made of it; tokenizers of all the families.
 COMPANIONS = (
@@ -254,12 +256,14 @@ def save(
     dtype: Callable[[str], torch.dtype],
     companions: Path,
     notes: dict[str, dict[str, Any]],
+    beside: Callable[[Path], None] = lambda aside: None,
 ) -> None:
     """Write a checkpoint into `directory` so that a reader finds either all of it or no config.json.
 
     tensor: a name's whole tensor; asked for in the same order on every process, so that it may gather, but only what
     rank 0 gets is written, and let go before the next is asked for. dtype: the one to store a tensor in. companions:
     the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
+    beside: writes further files into the folder it is given, from where all are moved into place.
     """
     shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
@@ -272,20 +276,18 @@ def save(
         shards[-1].append(name)
         filled, total = filled + size, total + size
 
-    aside_or_none = tempfile.TemporaryDirectory(dir=directory, prefix=SAVING) if writes() else nullcontext()
-    with _naming(directory), aside_or_none as folder:
+    with staging(directory) if writes() else nullcontext() as aside:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
             weight_map |= dict.fromkeys(names, file)
             names.sort(key=lambda name: -dtype(name).itemsize)  # aligns every tensor for readers that map files
-            if folder is not None:
-                save_file(Path(folder) / file, {name: (shapes[name], dtype(name)) for name in names}, tensor)
+            if aside is not None:
+                save_file(aside / file, {name: (shapes[name], dtype(name)) for name in names}, tensor)
             else:
                 for name in names:
                     tensor(name)
-        if folder is not None:
-            aside = Path(folder)
+        if aside is not None:
             if len(shards) > 1:
                 write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             for name in COMPANIONS:
@@ -294,17 +296,9 @@ def save(
                     shutil.copyfile(companions / name, aside / name)
             for name, content in notes.items():
                 write_json(aside / name, content)
+            beside(aside)
             write_json(aside / CONFIG, config.json)
             adopt(aside, directory)
-
-
-@contextmanager
-def _naming(directory: Path) -> Iterator[None]:
-    """A full disk, or one that may not be written, is a UserError that names the directory."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{directory}: the checkpoint cannot be written: {error.strerror or error}") from None
 
 
 def save_file(
@@ -341,18 +335,36 @@ def writes() -> bool:
 
 
 def remove_model(directory: Path) -> None:
-    """Remove a checkpoint, config.json first, so that no reader takes a part for the whole."""
-    with_it = (*COMPANIONS, *NOTES) if (directory / CONFIG).exists() else ()
-    weights = directory.glob("model*.safetensors")
-    for path in [directory / CONFIG, directory / INDEX, *weights, *(directory / name for name in with_it)]:
+    """Remove a checkpoint or an adapter, its configuration first, so that no reader takes a part for the whole."""
+    configs = [directory / name for name in (CONFIG, ADAPTER_CONFIG)]
+    with_it = (*COMPANIONS, *NOTES) if any(path.exists() for path in configs) else ()
+    inside = directory / ADAPTER
+    weights = [directory / INDEX, *directory.glob("model*.safetensors"), directory / ADAPTER_WEIGHTS]
+    adapter = [inside / ADAPTER_CONFIG, inside / ADAPTER_WEIGHTS]
+    for path in [*configs, *weights, *adapter, *(directory / name for name in with_it)]:
         path.unlink(missing_ok=True)
+    with suppress(OSError):  # not there, or there is more in it
+        inside.rmdir()
 
 
-def adopt(aside: Path, directory: Path) -> None:
-    """Move a checkpoint's files to their place, over one that is there; config.json first gone and last there."""
+@contextmanager
+def staging(directory: Path) -> Iterator[Path]:
+    """A folder inside of `directory` to write files in that `adopt` then moves; gone afterwards.
+
+    A full disk, or one that may not be written, is a UserError that names the directory.
+    """
+    try:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=SAVING) as folder:
+            yield Path(folder)
+    except OSError as error:
+        raise UserError(f"{directory}: the model cannot be written: {error.strerror or error}") from None
+
+
+def adopt(aside: Path, directory: Path, last: str = CONFIG) -> None:
+    """Move a model's files to their place, over one that is there; the configuration first gone and last there."""
     remove_model(directory)
-    files = [path for path in sorted(aside.rglob("*")) if path.is_file() and path != aside / CONFIG]
-    for path in [*files, aside / CONFIG]:
+    files = [path for path in sorted(aside.rglob("*")) if path.is_file() and path != aside / last]
+    for path in [*files, aside / last]:
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         destination = directory / path.relative_to(aside)
@@ -362,13 +374,13 @@ def adopt(aside: Path, directory: Path) -> None:
 
 def copy(source: Path, directory: Path) -> None:
     """A checkpoint into another directory, over one that is there; without more disk where files can be linked."""
-    with tempfile.TemporaryDirectory(dir=directory, prefix=SAVING) as folder:
+    with staging(directory) as aside:
         for path in source.rglob("*"):
             if path.is_file():
-                aside = Path(folder) / path.relative_to(source)
-                aside.parent.mkdir(exist_ok=True)
+                copied = aside / path.relative_to(source)
+                copied.parent.mkdir(exist_ok=True)
                 try:
-                    os.link(path, aside)
+                    os.link(path, copied)
                 except OSError:
-                    shutil.copyfile(path, aside)
-        adopt(Path(folder), directory)
+                    shutil.copyfile(path, copied)
+        adopt(aside, directory)

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from elo.checkpoint import COMPANIONS, CONFIG, INDEX, NOTES, SAVING, remove_model
+from elo.checkpoint import ADAPTER_CONFIG, COMPANIONS, CONFIG, INDEX, NOTES, SAVING, remove_model
 from elo.distributed import World, device_name
 from elo.errors import EarlyExit, UserError
 from elo.fields import read_json_object, write_json
@@ -24,10 +24,12 @@ from elo.options import Parser
 from elo.signals import restarted
 
 RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+FINISHED = (CONFIG, ADAPTER_CONFIG)  # written last: a model, or a LoRA adapter
 
 # Options that a run may go on with other values of.
 CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
-WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache"}  # change nothing that is computed
+# Change nothing that is computed.
+WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"}
 # How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
 LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"}
 
@@ -64,13 +66,15 @@ def _goes_on(arguments: Namespace, world: World) -> bool:
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out}: this is a file; give a directory")
     if not (out / RUN).exists():
-        found = [name for name in (CONFIG, INDEX, METRICS, CHECKPOINTS, *COMPANIONS, *NOTES) if (out / name).exists()]
+        found = [
+            name for name in (*FINISHED, INDEX, METRICS, CHECKPOINTS, *COMPANIONS, *NOTES) if (out / name).exists()
+        ]
         found += [path.name for path in out.glob("model*.safetensors")]
         if found and not arguments.overwrite:
             raise UserError(f"--out {out}: {found[0]} is there already; use --overwrite or give another directory")
         return False
     changed = _changed_options(arguments, world)
-    if (out / CONFIG).exists():
+    if any((out / name).exists() for name in FINISHED):
         # torchrun restarts the whole command where a process failed after the work was done.
         if not changed and (arguments.resume or restarted()):
             raise EarlyExit(f"{out}: this run is finished")
