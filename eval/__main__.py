@@ -1,11 +1,18 @@
-"""python -m eval {perplexity, speed}: what a model is worth, and what it costs."""
+"""python -m eval {perplexity, answers, judge, score, speed, plot}: what a model is worth, and what it costs."""
 
 from elo.distributed import DTYPES
 from elo.errors import exit_status
 from elo.options import Parser
-from eval import perplexity, speed
+from eval import answers, judge, perplexity, score, speed
 
-COMMANDS = {"perplexity": perplexity, "speed": speed}
+COMMANDS = {
+    "perplexity": perplexity,
+    "answers": answers,
+    "judge": judge,
+    "score": score,
+    "speed": speed,
+}
+WITHOUT_MODEL = ("judge", "score", "plot")
 
 
 def main() -> None:
@@ -13,7 +20,8 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         subparser = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+        if name not in WITHOUT_MODEL:
+            subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
         module.add_arguments(subparser)
         subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
     arguments = parser.parse_args()
