@@ -27,6 +27,10 @@ class GaveUpError(Exception):
     """One question that got no reply; another may."""
 
 
+class StoppedError(Exception):
+    """A question that was not asked any more."""
+
+
 class _TryAgain(Exception):  # noqa: N818
     def __init__(self, problem: str, retry_after: str | None = None) -> None:
         super().__init__(problem)
@@ -34,7 +38,7 @@ class _TryAgain(Exception):  # noqa: N818
 
 
 class Endpoint:
-    """Asks one model; any number of threads may. `stop` ends all waiting.
+    """Asks one model; any number of threads may. Once `stop` is set nothing is asked any more.
 
     base_url: up to and with /v1. request: fields of the request besides model and messages; None leaves one out.
     """
@@ -65,12 +69,14 @@ class Endpoint:
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": user})
         for attempt in range(self._retries + 1):
+            if self.stop.is_set():
+                raise StoppedError
             try:
                 return self._redacted(self._try(messages))
             except _TryAgain as error:
                 problem, wait = str(error), self._wait(attempt, error.retry_after)
-            if attempt < self._retries and self.stop.wait(wait):
-                raise GaveUpError("stopped")
+            if attempt < self._retries:
+                self.stop.wait(wait)
         raise GaveUpError(f"{self._base_url}: {problem}, after {self._retries + 1} tries")
 
     def _try(self, messages: list[dict[str, str]]) -> str:
@@ -103,6 +109,8 @@ class Endpoint:
         said = self._redacted(f"HTTP {status}: {' '.join(str(message).split())[:300]}")
         if status >= 500 or status in PASSING:
             raise _TryAgain(said, retry_after)
+        if status in (401, 403, 404):
+            self.stop.set()  # every other question would hear the same
         if status in (401, 403):
             raise UserError(f"{self._base_url}: {said} (the key is {KEY} of the environment)")
         if status == 404:

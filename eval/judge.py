@@ -27,7 +27,7 @@ from elo.errors import UserError
 from elo.fields import write_json
 from elo.options import Parser, not_negative, not_negative_int, positive, positive_int
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, model_of, question_id, read_questions
-from eval.endpoint import OPENAI, Endpoint, GaveUpError
+from eval.endpoint import OPENAI, Endpoint, GaveUpError, StoppedError
 from eval.jsonl import JsonLines, Line, read_lines
 from eval.judge_prompts import UNPARSED, JudgePrompt, read_prompts
 from eval.tables import table
@@ -292,29 +292,33 @@ def run(
     bar = tqdm(total=len(matches), unit="judgment", disable=not sys.stderr.isatty())
     try:
         for future in as_completed(futures):
-            try:
-                judged[futures[future]] = future.result()
-                in_a_row = 0
-            except GaveUpError as error:
-                failed.append(f"{futures[future]}: {error}")
-                in_a_row += 1
-                if in_a_row >= max(ENOUGH_FAILURES, arguments.concurrency):
-                    break
+            error = future.exception()
+            in_a_row = in_a_row + 1 if error else 0
             bar.update()
+            if in_a_row >= max(ENOUGH_FAILURES, arguments.concurrency) or isinstance(error, UserError):
+                break
     except KeyboardInterrupt:
-        failed.insert(0, "stopped by Ctrl-C")
+        failed.append("stopped by Ctrl-C")
     finally:
         # What has been asked is waited for and kept: it is paid for.
         endpoint.stop.set()
         pool.shutdown(cancel_futures=True)
         bar.close()
+    had = 0
     for future, match in futures.items():
-        if future.done() and not future.cancelled() and future.exception() is None:
+        if future.cancelled():
+            continue
+        error = future.exception()
+        if error is None:
             judged[match] = future.result()
-    missing = len(matches) - sum(match in judged for match in matches)
+            had += 1
+        elif isinstance(error, GaveUpError):
+            failed.append(f"{match}: {error}")
+        elif not isinstance(error, StoppedError):
+            raise error
     if not failed:
         return None
-    return f"{failed[0]}; {missing} judgments are missing, the others are saved: the same command goes on"
+    return f"{failed[0]}; {len(matches) - had} judgments are missing, the others are saved: the same command goes on"
 
 
 def report(
