@@ -3,7 +3,7 @@
 from elo.distributed import DTYPES
 from elo.errors import exit_status
 from elo.options import Parser
-from eval import answers, judge, perplexity, score, speed
+from eval import answers, judge, perplexity, plot, score, speed
 
 COMMANDS = {
     "perplexity": perplexity,
@@ -11,6 +11,7 @@ COMMANDS = {
     "judge": judge,
     "score": score,
     "speed": speed,
+    "plot": plot,
 }
 WITHOUT_MODEL = ("judge", "score", "plot")
 
