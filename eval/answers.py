@@ -26,7 +26,7 @@ from elo.chat import ChatFormat, Messages, chat_format, check_messages
 from elo.checkpoint import Checkpoint, load_model
 from elo.distributed import DTYPES, World, process_group
 from elo.errors import UserError
-from elo.fields import read_json_object, write_json
+from elo.fields import Fields, read_json_object, write_json
 from elo.generation import generate, pack_weights
 from elo.model import CausalLM
 from elo.options import Parser, not_negative_int, positive, positive_int, share
@@ -58,13 +58,15 @@ def add_arguments(parser: Parser) -> None:
         metavar="N",
         help=f"in an answer (default: {', '.join(f'{b.name} {b.max_new_tokens}' for b in BENCHMARKS.values())})",
     )
-    parser.add_argument("--seed", type=not_negative_int, default=0, help="of the random numbers (%(default)s)")
-    parser.add_argument(
-        "--top-p", type=share, default=1.0, metavar="P", help="Stability's Japanese MT-Bench has 0.9 (%(default)s)"
+    group = parser.add_argument_group(
+        "sampling",
+        "The temperature is the benchmark's. The rest is by default what transformers takes, and so FastChat: the "
+        "model's generation_config.json, and a top-k of 50; for LogicKor, which is greedy, nothing.",
     )
-    parser.add_argument(
-        "--repetition-penalty", type=positive, default=1.0, metavar="R", help="and for this 1.1 (%(default)s)"
-    )
+    group.add_argument("--top-k", type=not_negative_int, metavar="K", help="likeliest tokens; 0: all")
+    group.add_argument("--top-p", type=share, metavar="P", help="likeliest tokens of this probability")
+    group.add_argument("--repetition-penalty", type=positive, metavar="R", help="above 1: less repetition")
+    group.add_argument("--seed", type=not_negative_int, default=0, help="of the random numbers (%(default)s)")
     group = parser.add_argument_group("LogicKor")
     group.add_argument("--setting", default="default", help="default, 1-shot or cot-1-shot (%(default)s)")
     group.add_argument(
@@ -87,10 +89,10 @@ def main(arguments: Namespace) -> None:
     checkpoint = Checkpoint(arguments.model)
     tokenizer = load_tokenizer(arguments.model, checkpoint.config.vocab_size)
     format = chat_format(arguments.model, tokenizer, arguments.chat_format)
+    options = sampling_options(benchmark, arguments)
     parameters = {
         "max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens,
-        "top_p": arguments.top_p,
-        "repetition_penalty": arguments.repetition_penalty,
+        **options,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "chat_format": format.name,
@@ -122,12 +124,8 @@ def main(arguments: Namespace) -> None:
             for batch in batches(missing, benchmark, arguments.batch_size, world):
                 records = []
                 if batch:
-                    sampling = Sampling(
-                        repetition_penalty=arguments.repetition_penalty,
-                        temperature=benchmark.temperature(batch[0].category),
-                        top_p=arguments.top_p,
-                        seed=arguments.seed,
-                    )
+                    temperature = benchmark.temperature(batch[0].category)
+                    sampling = Sampling(temperature=temperature, seed=arguments.seed, **options)
                     answers = answer(model, format, batch, examples, parameters["max_new_tokens"], sampling)
                     for question, given in zip(batch, answers, strict=True):
                         records.append(to_record(question, name, given, settings[question.id]))
@@ -164,6 +162,19 @@ def read_examples(benchmark: Benchmark, setting: str, path: Path) -> Messages:
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{path}: {setting!r}: its last message must be the assistant's; the question follows it")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, Any]:
+    """top_k, top_p and repetition_penalty: as told, or else as transformers' `generate` has them."""
+    options = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    path = Path(arguments.model) / "generation_config.json"
+    if benchmark.by_generation_config:
+        fields = Fields(read_json_object(path) if path.is_file() else {}, str(path))
+        options["top_k"] = fields.integer("top_k", default=50, minimum=0)
+        for name in ("top_p", "repetition_penalty"):
+            options[name] = fields.number(name, default=1.0)
+    told = {name: getattr(arguments, name) for name in options}
+    return options | {name: value for name, value in told.items() if value is not None}
 
 
 def fingerprint(checkpoint: Checkpoint, tokenizer: str) -> str:

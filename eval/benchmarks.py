@@ -42,6 +42,7 @@ class Benchmark:
     temperatures: dict[str, float] = field(default_factory=dict)
     with_reference: frozenset[str] = frozenset()
     settings: tuple[str, ...] = ("default",)
+    by_generation_config: bool = False  # the other options of sampling, as transformers does it
 
     def temperature(self, category: str) -> float:
         temperature = self.temperatures.get(category, self.other_temperature)
@@ -74,6 +75,7 @@ FASTCHAT = {
         "humanities": 0.1,
     },
     "with_reference": frozenset({"math", "reasoning", "coding"}),
+    "by_generation_config": True,
 }
 BENCHMARKS = {
     "mt_bench": Benchmark("mt_bench", **FASTCHAT),

@@ -98,7 +98,9 @@ class Endpoint:
         try:
             content = body["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
-            raise _TryAgain("a reply without choices[0].message.content") from None
+            error = body.get("error") if isinstance(body, dict) else None
+            said = f": {json.dumps(error, ensure_ascii=False)[:300]}" if error else ""
+            raise _TryAgain(self._redacted(f"a reply without choices[0].message.content{said}")) from None
         if not isinstance(content, str) or not content.strip():
             raise _TryAgain("an empty reply")
         return content
@@ -120,14 +122,14 @@ class Endpoint:
     def _wait(self, attempt: int, retry_after: str | None) -> float:
         """Seconds to the next try: twice as long each time, less a random part so that not all come back at once."""
         backoff = min(LONGEST_WAIT, self._first_wait * 2**attempt) * random.uniform(0.5, 1.0)
-        return max(backoff, min(_seconds(retry_after), LONGEST_RETRY_AFTER))
+        return max(backoff, min(seconds_of(retry_after), LONGEST_RETRY_AFTER))
 
     def _redacted(self, text: str) -> str:
         """Servers without keys are often given a word as one, such as EMPTY, which may stand in a judgment."""
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_KEY else text
 
 
-def _seconds(retry_after: str | None) -> float:
+def seconds_of(retry_after: str | None) -> float:
     """Retry-After is a number of seconds or a date (RFC 9110, 10.2.3)."""
     if not retry_after:
         return 0.0

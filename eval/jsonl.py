@@ -46,6 +46,11 @@ def parse_lines(path: Path, data: bytes, torn: bool = False) -> list[Line]:
             raise UserError(f"{where}: not a line of JSON: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON object was expected, found {type(record).__name__}")
+        if r"\ud" in text.lower():  # JSON can write "\ud800", which no UTF-8 can hold
+            try:
+                json.dumps(record, ensure_ascii=False).encode()
+            except UnicodeEncodeError:
+                raise UserError(f"{where}: a lone surrogate, which is not text") from None
         lines.append(Line(where, record))
     return lines
 

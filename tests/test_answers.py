@@ -90,6 +90,7 @@ def test_temperatures_are_fastchats():
         ("mt_bench", '{"question_id": true, "category": "math", "turns": ["a"]}', "1: the id of a question is"),
         ("mt_bench", '{"question_id": 1, "category": "math", "turns": ["a"]}\n' * 2, "two questions have the"),
         ("mt_bench", '{"question_id": 1, "category": "ma', "1: not a line of JSON"),
+        ("mt_bench", '{"question_id": 1, "category": "a", "turns": ["\\ud83d"]}', "1: a lone surrogate"),
         ("mt_bench", "[]", "1: a JSON object was expected"),
         ("mt_bench", "\n", "no questions"),
         ("logickor", '{"question_id": 1, "category": "math", "turns": ["a"]}', "1: no 'id', which each"),
@@ -152,6 +153,23 @@ def test_sampled_answers_depend_on_seed_question_and_turn_alone(ask, tmp_path):
     assert len({answers.random_name(id, turn) for id in range(80) for turn in range(2)}) == 160
 
 
+def test_sampling_is_by_the_models_generation_config_as_in_transformers(ask, tmp_path):
+    def options(*arguments, **keywords):
+        parameters = ask(*arguments, **keywords)[2][0]["generate_params"]
+        return parameters["top_k"], parameters["top_p"], parameters["repetition_penalty"]
+
+    assert options() == (50, 1.0, 1.0)
+    directory = write_model(tmp_path / "tuned")
+    fields = {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "eos_token_id": None}
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    assert options(directory=directory) == (20, 0.8, 1.05)
+    told = ["--top-k", 3, "--top-p", 0.5, "--repetition-penalty", 1.1]
+    assert options("japanese_mt_bench", *told, directory=directory, out=tmp_path / "ja") == (3, 0.5, 1.1)
+    assert options("logickor", directory=directory, out=tmp_path / "ko") == (0, 1.0, 1.0)
+    (directory / "generation_config.json").write_text('{"top_k": "many"}')
+    assert "generation_config.json: top_k must be a whole number" in ask(directory=directory)[1]
+
+
 def test_settings_of_logickor(ask, benches, model, tmp_path):
     plain = turns_of(ask("logickor")[2])
     for setting in ("1-shot", "cot-1-shot"):
@@ -183,7 +201,7 @@ def test_a_full_context_is_an_empty_answer_that_is_told(benches, ask, tmp_path):
     small = write_model(tmp_path / "small", context=100)
     status, err, records = ask("mt_bench", "--limit", 1, directory=small, new=40)
     assert status == 0
-    assert {tuple(record["finish"]) for record in records} == {("length", "context")}
+    assert {record["finish"][1] for record in records} == {"context"}
     assert all(record["choices"][0]["turns"][0] and not record["choices"][0]["turns"][1] for record in records)
     assert "8 of 16 answers were cut off at the end of the model's context" in err
 
@@ -222,6 +240,7 @@ def test_a_run_asks_only_what_is_missing_and_forgives_a_torn_line(ask, tmp_path,
         (["--seed", 1], "seed was 0, is 1"),
         (["--max-new-tokens", 7], "max_new_tokens was 6, is 7"),
         (["--top-p", 0.9], "top_p was 1.0, is 0.9"),
+        (["--top-k", 0], "top_k was 50, is 0"),
         (["--dtype", "bf16"], "dtype was fp32, is bf16"),
         (["--chat-format", "qwen2"], "chat_format was chatml, is qwen2"),
     ],
