@@ -1,7 +1,9 @@
 """python -m eval {perplexity, answers, judge, score, speed, plot}: what a model is worth, and what it costs."""
 
+from pathlib import Path
+
 from elo.distributed import DTYPES
-from elo.errors import exit_status
+from elo.errors import UserError, exit_status
 from elo.options import Parser
 from eval import answers, judge, perplexity, plot, score, speed
 
@@ -26,7 +28,12 @@ def main() -> None:
         module.add_arguments(subparser)
         subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
     arguments = parser.parse_args()
-    COMMANDS[arguments.command].main(arguments)
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its directory does not exist")
+    try:
+        COMMANDS[arguments.command].main(arguments)
+    except KeyboardInterrupt:
+        raise UserError("stopped by Ctrl-C") from None
 
 
 if __name__ == "__main__":

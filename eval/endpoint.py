@@ -12,6 +12,7 @@ import threading
 import time
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 from elo.errors import UserError
 
@@ -50,8 +51,8 @@ class Endpoint:
             import openai
         except ImportError:
             raise UserError("eval judge asks its judge with the package openai: pip install openai") from None
-        if not base_url.startswith(("http://", "https://")):
-            raise UserError(f"--base-url {base_url}: it must start with http:// or https://")
+        if not is_url(base_url):
+            raise UserError(f"--base-url {base_url}: it must be as in http://localhost:8000/v1")
         self._key = os.environ.get(KEY, "").strip()
         if not self._key and base_url == OPENAI:
             raise UserError(f"the environment has no {KEY}, which {OPENAI} needs; another endpoint: --base-url")
@@ -127,6 +128,14 @@ class Endpoint:
     def _redacted(self, text: str) -> str:
         """Servers without keys are often given a word as one, such as EMPTY, which may stand in a judgment."""
         return text.replace(self._key, "[key]") if len(self._key) >= SHORTEST_KEY else text
+
+
+def is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def seconds_of(retry_after: str | None) -> float:

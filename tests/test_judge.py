@@ -500,7 +500,10 @@ def test_mistakes_are_one_line(judge, bench, tmp_path):
         assert (status, len(err.splitlines()), records) == (2, 1, [])
         return err
 
-    assert "--base-url 127.0.0.1:9: it must start with http" in said(url="127.0.0.1:9")
+    for bad in ("127.0.0.1:9", "http://", "http://[1", "http://a:b/v1", "ftp://a/v1"):
+        assert f"--base-url {bad}: it must be as in http://localhost:8000/v1" in said(url=bad)
+    absent = tmp_path / "absent" / "result.json"
+    assert f"--json {absent}: its directory does not exist" in said("--json", absent)
     assert "--request: '[1]' is not a JSON object" in said("--request", "[1]")
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: no answers" in said("--answers", tmp_path / "empty.jsonl")
@@ -510,7 +513,7 @@ def test_mistakes_are_one_line(judge, bench, tmp_path):
     bad = write_jsonl(
         tmp_path / "short.jsonl", [{"question_id": id, "choices": [{"turns": ["a"]}]} for id in range(81, 89)]
     )
-    assert "short: the answer to question 81 has 1 turns, not 2" in said("--answers", bad)
+    assert "short: the answer to question 81 has 1 of 2 turns" in said("--answers", bad)
     assert "answers of tiny are in another file too" in said("--answers", answers, answers)
     with JsonLines(bench / "model_judgment" / "gpt-4_single.jsonl"):
         assert "another run is writing it" in said()
