@@ -1,11 +1,21 @@
-"""python -m eval {perplexity, speed}: what a model is worth, and what it costs."""
+"""python -m eval {perplexity, answers, judge, score, speed, plot}: what a model is worth, and what it costs."""
+
+from pathlib import Path
 
 from elo.distributed import DTYPES
-from elo.errors import exit_status
+from elo.errors import UserError, exit_status
 from elo.options import Parser
-from eval import perplexity, speed
+from eval import answers, judge, perplexity, plot, score, speed
 
-COMMANDS = {"perplexity": perplexity, "speed": speed}
+COMMANDS = {
+    "perplexity": perplexity,
+    "answers": answers,
+    "judge": judge,
+    "score": score,
+    "speed": speed,
+    "plot": plot,
+}
+WITHOUT_MODEL = ("judge", "score", "plot")
 
 
 def main() -> None:
@@ -13,11 +23,17 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         subparser = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+        if name not in WITHOUT_MODEL:
+            subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
         module.add_arguments(subparser)
         subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
     arguments = parser.parse_args()
-    COMMANDS[arguments.command].main(arguments)
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its directory does not exist")
+    try:
+        COMMANDS[arguments.command].main(arguments)
+    except KeyboardInterrupt:
+        raise UserError("stopped by Ctrl-C") from None
 
 
 if __name__ == "__main__":
