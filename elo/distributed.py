@@ -53,6 +53,12 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks; only on rank 0, elsewhere nothing."""
+        values = [None] * self.size if self.rank == 0 else None
+        dist.gather_object(value, values, dst=0, group=self.host_group)
+        return values or []
+
     def sum(self, *values: float) -> list[float]:
         """Each value summed over the processes, in fp64."""
         total = torch.tensor(values, dtype=torch.float64)

@@ -1,11 +1,14 @@
-"""python -m eval {perplexity, speed}: what a model is worth, and what it costs."""
+"""python -m eval {perplexity, choice, speed}: what a model is worth, and what it costs."""
+
+from pathlib import Path
 
 from elo.distributed import DTYPES
-from elo.errors import exit_status
+from elo.errors import UserError, exit_status
 from elo.options import Parser
-from eval import perplexity, speed
+from eval import choice, perplexity, speed
 
-COMMANDS = {"perplexity": perplexity, "speed": speed}
+COMMANDS = {"perplexity": perplexity, "choice": choice, "speed": speed}
+RUN_A_MODEL = {"perplexity", "choice", "speed"}
 
 
 def main() -> None:
@@ -13,10 +16,13 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, module in COMMANDS.items():
         subparser = commands.add_parser(name, help=module.__doc__.splitlines()[0], description=module.__doc__)
-        subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+        if name in RUN_A_MODEL:
+            subparser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
         module.add_arguments(subparser)
         subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
     arguments = parser.parse_args()
+    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
+        raise UserError(f"--json {arguments.json}: its directory does not exist")
     COMMANDS[arguments.command].main(arguments)
 
 
