@@ -1,14 +1,15 @@
-"""python -m eval {perplexity, answers, judge, score, speed, plot}: what a model is worth, and what it costs."""
+"""python -m eval {perplexity, choice, answers, judge, score, speed, plot}: what a model is worth, and what it costs."""
 
 from pathlib import Path
 
 from elo.distributed import DTYPES
 from elo.errors import UserError, exit_status
 from elo.options import Parser
-from eval import answers, judge, perplexity, plot, score, speed
+from eval import answers, choice, judge, perplexity, plot, score, speed
 
 COMMANDS = {
     "perplexity": perplexity,
+    "choice": choice,
     "answers": answers,
     "judge": judge,
     "score": score,

@@ -1,0 +1,150 @@
+"""Benchmark files as published: JSON lines, CSV, TSV and Parquet to records with typed fields.
+
+Every complaint is one line that names the file and the line or row.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from elo.errors import UserError
+
+ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them
+
+
+class Record:
+    """One row of a file; `where` names it in complaints. Each getter takes a field's names in different editions."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.fields
+
+    def get(self, *names: str) -> Any:
+        for name in names:
+            if name in self.fields:
+                return self.fields[name]
+        wanted = " or ".join(map(repr, names))
+        raise UserError(f"{self.where}: no column {wanted}; it has {', '.join(map(repr, self.fields)) or 'none'}")
+
+    def text(self, *names: str) -> str:
+        return self._checked(self.get(*names), names[0])
+
+    def texts(self, name: str, count: int) -> list[str]:
+        """A field that is a list of `count` texts."""
+        value = self.get(name)
+        if not isinstance(value, list) or len(value) != count:
+            raise UserError(f"{self.where}: {name!r} must be a list of {count} texts, not {value!r:.50}")
+        return [self._checked(text, name) for text in value]
+
+    def _checked(self, value: Any, name: str) -> str:
+        if not isinstance(value, str):
+            raise UserError(f"{self.where}: {name!r} must be text, not {value!r:.50}")
+        try:
+            value.encode()
+        except UnicodeEncodeError:  # JSON can write "\ud800", which no UTF-8 can hold
+            raise UserError(f"{self.where}: {name!r} has a lone surrogate, which is not text") from None
+        return value
+
+    def label(self, labels: Sequence[str], *names: str) -> int:
+        """The index of the right choice: the field is one of `labels`, or the index itself."""
+        value = self.get(*names)
+        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
+            return value
+        text = str(value).strip()
+        if text in labels:
+            return labels.index(text)
+        if text.isascii() and text.isdigit() and int(text) < len(labels):
+            return int(text)
+        known = ", ".join(labels)
+        raise UserError(
+            f"{self.where}: the label {names[0]!r} is {value!r:.50}; "
+            f"it should be one of {known}" + ("" if "0" in labels else f" (or 0 to {len(labels) - 1})")
+        )
+
+
+def find(data: Path, stems: Sequence[str]) -> list[Path]:
+    """The file of one split, or its Parquet shards, below `data`; [] if there is none.
+
+    stems: where it may be, without its ending. `a/test` is found as a/test.jsonl (.json, .csv, .tsv, .parquet), and in
+    the Hugging Face layouts a/test-00000-of-00001.parquet and a/test/0000.parquet.
+    """
+    found: list[list[Path]] = []
+    for stem in stems:
+        path = data / stem
+        found += [[file] for ending in ENDINGS if (file := path.with_name(path.name + ending)).is_file()]
+        found += [sorted(path.parent.glob(f"{path.name}-*-of-*.parquet")), sorted(path.glob("*.parquet"))]
+    found = [files for files in found if files]
+    if len(found) > 1:
+        raise UserError(f"{found[0][0]} and {found[1][0]} are the same split twice; keep one of them")
+    return found[0] if found else []
+
+
+def read(paths: Sequence[Path], columns: Sequence[str] = ()) -> list[Record]:
+    """All records of the files of a split. columns: the names of a CSV file's columns, which has no header then."""
+    records = []
+    for path in paths:
+        reader = {".parquet": _parquet, ".csv": _table, ".tsv": _table}.get(path.suffix, _json_lines)
+        try:
+            records += reader(path, columns)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+    if not records:
+        raise UserError(f"{paths[0]}: it has no records")
+    return records
+
+
+def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    with open(path, encoding="utf-8-sig", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                fields = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                message = error.msg if isinstance(error, json.JSONDecodeError) else error
+                raise UserError(f"{where}: not a line of JSON: {message}") from None
+            if not isinstance(fields, dict):
+                raise UserError(f"{where}: a JSON object was expected, found {type(fields).__name__}")
+            yield Record(fields, where)
+
+
+def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """CSV, or TSV with a header, of which a row with an empty cell is passed over as KoBEST's own loader does."""
+    tsv = path.suffix == ".tsv"
+    names = [] if tsv else list(columns)
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        rows = csv.reader(file, delimiter="\t" if tsv else ",")
+        try:
+            for row in rows:
+                if not row:
+                    continue
+                if not names:
+                    names = [name.strip() for name in row]
+                    continue
+                where = f"{path}:{rows.line_num}"
+                if len(row) != len(names):
+                    raise UserError(f"{where}: {len(row)} columns instead of {len(names)} ({', '.join(names)})")
+                if not tsv or all(row):
+                    yield Record(dict(zip(names, row, strict=True)), where)
+        except csv.Error as error:
+            raise UserError(f"{path}:{rows.line_num}: {error}") from None
+
+
+def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise UserError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    return (Record(fields, f"{path}: row {number}") for number, fields in enumerate(rows, start=1))
