@@ -30,6 +30,8 @@ LLAMA3_PATTERN = (
 )
 QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
 
+LONGEST_PATTERN = 4096  # characters; real ones have some hundred
+
 # Above every real id; see ByteLevelBPE.
 _NO_TOKEN = 1 << 31
 
@@ -65,10 +67,18 @@ class ByteLevelBPE:
         ranks = ranks | {bytes([byte]): _NO_TOKEN + byte for byte in self._missing}
         self._pattern = pattern
         self._nfc = nfc
+        self._source = source
+        # tiktoken gives up on a pattern that takes for ever. Python's `re` does not: there, only ours are tried.
+        self._foreign = pattern.endswith(_BETWEEN)
+        if self._foreign and self._missing:
+            raise UserError(
+                f"{source}: {len(self._missing)} of 256 bytes have no token, which is not supported together with a "
+                "Split pattern that no known family has"
+            )
         try:
             self._encoding = tiktoken.Encoding("elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         except ValueError as error:
-            raise UserError(f"{source}: cannot use the pattern {pattern!r}: {error}") from error
+            raise UserError(f"{source}: cannot use the pattern {pattern!r:.300}: {error}") from error
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """The ids of `texts`, which must be valid Unicode (no lone surrogates)."""
@@ -84,13 +94,17 @@ class ByteLevelBPE:
             if len(data.translate(None, delete=self._missing)) < len(data):
                 return self._encode_pieces(text)
         # tiktoken's regex engine runs out of stack on a run of about 1,000,000 spaces.
-        if len(text) > 100_000 and re.search(r"(?<!\s)\s{100000}", text):
+        if not self._foreign and len(text) > 100_000 and re.search(r"(?<!\s)\s{100000}", text):
             return self._encode_pieces(text)
         try:
             return self._encoding.encode_ordinary(text)
         except BaseException as error:  # pyo3's PanicException is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
+            if self._foreign:
+                raise UserError(
+                    f"{self._source}: its Split pattern cannot cut the text that begins with {text[:40]!r}"
+                ) from None
             return self._encode_pieces(text)
 
     def merge(self, piece: bytes) -> list[int]:
@@ -119,6 +133,7 @@ class ByteLevelBPE:
 # What a Split pattern may consist of: the constructs that mean the same in Oniguruma (Hugging Face tokenizers), in
 # fancy-regex (tiktoken) and, after `_to_python`, in Python's re. Properties are the general categories of Unicode.
 _PROPERTY = r"\\p\{[A-Z][a-z]?\}|\\[sS]"
+_BETWEEN = r"[\s\S])+"
 _ESCAPE = r"\\[rnt]|\\[!-/:-@\[-`{-~]"
 _PATTERN_PART = re.compile(
     rf"""
@@ -136,6 +151,8 @@ _PATTERN_PART = re.compile(
 
 def split_pattern(expression: str, source: Path) -> str:
     """A tokenizer.json's Split (Isolated) expression as a tiktoken pattern. UserError where they could differ."""
+    if len(expression) > LONGEST_PATTERN:
+        raise UserError(f"{source}: a Split pattern of {len(expression):,} characters is not supported")
     position = 0
     while position < len(expression):
         part = _PATTERN_PART.match(expression, position)
@@ -150,12 +167,14 @@ def split_pattern(expression: str, source: Path) -> str:
     try:
         # Which characters a property has cannot matter here: an expression that can match nothing matches "".
         matches_nothing = re.match(re.sub(_PROPERTY, "x", expression), "")
-    except (re.error, OverflowError) as error:
-        raise UserError(f"{source}: the Split pattern {expression!r} is not valid: {error}") from error
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{source}: the Split pattern {expression!r:.300} is not valid: {error}") from error
     if matches_nothing:
-        raise UserError(f"{source}: the Split pattern {expression!r} can match an empty string, which is not supported")
+        raise UserError(
+            f"{source}: the Split pattern {expression!r:.300} can match an empty string, which is not supported"
+        )
     # Split keeps the text between two matches as a piece; tiktoken would drop it.
-    return rf"{expression}|(?:(?!{expression})[\s\S])+"
+    return rf"{expression}|(?:(?!{expression}){_BETWEEN}"
 
 
 def _to_python(pattern: str) -> str:

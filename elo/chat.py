@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.errors import UserError
+from elo.fields import shown
 from elo.tokenizer import Tokenizer
 from elo.tokenizer_files import TokenizerFiles, token_text
 
@@ -190,9 +191,9 @@ def check_messages(messages: Messages) -> None:
     for number, message in enumerate(messages, start=1):
         role, content = message.get("role"), message.get("content")
         if role not in ROLES:
-            raise UserError(f"message {number} has the role {role!r:.60}; roles are {', '.join(ROLES)}")
+            raise UserError(f"message {number} has the role {shown(role)}; roles are {', '.join(ROLES)}")
         if not isinstance(content, str):
-            raise UserError(f"message {number}: its content is {content!r:.60}, not a string")
+            raise UserError(f"message {number}: its content is {shown(content)}, not a string")
         if role == "system" and number > 1:
             raise UserError(f"message {number} is the system's, which can only be the first")
     first = [message["role"] for message in messages if message["role"] != "system"][:1]
@@ -238,8 +239,8 @@ def _template(files: TokenizerFiles) -> str | None:
         return data.decode("utf-8", "replace")
     template = files.config.get("chat_template")
     if isinstance(template, list):  # several, by name
-        named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
-        template = named.get("default")
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[-1].get("template") if named else None
     return template if isinstance(template, str) else None
 
 
@@ -271,7 +272,7 @@ def _recognize(files: TokenizerFiles, template: str | None, tokenizer: Tokenizer
             f"it has; name the format with --chat-format: {', '.join(named)}"
         )
     # A text between these two tokens is a default; "' + messages[0]['content'] + '" is not.
-    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}][^{}]*?)<\|im_end\|>", template)
+    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}][^{}]{0,2000}?)<\|im_end\|>", template)
     system = found[1] if found else None
     for name in named:
         if FORMATS[name].system == system:

@@ -1,7 +1,10 @@
 """A Hugging Face checkpoint directory in, a Hugging Face checkpoint directory out.
 
 Reading is lazy: headers first, then only the bytes that a process will hold. Writing holds one tensor at a time.
-Nothing is unpickled.
+
+A directory may come from anywhere. Nothing in it is unpickled or run. The files in it may be links, as they are in
+Hugging Face's cache (model.safetensors -> ../../blobs/0a1b...): whoever made the directory chose where they lead. The
+names in an index are only data, and have to be names of files in the directory, without any path.
 """
 
 import hashlib
@@ -24,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from elo.config import ModelConfig
 from elo.errors import UserError
 from elo.fields import read_json_object, write_json
+from elo.files import is_file
 from elo.model import CausalLM, build
 
 CONFIG = "config.json"
@@ -136,9 +140,9 @@ class Checkpoint:
 
     def _locate(self) -> dict[str, Stored]:
         index_path = self.directory / INDEX
-        if (self.directory / SINGLE).is_file():
+        if is_file(self.directory / SINGLE):
             return _headers(self.directory / SINGLE)
-        if not index_path.is_file():
+        if not is_file(index_path):
             raise UserError(f"{self.directory}: neither {SINGLE} nor {INDEX} is here")
         weight_map = read_json_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
@@ -146,14 +150,21 @@ class Checkpoint:
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise UserError(f"{index_path}: shard name {file!r} points outside of the directory")
-            if not (self.directory / file).is_file():
+            if not is_file(self.directory / file):
                 raise UserError(f"{index_path}: shard {file} is not in the directory")
         shards = {file: _headers(self.directory / file) for file in sorted(set(weight_map.values()))}
         for name, file in weight_map.items():
             if name not in shards[file]:
                 path = self.directory / file
                 raise UserError(f"{path}: tensor {name}, which {INDEX} promises, is not in this file")
-        return {name: shards[file][name] for name, file in weight_map.items()}
+        stored: dict[str, Stored] = {}
+        for tensors in shards.values():
+            for name, found in tensors.items():
+                # Readers would disagree on which one counts.
+                if name in stored:
+                    raise UserError(f"{found.file}: tensor {name} is in {stored[name].file.name} as well")
+                stored[name] = found
+        return stored
 
     def _check_headers(self) -> None:
         expected = expected_shapes(self.config)
@@ -291,7 +302,7 @@ def save(
             if len(shards) > 1:
                 write_json(aside / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
             for name in COMPANIONS:
-                if (companions / name).is_file():
+                if is_file(companions / name):
                     (aside / name).parent.mkdir(exist_ok=True)
                     shutil.copyfile(companions / name, aside / name)
             for name, content in notes.items():

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from elo.errors import UserError
-from elo.fields import Fields, read_json_object
+from elo.fields import Fields, read_json_object, shown
+from elo.files import is_file
 from elo.rotary import RopeConfig, read_rope
 
 # The defaults of transformers for fields that config.json leaves out.
@@ -110,7 +111,7 @@ class ModelConfig:
     def load(directory: str | Path) -> "ModelConfig":
         """Read `directory`/config.json. Raises UserError naming the file and the field."""
         path = Path(directory) / "config.json"
-        if not path.is_file():
+        if not is_file(path):
             raise UserError(f"{path}: not found; a checkpoint is a Hugging Face directory with a config.json")
         return ModelConfig.from_json(read_json_object(path), str(path))
 
@@ -120,18 +121,19 @@ class ModelConfig:
         architecture = _architecture(fields, where)
         for name, neutral in NEUTRAL.items():
             if name in fields and fields[name] not in neutral:
-                raise UserError(f"{where}: {name} = {fields[name]!r} is not implemented for {architecture}")
+                raise UserError(f"{where}: {name} = {shown(fields[name])} is not implemented for {architecture}")
 
         read = Fields({**DEFAULTS[architecture], **fields}, where)
-        hidden_size = read.integer("hidden_size")
-        heads = read.integer("num_attention_heads", maximum=2**16)
-        key_value_heads = read.integer("num_key_value_heads", default=heads, maximum=2**16)
-        layers = read.integer("num_hidden_layers", maximum=2**14)
+        # The maxima are far beyond any model, but such that nobody waits for a model of a million layers to be built.
+        hidden_size = read.integer("hidden_size", maximum=2**20)
+        heads = read.integer("num_attention_heads", maximum=2**12)
+        key_value_heads = read.integer("num_key_value_heads", default=heads, maximum=2**12)
+        layers = read.integer("num_hidden_layers", maximum=2**10)
         if heads % key_value_heads:
             raise UserError(
                 f"{where}: num_attention_heads = {heads} is not a multiple of num_key_value_heads = {key_value_heads}"
             )
-        head_dim = read.integer("head_dim", default=hidden_size // heads)
+        head_dim = read.integer("head_dim", default=hidden_size // heads, maximum=2**16)
         if not read.given("head_dim") and hidden_size % heads:
             raise UserError(f"{where}: hidden_size = {hidden_size} is not a multiple of num_attention_heads = {heads}")
         if head_dim % 2:
@@ -139,9 +141,9 @@ class ModelConfig:
         max_position_embeddings = read.integer("max_position_embeddings")
         return ModelConfig(
             architecture=architecture,
-            vocab_size=read.integer("vocab_size"),
+            vocab_size=read.integer("vocab_size", maximum=2**24),
             hidden_size=hidden_size,
-            intermediate_size=read.integer("intermediate_size"),
+            intermediate_size=read.integer("intermediate_size", maximum=2**22),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=key_value_heads,
@@ -161,10 +163,10 @@ def _architecture(fields: dict[str, Any], where: str) -> str:
     by_type = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
     architecture = by_type if named is None else named[0] if isinstance(named, list) and len(named) == 1 else None
     if not isinstance(architecture, str) or architecture not in DEFAULTS:
-        shown = model_type if named is None else named
-        raise UserError(f"{where}: architecture {shown!r} is not implemented; implemented are {', '.join(DEFAULTS)}")
+        found = shown(model_type if named is None else named)
+        raise UserError(f"{where}: architecture {found} is not implemented; implemented are {', '.join(DEFAULTS)}")
     if model_type is not None and by_type != architecture:
-        raise UserError(f"{where}: model_type {model_type!r} does not belong to the architecture {architecture}")
+        raise UserError(f"{where}: model_type {shown(model_type)} does not belong to the architecture {architecture}")
     return architecture
 
 

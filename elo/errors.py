@@ -4,11 +4,16 @@ A mistake in a file or an option ends in one line on stderr and exit status 2. B
 line on stdout and exit status 0. Everything else keeps its traceback.
 """
 
+import errno
 import os
 import sys
 import time
 from collections.abc import Callable
 from typing import NoReturn
+
+LONGEST = 2000  # characters of a message; the values in it come from files, which may hold megabytes
+# Never a defect of the program, wherever they come from.
+MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE}
 
 
 class UserError(Exception):
@@ -27,8 +32,20 @@ class EarlyExit(BaseException):  # noqa: N818  not an error, so that nothing tha
     at_once = False
 
 
+def message_line(error: Exception) -> str:
+    """The message in one line, cut if it is long, with escapes for what a terminal could not show or would obey."""
+    line = " ".join(str(error).split())
+    if not line.isprintable():
+        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} [...] {line[-480:]}"
+
+
 def exit_status(main: Callable[[], None]) -> NoReturn:
     """Run `main` and leave the process: 0, or 2 with one line on stderr for a `UserError`."""
+    # Names of files need not be text, and a terminal need not know Korean: neither ends a run.
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
     rank, status, at_once = int(os.environ.get("RANK", 0)), 0, False
     try:
         main()
@@ -36,13 +53,15 @@ def exit_status(main: Callable[[], None]) -> NoReturn:
         if rank == 0:
             print(exit_)
         at_once = exit_.at_once
-    except UserError as error:
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in MACHINE:
+            raise
         # Under torchrun every process finds the same mistake. Rank 0 reports it at once and torchrun then ends
         # the others; they speak only if the mistake was theirs alone.
         if rank and not isinstance(error, ProcessLostError):
             time.sleep(5)
-        print("error: " + " ".join(str(error).split()), file=sys.stderr, flush=True)
-        status, at_once = 2, error.at_once
+        print("error: " + message_line(error), file=sys.stderr, flush=True)
+        status, at_once = 2, getattr(error, "at_once", False)
     if at_once:
         sys.stdout.flush()
         os._exit(status)

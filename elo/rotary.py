@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from elo.errors import UserError
-from elo.fields import Fields
+from elo.fields import Fields, shown
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeConfig:
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
     scaling = fields.get(name) or {}
     if not isinstance(scaling, dict):
-        raise UserError(f"{where}: {name} must be an object, not {scaling!r}")
+        raise UserError(f"{where}: {name} must be an object, not {shown(scaling)}")
     rope = Fields(scaling, f"{where}: {name}")
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0), minimum=1.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
@@ -72,11 +72,11 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeConfig:
             known |= {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
     else:
         raise UserError(
-            f"{where}: rope type {kind!r} is not implemented; implemented are default, linear, llama3, yarn"
+            f"{where}: rope type {shown(kind)} is not implemented; implemented are default, linear, llama3, yarn"
         )
     unknown = sorted(key for key, value in scaling.items() if key not in known and value is not None)
     if unknown:
-        raise UserError(f"{rope.where}: {', '.join(unknown)} is not implemented for rope type {kind}")
+        raise UserError(f"{rope.where}: {', '.join(unknown[:5])} is not implemented for rope type {kind}")
     return rope_config
 
 

@@ -26,9 +26,11 @@ class SentencePieceModel:
         self._processor = self._load()
         try:
             self._read_pieces()
-        except ValueError as error:  # A piece that is not UTF-8, a byte piece that is not <0x..>
+            self.forbid(self.control.values())
+        # ValueError: a piece that is not UTF-8, a byte piece that is not <0x..>. The others: no unknown token, or
+        # messages that SentencePiece, but not `_protobuf_fields`, can make something of.
+        except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{source}: a damaged SentencePiece model: {error}") from error
-        self.forbid(self.control.values())
 
     def _load(self) -> sentencepiece.SentencePieceProcessor:
         processor = sentencepiece.SentencePieceProcessor()

@@ -1,13 +1,18 @@
 """The files of a Hugging Face tokenizer, checked while they are read: every mistake in them is a UserError."""
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from elo.byte_level_bpe import GPT2_PATTERN, split_pattern
 from elo.errors import UserError
+from elo.fields import json_object, shown
+from elo.files import read_file
+
+LARGEST = 64 * 2**20  # bytes of a file; the largest real tokenizer.json has half as many
+LONGEST_TOKEN = 1024  # bytes; real ones have up to 256, and some checks take the square of it
+MOST_STEPS = 64  # of a normalizer or pre_tokenizer
 
 # Real ids are far below. A file that says otherwise must not make anyone allocate a table of that size.
 MAX_ID = 1 << 24
@@ -37,7 +42,7 @@ class TokenizerFiles:
         """The content, None where there is no such file."""
         if name not in self._data:
             try:
-                self._data[name] = self.path(name).read_bytes()
+                self._data[name] = read_file(self.path(name), LARGEST)
             except FileNotFoundError:
                 return None
             except OSError as error:
@@ -51,14 +56,8 @@ class TokenizerFiles:
         data = self.read(name)
         if data is None:
             return None
-        try:
-            content = json.loads(data)
-        except (ValueError, RecursionError) as error:
-            raise UserError(f"{self.path(name)}: not valid JSON: {error}") from error
-        if not isinstance(content, dict):
-            raise UserError(f"{self.path(name)}: must be a JSON object, not a {type(content).__name__}")
-        self._parsed[name] = content
-        return content
+        self._parsed[name] = json_object(data, self.path(name))
+        return self._parsed[name]
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of all files that were read."""
@@ -74,7 +73,7 @@ def field(record: dict[str, Any], key: str, kind: type | tuple[type, ...], sourc
     if value is None:
         return default
     if not isinstance(value, kind):
-        raise UserError(f"{source}: {key!r} has a value of the wrong type: {value!r:.60}")
+        raise UserError(f"{source}: {key!r} has a value of the wrong type: {shown(value)}")
     return value
 
 
@@ -96,6 +95,8 @@ def _steps(record: Any, key: str) -> list[dict[str, Any]]:
             pending = step[key] + pending
         else:
             steps.append(step)
+        if len(pending) + len(steps) > MOST_STEPS:
+            raise UserError(f"a tokenizer.json with more than {MOST_STEPS} {key} is not supported")
     return steps
 
 

@@ -92,7 +92,7 @@ def test_config_file_errors(tmp_path):
     with pytest.raises(UserError, match="config.json: not found"):
         ModelConfig.load(tmp_path)
     (tmp_path / "config.json").write_text('{"hidden_size": 4')
-    with pytest.raises(UserError, match="config.json: not readable as JSON"):
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
         ModelConfig.load(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="a JSON object was expected"):
