@@ -11,8 +11,6 @@ With --samples a run that was stopped goes on where it was. Under torchrun the q
 """
 
 import math
-import os
-import sys
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -32,6 +30,7 @@ from elo.tokenizer import Tokenizer, load_tokenizer
 from eval import tasks as benchmarks
 from eval.loglikelihood import Batch, ContextError, Scorer, encode, make_batches
 from eval.metrics import METRICS, Sample, figures, weighted
+from eval.records import note
 from eval.samples import SamplesFile, model_fingerprint
 from eval.tasks import Group, Question, Task
 
@@ -111,8 +110,7 @@ def select(names: str, data: Path) -> tuple[list[Task], list[Group]]:
             raise UserError(f"--data {data}: no file of {name}, such as {data / members[0].test[0]}.*")
         if missing := [task.name for task in members if task not in found]:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-            if int(os.environ.get("RANK", 0)) == 0:
-                print(f"{name}: {len(found)} of {len(members)} tasks; no files of {shown}", file=sys.stderr)
+            note(f"{name}: {len(found)} of {len(members)} tasks; no files of {shown}")
         selected |= {task.name: task for task in found}
     reported = {
         group.name: group

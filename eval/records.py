@@ -5,6 +5,8 @@ Every complaint is one line that names the file and the line or row.
 
 import csv
 import json
+import os
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def find(data: Path, stems: Sequence[str]) -> list[Path]:
         found += [[file] for ending in ENDINGS if (file := path.with_name(path.name + ending)).is_file()]
         found += [sorted(path.parent.glob(f"{path.name}-*-of-*.parquet")), sorted(path.glob("*.parquet"))]
     found = [files for files in found if files]
-    if len(found) > 1:
+    if len(found) > 1 and not found[0][0].samefile(found[1][0]):  # the same where case does not count
         raise UserError(f"{found[0][0]} and {found[1][0]} are the same split twice; keep one of them")
     return found[0] if found else []
 
@@ -116,7 +118,7 @@ def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    """CSV, or TSV with a header, of which a row with an empty cell is passed over as KoBEST's own loader does."""
+    """CSV, or TSV with a header, of which rows with an empty cell are passed over, as by skt/kobest_v1's loader."""
     tsv = path.suffix == ".tsv"
     names = [] if tsv else list(columns)
     with open(path, encoding="utf-8-sig", newline="") as file:
@@ -129,10 +131,12 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                     names = [name.strip() for name in row]
                     continue
                 where = f"{path}:{rows.line_num}"
+                if tsv and (len(row) < len(names) or not all(row)):
+                    note(f"{where}: passed over, since a cell is empty")
+                    continue
                 if len(row) != len(names):
                     raise UserError(f"{where}: {len(row)} columns instead of {len(names)} ({', '.join(names)})")
-                if not tsv or all(row):
-                    yield Record(dict(zip(names, row, strict=True)), where)
+                yield Record(dict(zip(names, row, strict=True)), where)
         except csv.Error as error:
             raise UserError(f"{path}:{rows.line_num}: {error}") from None
 
@@ -148,3 +152,9 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
     return (Record(fields, f"{path}: row {number}") for number, fields in enumerate(rows, start=1))
+
+
+def note(message: str) -> None:
+    """A line on stderr, once."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(message, file=sys.stderr, flush=True)

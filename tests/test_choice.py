@@ -5,7 +5,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import choice_data
 import families
 import lm_eval_reference
 import pytest
@@ -18,13 +17,14 @@ from transformers.convert_slow_tokenizer import generate_merges
 from elo.errors import exit_status
 from eval import __main__ as evaluation
 from eval import tasks as benchmarks
+from examples import questions as data_files
 
 TEXT = "\n".join(
-    [str(value) for record in [*choice_data.BOOLQ, *choice_data.MARC_JA, *choice_data.HELLASWAG] for value in record]
-    + [question for questions in choice_data.SUBJECTS.values() for question, *_ in questions]
+    [str(value) for record in [*data_files.BOOLQ, *data_files.MARC_JA, *data_files.HELLASWAG] for value in record]
+    + [question for questions in data_files.SUBJECTS.values() for question, *_ in questions]
 )
 ALL = ["mmlu", "kobest", "marc_ja"]
-# Contexts: in 4096 all fits but one paragraph, in 400 few five-shot prompts do.
+# Contexts: in 4096 all fits but one paragraph, in 314 not every two-shot prompts do.
 RUNS = {
     "llama3": {"shots": None, "tasks": ALL},
     "mistral": {"shots": 2, "tasks": ALL},
@@ -76,7 +76,7 @@ def checkpoints(tmp_path_factory):
     rope = {"rope_parameters": families.LLAMA3_ROPE}
     made = {
         "llama3": lambda: families.llama(vocab_size=500, max_position_embeddings=4096, **rope),
-        "mistral": lambda: families.mistral(vocab_size=500, max_position_embeddings=400, sliding_window=64),
+        "mistral": lambda: families.mistral(vocab_size=500, max_position_embeddings=314, sliding_window=64),
         "qwen2": lambda: families.qwen2(vocab_size=500, max_position_embeddings=4096, tie_word_embeddings=True),
     }
     for name, variant in made.items():
@@ -90,24 +90,22 @@ def checkpoints(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    return choice_data.write(tmp_path_factory.mktemp("data"))
+    return data_files.write(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory, checkpoints):
     """What lm-eval finds: {run: {"results", "samples"}}."""
     root = tmp_path_factory.mktemp("lm-eval")
-    for subject, split, rows in choice_data.mmlu_rows():
+    for subject, split, rows in data_files.mmlu_rows():
         records = [{"question": q, "choices": choices, "answer": "ABCD".index(a)} for q, *choices, a in rows]
-        choice_data.write_lines(root / "data" / f"mmlu_{subject}" / f"{split}.json", records)
-    for name, split, records in choice_data.kobest_rows():
-        choice_data.write_lines(root / "data" / f"kobest_{name}" / f"{split}.json", records)
-        choice_data.write_lines(root / "data" / f"kobest_{name}" / "validation.json", records)
-    reviews = [
-        {"sentence": text, "label": ["positive", "negative"].index(label)} for text, label in choice_data.MARC_JA
-    ]
-    choice_data.write_lines(root / "data" / "marc_ja" / "train.json", reviews[::-1] + reviews[:2])
-    choice_data.write_lines(root / "data" / "marc_ja" / "validation.json", reviews)
+        data_files.write_lines(root / "data" / f"mmlu_{subject}" / f"{split}.json", records)
+    for name, split, records in data_files.kobest_rows():
+        data_files.write_lines(root / "data" / f"kobest_{name}" / f"{split}.json", records)
+        data_files.write_lines(root / "data" / f"kobest_{name}" / "validation.json", records)
+    reviews = [{"sentence": text, "label": ["positive", "negative"].index(label)} for text, label in data_files.MARC_JA]
+    data_files.write_lines(root / "data" / "marc_ja" / "train.json", reviews[::-1] + reviews[:2])
+    data_files.write_lines(root / "data" / "marc_ja" / "validation.json", reviews)
     runs = {name: {"model": str(checkpoints / name), **run} for name, run in RUNS.items()}
     spec = {"data": str(root / "data"), "out": str(root / "out.json"), "runs": runs}
     (root / "spec.json").write_text(json.dumps(spec))

@@ -49,10 +49,16 @@ TASKS = [
     Task(
         name=f"kobest_{question.__name__}",
         question=question,
-        test=(f"kobest/{question.__name__}/test",),
-        examples=(f"kobest/{question.__name__}/train",),
+        test=(f"kobest/{question.__name__}/test", f"kobest/{upstream}/test"),
+        examples=(f"kobest/{question.__name__}/train", f"kobest/{upstream}/train"),
         metrics=("acc", "acc_norm", "f1") if question is hellaswag else ("acc", "f1"),
     )
-    for question in (boolq, copa, hellaswag, sentineg, wic)
+    for question, upstream in (
+        (boolq, "BoolQ"),
+        (copa, "COPA"),
+        (hellaswag, "HellaSwag"),
+        (sentineg, "SentiNeg"),
+        (wic, "WiC"),
+    )
 ]
 GROUPS = [Group("kobest", tuple(task.name for task in TASKS), ("acc", "acc_norm", "f1"))]

@@ -1,9 +1,18 @@
-"""Small benchmark files in the published schemas: sentences of this project's own in English, Korean and Japanese."""
+"""Write small files for `python -m eval choice`, in the schemas of MMLU, KoBEST and MARC-ja.
+
+    python examples/questions.py data/questions
+
+The sentences are this project's own, in English, Korean and Japanese. They show that everything works; no figure from
+them says anything about a model.
+"""
 
 import csv
 import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
-# subject -> questions of (question, four choices, letter); those of "dev" come first.
 NUMBERS = [(7, 5), (12, 9), (3, 18), (40, 2), (11, 11), (6, 27), (90, 14), (25, 8), (1, 99)]
 CAPITALS = [
     ("France", "Paris"),
@@ -15,8 +24,8 @@ CAPITALS = [
     ("Norway", "Oslo"),
     ("Cuba", "Havana"),
 ]
-DEV = 5
-# Of four categories, two of them with more than one subject, and of different sizes.
+DEV = 5  # the examples, in front of the test's
+# Of four categories, two of them with more than one subject, and of different sizes: (question, choices, answer).
 SUBJECTS = {
     "abstract_algebra": [
         (f"  In the integers, what is {a} + {b}?", [a + b, a - b, a * b, a + b + 1], "A") for a, b in NUMBERS
@@ -114,16 +123,16 @@ KOBEST = {
 }
 
 
-def mmlu_rows():
-    """(subject, split) -> [question, A, B, C, D, answer's letter]"""
+def mmlu_rows() -> Iterator[tuple[str, str, list[list[str]]]]:
+    """Subject, split and rows: question, four choices, the answer's letter."""
     for subject, questions in SUBJECTS.items():
         rows = [[question, *map(str, choices), letter] for question, choices, letter in questions]
         yield subject, "dev", rows[:DEV]
         yield subject, "test", rows[DEV:]
 
 
-def kobest_rows():
-    """(name, split) -> dicts; the training split has the test's in another order, and one more."""
+def kobest_rows() -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Name, split and records; the training split has the test's in another order, and one more."""
     for name, (columns, rows) in KOBEST.items():
         records = [dict(zip(columns, row, strict=True)) for row in rows]
         short = [record for record in records if LONG not in record.values()]
@@ -131,13 +140,10 @@ def kobest_rows():
         yield name, "train", [*short[::-1], short[0]]
 
 
-def write(data):
+def write(data: Path) -> Path:
     """The files as published: CSV without a header, JSON lines, JGLUE's JSON lines."""
     for subject, split, rows in mmlu_rows():
-        path = data / "mmlu" / split / f"{subject}_{split}.csv"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(path, "w", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows)
+        write_csv(data / "mmlu" / split / f"{subject}_{split}.csv", rows)
     for name, split, records in kobest_rows():
         write_lines(data / "kobest" / name / f"{split}.jsonl", records)
     records = [{"sentence": text, "label": label, "review_id": f"R{n}"} for n, (text, label) in enumerate(MARC_JA)]
@@ -146,6 +152,18 @@ def write(data):
     return data
 
 
-def write_lines(path, records):
+def write_csv(path: Path, rows: list[list[str]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+
+
+def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit(f"usage: {sys.argv[0]} DIRECTORY")
+    print(write(Path(sys.argv[1])))
