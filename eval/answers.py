@@ -15,6 +15,7 @@ import time
 import uuid
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -108,8 +109,8 @@ def main(arguments: Namespace) -> None:
         for question in questions
     }
 
-    with process_group() as world:
-        results = JsonLines(path) if world.rank == 0 else None
+    # Rank 0 has the file; the others send it their answers.
+    with process_group() as world, JsonLines(path) if world.rank == 0 else nullcontext() as results:
         answered: dict[int | str, Record] = {}
         if results is not None:
             if arguments.overwrite:
@@ -135,7 +136,6 @@ def main(arguments: Namespace) -> None:
                     bar.update()
             bar.close()
         if results is not None:
-            results.close()
             report(questions, answered, arguments.json, {"bench": benchmark.name, "model": name, "file": str(path)})
 
 

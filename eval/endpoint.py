@@ -65,6 +65,9 @@ class Endpoint:
         self._base_url, self._timeout, self._retries, self._first_wait = base_url, timeout, retries, first_wait
         self.stop = threading.Event()
 
+    def close(self) -> None:
+        self._client.close()
+
     def ask(self, system: str, user: str) -> str:
         """The reply to a message. GaveUpError if there is none, UserError if there cannot be any."""
         messages = [{"role": "system", "content": system}] if system else []

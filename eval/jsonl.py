@@ -71,26 +71,31 @@ class JsonLines:
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
         try:
+            self.lines = self._take_over()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def _take_over(self) -> list[Line]:
+        try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"{path}: another run is writing it") from None
+            raise UserError(f"{self.path}: another run is writing it") from None
         self._file.seek(0)
         data = self._file.readall()
-        self.lines = parse_lines(path, data, torn=True)
+        lines = parse_lines(self.path, data, torn=True)
         if data and not data.endswith(b"\n"):
             last = data.rfind(b"\n") + 1
-            if parse_lines(path, data[last:], torn=True):
+            if parse_lines(self.path, data[last:], torn=True):
                 self._file.write(b"\n")  # complete but for its end
             else:
                 self._file.truncate(last)
+        return lines
 
     def __enter__(self) -> "JsonLines":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.close()
-
-    def close(self) -> None:
         self._file.close()
 
     def clear(self) -> None:

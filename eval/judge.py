@@ -18,6 +18,7 @@ from argparse import Namespace
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ def main(arguments: Namespace) -> None:
     )
     judge = re.sub(r"[^\w.-]", "_", arguments.judge_model)
     file = out / "model_judgment" / f"{judge}_single.jsonl"
-    with JsonLines(file) as results:
+    with JsonLines(file) as results, closing(endpoint):
         judged = judgments_so_far(results, matches, arguments.judge_model)
         asked = [
             match
