@@ -163,6 +163,8 @@ def score(judgments: Sequence[Judgment]) -> dict[str, dict[str, Any]]:
         groups.setdefault(name, []).append(judgment)
     models = {}
     for name, group in groups.items():
+        # In the order of the questions; that of the judgments is by chance.
+        group.sort(key=lambda judgment: (isinstance(judgment.question, str), judgment.question))
         named = dict.fromkeys(judgment.category for judgment in group if judgment.category is not None)
         categories = {category: figures([j for j in group if j.category == category]) for category in named}
         models[name] = {**figures(group), "categories": categories}

@@ -81,6 +81,7 @@ def test_logickors_published_file_gives_its_published_scores(score, tmp_path):
         status, out, err, models = score(given)
         assert (status, err) == (0, "")
         (model,) = models.values()
+        assert list(model["categories"]) == [*LOGICKOR_CATEGORIES]
         assert list(models) == ["Qwen2-72B-Instruct-1-shot"]
         assert {name: int(model[name] * 100) / 100 for name in PUBLISHED_TURNS} == PUBLISHED_TURNS
         for category, published in zip(LOGICKOR_CATEGORIES, PUBLISHED.values(), strict=True):
