@@ -16,11 +16,11 @@ import uuid
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from tqdm import tqdm
 
 from elo.chat import ChatFormat, Messages, chat_format, check_messages
@@ -130,8 +130,9 @@ def main(arguments: Namespace) -> None:
                     answers = answer(model, format, batch, examples, parameters["max_new_tokens"], sampling)
                     for question, given in zip(batch, answers, strict=True):
                         records.append(to_record(question, name, given, settings[question.id]))
-                for record in gather(records, world):
-                    results.append(record)
+                for record in chain.from_iterable(world.gather(records)):
+                    if results is not None:
+                        results.append(record)
                     answered[record["question_id"]] = record
                     bar.update()
             bar.close()
@@ -218,13 +219,6 @@ def batches(questions: Sequence[Question], benchmark: Benchmark, size: int, worl
         mine = group[world.rank :: world.size]
         for start in range(0, -(-len(group) // world.size), size):
             yield mine[start : start + size]
-
-
-def gather(records: list[Record], world: World) -> list[Record]:
-    """Every process's records on rank 0, which writes them; elsewhere nothing. Collective."""
-    gathered: list[list[Record]] | None = [[] for _ in range(world.size)] if world.rank == 0 else None
-    dist.gather_object(records, gathered, dst=0, group=world.host_group)
-    return [record for part in gathered or [] for record in part]
 
 
 def random_name(id: int | str, turn: int) -> int:

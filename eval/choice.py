@@ -138,7 +138,7 @@ def prepare(
 def score(
     batches: Sequence[Batch], scorer: Scorer, task: Task, questions: Sequence[Question], world: World
 ) -> Iterator[tuple[int, list[float]]]:
-    """On rank 0 the index of each question and its choices' log-likelihoods, as soon as all of them are there."""
+    """The index of each question and its choices' log-likelihoods, as soon as all of them are there."""
     parts: dict[int, dict[int, float]] = defaultdict(dict)
     for start in range(0, len(batches), world.size):
         mine = batches[start + world.rank : start + world.rank + 1] if start + world.rank < len(batches) else []
