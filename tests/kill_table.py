@@ -196,7 +196,9 @@ def chain(
     killed: list[str] = []
     for stage in stages:
         if not (project / out / "config.json").exists():
+            begun = time.perf_counter()
             killed.append(kill_once(project, name, out, stage, choice))
+            print(f"{name}: {killed[-1]}, {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     if not (project / out / "config.json").exists():
         Process(project, name, out).finish()
     same = results(project / out) == results(alone)

@@ -1,0 +1,112 @@
+"""A small project on disk, and the scripts run on it: in this process, or as their users run them."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from small_tokenizer import add_chat_tokens, write_tokenizer
+
+import align
+import sft
+import train
+from elo.errors import exit_status
+
+ROOT = Path(__file__).resolve().parents[1]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+KOREAN = "둘째로 더 많은 글이 필요하다. 그리고 끝. "
+ENGLISH = "First of all, a tokenizer needs some text. "
+
+TEXT = "--model base --target ko.jsonl --source en.jsonl --seq-len 32 --batch-tokens 128 --lr 1e-2 --dtype fp32"
+CHATS = (
+    "--model base --data chats.json --chat-format chatml --seq-len 64 --batch-conversations 5"
+    " --micro-batch-tokens 200 --lr 1e-2 --dtype fp32 --epochs 4 --validation-fraction 0.2"
+)
+SCRIPTS = {"train": train, "align": align, "sft": sft}
+
+
+def make_project(directory: Path) -> Path:
+    """A small random Llama with a tokenizer, texts in two languages and conversations."""
+    families.VARIANTS["small"] = lambda: families.llama(vocab_size=450, tie_word_embeddings=True)
+    families.write("small", directory / "base", dtype=torch.bfloat16)
+    write_tokenizer(directory / "base")
+    add_chat_tokens(directory / "base")
+    for name, text in (("ko", KOREAN), ("en", ENGLISH)):
+        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(60)]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+    chats = [
+        [{"from": "human", "value": f"무엇 {number}?"}, {"from": "gpt", "value": "some text " * (number % 5 + 1)}]
+        for number in range(20)
+    ]
+    (directory / "chats.json").write_text(json.dumps([{"conversations": chat} for chat in chats]))
+    return directory
+
+
+def words(command: str, out: str) -> list[str]:
+    script, *options = command.split()
+    return [script, *(CHATS if script == "sft" else TEXT).split(), *options, "--out", out]
+
+
+def run_here(command: str, out: str = "out") -> int:
+    """`train --layers 1,4` and the like in this process, in the working directory; the exit status."""
+    script, *options = words(command, out)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [f"{script}.py", *options])
+        with pytest.raises(SystemExit) as exit_:
+            exit_status(SCRIPTS[script].main)
+    return exit_.value.code
+
+
+def start(project: Path, command: str, out: str = "out", torchrun: str = "", **environment: str) -> subprocess.Popen:
+    """The same in processes of its own, with `torchrun` as its options."""
+    script, *options = words(command, out)
+    launcher = [*TORCHRUN, *torchrun.split()] if torchrun else [sys.executable]
+    return subprocess.Popen(
+        [*launcher, str(ROOT / f"{script}.py"), *options],
+        cwd=project,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def start_group(project: Path, command: str, size: int, out: str = "out") -> list[subprocess.Popen]:
+    """The processes of one run as torchrun would start them, but without it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+    return [start(project, command, out, **place, **rank) for rank in ranks]
+
+
+def finish(*processes: subprocess.Popen, status: int = 0) -> list[str]:
+    """Wait for processes; what each said on stdout and stderr."""
+    said = ["".join(process.communicate(timeout=240)) for process in processes]
+    for process, words in zip(processes, said, strict=True):
+        assert process.returncode == status, f"{process.returncode}: {words}"
+    return said
+
+
+def lines(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def result(out: Path) -> tuple[dict[str, bytes], list[dict]]:
+    """Every file of the model, and what the metrics say but for times and memory."""
+    varying = ("seconds", "tokens_per_second", "memory_bytes")
+    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    own = ("run.json", "metrics.jsonl", "checkpoints")
+    model = {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(own)}
+    return model, [{name: line[name] for name in line if name not in varying} for line in lines(out)]
+
+
+def states(out: Path) -> list[str]:
+    found = [path.parent.name for path in out.glob("checkpoints/step-*/.metadata")]
+    return sorted(found, key=lambda name: int(name[5:]))

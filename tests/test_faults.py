@@ -1,0 +1,259 @@
+"""Many processes, and what can happen to them: kills, signals, restarts, a full disk."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import kill_table
+import psutil
+import pytest
+import torch
+from runs import finish, lines, make_project, result, run_here, start, start_group, states
+from safetensors.torch import load_file
+from test_resume import interrupt
+
+SMALL_STEPS = "train --batch-tokens 32 --method full"  # many of them
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory):
+    """The working directory of all tests here; `alone` has the losses of one process."""
+    directory = make_project(tmp_path_factory.mktemp("project"))
+    big = [json.dumps({"text": f"{number} " + "둘째로 더 많은 글이 필요하다. " * 9}) for number in range(30_000)]
+    (directory / "big.jsonl").write_text("\n".join(big))
+    os.chdir(directory)
+    assert run_here(SMALL_STEPS, "alone") == 0
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def here(project, monkeypatch):
+    monkeypatch.chdir(project)
+
+
+def losses(out):
+    return [line["loss"] for line in lines(Path(out))]
+
+
+def same_within_rounding(out):
+    assert losses(out) == pytest.approx(losses("alone"), rel=1e-4)
+    ours, theirs = (load_file(Path(directory, "model.safetensors")) for directory in (out, "alone"))
+    for name in theirs:
+        torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=5e-2, atol=5e-3)
+
+
+def wait_for(condition, *processes):
+    while not condition():
+        time.sleep(0.002)
+        assert all(process.poll() is None for process in processes)
+
+
+def steps_done(out, steps):
+    return lambda: Path(out, "metrics.jsonl").exists() and Path(out, "metrics.jsonl").read_bytes().count(b"\n") >= steps
+
+
+# ---- many processes
+
+
+@pytest.mark.parametrize("options", ["--shard 2", "--shard 2 --optimizer-in-backward --clip 0 --micro-batch 9"])
+def test_hybrid_sharding_has_the_same_losses(project, options):
+    """4 processes, of which some get no window of a step: it has one."""
+    out = f"hybrid-{len(options)}"
+    if "--clip 0" in options:
+        assert run_here(f"{SMALL_STEPS} --clip 0 --batch-tokens 96 --max-steps 9", "unclipped") == 0
+        finish(
+            start(
+                project,
+                f"{SMALL_STEPS} --batch-tokens 96 --max-steps 9 {options}",
+                out,
+                "--standalone --nproc_per_node=4",
+            )
+        )
+        for name in ("loss", "grad_norm"):
+            ours, theirs = ([line[name] for line in lines(Path(d))] for d in (out, "unclipped"))
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        return
+    finish(start(project, f"{SMALL_STEPS} {options}", out, "--standalone --nproc_per_node=4"))
+    same_within_rounding(out)
+
+
+def test_shard_must_divide(project, capfd):
+    assert run_here(f"{SMALL_STEPS} --shard 3", "undivided") == 2
+    assert "--shard 3 does not divide the 1 processes" in capfd.readouterr().err
+
+
+def test_two_nodes_share_an_empty_cache(project):
+    """Two agents on one machine; both nodes tokenize, and into the same place."""
+    rendezvous = "--nnodes 2 --nproc_per_node 1 --rdzv_backend c10d --rdzv_id {0} --rdzv_endpoint 127.0.0.1:{0}"
+    torchrun = rendezvous.format(random.randrange(20_000, 30_000))
+    finish(*(start(project, f"{SMALL_STEPS} --cache shared-cache", "nodes", torchrun) for _ in range(2)))
+    same_within_rounding("nodes")
+    assert len(list(Path("shared-cache").iterdir())) == 2
+
+
+def test_other_numbers_of_processes_go_on(project, monkeypatch):
+    """1 -> 2 -> 1 -> 4: the same data, and losses within rounding."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        assert run_here(SMALL_STEPS, "resized") == 0
+    pair = start_group(project, SMALL_STEPS, 2, "resized")
+    wait_for(steps_done("resized", 14), *pair)
+    for process in pair:
+        process.send_signal(signal.SIGTERM)
+    assert "stopped after step" in finish(*pair)[0]
+    stopped = len(losses("resized"))
+    with monkeypatch.context() as patch:
+        interrupt(patch, stopped + 3)
+        assert run_here(SMALL_STEPS, "resized") == 0
+    assert states(Path("resized"))[-2:] == [f"step-{stopped}", f"step-{stopped + 3}"]
+    finish(*start_group(project, SMALL_STEPS, 4, "resized"))
+    same_within_rounding("resized")
+    assert [line["bytes"] for line in lines(Path("resized"))] == [line["bytes"] for line in lines(Path("alone"))]
+
+
+# ---- signals and kills
+
+
+def test_a_process_whose_fellow_dies_says_so(project):
+    first, second = start_group(project, SMALL_STEPS, 2, "bereft")
+    wait_for(steps_done("bereft", 3), first, second)
+    second.kill()
+    said = finish(first, status=2)[0]
+    assert said.splitlines()[-1].startswith("error: process 0: another process of this run was killed")
+    assert "Traceback" not in said
+    finish(second, status=-signal.SIGKILL)
+
+
+@pytest.mark.parametrize("both", [True, False])
+def test_sigterm_while_tokenizing(project, both):
+    """Only one process of the two is told, or both: both leave with 0, and nothing stays behind."""
+    cache = Path(f"big-cache-{both}")
+    pair = start_group(project, f"{SMALL_STEPS} --target big.jsonl --cache {cache}", 2, "untokenized")
+    wait_for(lambda: any(cache.glob(".building-*/tokens.bin")), *pair)
+    begun = time.monotonic()
+    for process in pair[: 1 + both]:
+        process.send_signal(signal.SIGTERM)
+    assert "stopped" in finish(*pair)[0]
+    assert time.monotonic() - begun < 25
+    assert not list(cache.iterdir())
+    assert not Path("untokenized").exists()
+
+
+def test_sigterm_while_the_model_is_written(project, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        patch.setattr("elo.checkpoint.adopt", lambda *_: os.kill(os.getpid(), signal.SIGTERM))
+        assert run_here(SMALL_STEPS, "unwritten") == 0
+    assert "stopped by a signal; the same command goes on" in capfd.readouterr().out
+    assert not Path("unwritten/config.json").exists()
+    assert not list(Path("unwritten").glob(".saving-*"))
+    with monkeypatch.context() as patch:
+        patch.delattr("elo.training.accumulate")  # no step is trained again
+        assert run_here(SMALL_STEPS, "unwritten") == 0
+    assert result(Path("unwritten"))[1] == result(Path("alone"))[1]
+    assert load_bytes("unwritten") == load_bytes("alone")
+
+
+def load_bytes(out):
+    return Path(out, "model.safetensors").read_bytes()
+
+
+def test_torchrun_restarts_a_run_where_it_was(project):
+    """A worker is killed: torchrun starts all anew, and they go on from the last state by themselves."""
+    finish(*start_group(project, f"{SMALL_STEPS} --save-every 3", 2, "undisturbed"))
+    elastic = start(
+        project,
+        f"{SMALL_STEPS} --save-every 3 --overwrite",
+        "elastic",
+        "--standalone --nproc_per_node=2 --max-restarts 1",
+    )
+    wait_for(steps_done("elastic", 10), elastic)
+    workers = psutil.Process(elastic.pid).children()
+    next(worker for worker in workers if any(word.endswith("train.py") for word in worker.cmdline())).kill()
+    said = finish(elastic)[0]
+    assert "going on from" in said
+    assert losses("elastic") == losses("undisturbed")
+    assert load_bytes("elastic") == load_bytes("undisturbed")
+
+
+@pytest.fixture(scope="module")
+def kill_project(tmp_path_factory):
+    project = tmp_path_factory.mktemp("kills")
+    kill_table.make_project(project)
+    return project
+
+
+@pytest.mark.parametrize(
+    ("name", "stages"),
+    [
+        ("train, 1 process", ["tokenizing", "saving", "exporting"]),
+        ("train, torchrun alone", ["training"]),
+    ],
+)
+def test_kills(kill_project, name, stages):
+    """A few of `make kill`."""
+    killed = kill_table.chain(kill_project, name, stages, random.Random(0))
+    assert killed
+    assert all(same for _, same in killed)
+
+
+# ---- a full disk
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """Mounts a file system of a size."""
+    mounted = []
+
+    def mount(size):
+        place = tmp_path / f"disk-{len(mounted)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place]
+        if subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("a tmpfs cannot be mounted here: that needs root")
+        mounted.append(place)
+        return place
+
+    yield mount
+    for place in mounted:
+        subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_leaves_the_last_state(project, small_disk, capfd):
+    """Room for two states and not for a third."""
+    assert run_here("train --save-every 3 --max-steps 12", "roomy") == 0
+    size = sum(path.stat().st_size for path in Path("roomy/checkpoints/step-12").iterdir())
+    disk = small_disk(int(2.6 * size))
+    command = "train --save-every 3 --max-steps 12 --cache cache"
+    assert run_here(command, str(disk / "out")) == 2
+    (line,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert "No space left on device" in line
+    assert "the last saved state is step-6" in line
+    assert states(disk / "out") == ["step-3", "step-6"]
+    assert sorted(path.name for path in (disk / "out/checkpoints").iterdir()) == ["step-3", "step-6"]
+    subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
+    assert run_here(command, str(disk / "out")) == 0
+    assert result(disk / "out") == result(Path("roomy"))
+
+
+def test_a_full_disk_while_the_model_is_written(project, small_disk, capfd):
+    disk = small_disk("100m")
+    command = "train --max-steps 3 --cache cache"
+    with pytest.MonkeyPatch.context() as patch:
+        original = run_here.__globals__["train"].export
+
+        def fill_and_export(*arguments):
+            free = os.statvfs(disk)
+            (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - 100_000))
+            original(*arguments)
+
+        patch.setattr("train.export", fill_and_export)
+        assert run_here(command, str(disk / "out")) == 2
+    assert "the checkpoint cannot be written: No space left on device" in capfd.readouterr().err
+    assert states(disk / "out") == ["step-3"]
+    (disk / "filler").unlink()
+    assert run_here(command, str(disk / "out")) == 0
+    assert not (disk / "out/checkpoints").exists()
