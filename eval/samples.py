@@ -26,7 +26,6 @@ class SamplesFile:
 
     def __init__(self, path: Path, model: str, questions: dict[str, Sequence[Question]]) -> None:
         self.path, self.model, self.questions = path, model, questions
-        self.prompts: dict[tuple[str, int], str] = {}
 
     def read(self) -> dict[tuple[str, int], list[float]]:
         """The log-likelihoods of the choices by task and index, of this run's tasks only."""
