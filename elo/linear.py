@@ -12,9 +12,14 @@ from torch import Tensor, nn
 ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
 
 
+def prefers_onednn(x: Tensor) -> bool:
+    """torch.compile chooses its own library, and cannot lower this operator with a weight that training changes."""
+    return ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+
+
 def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias inside of an autograd function. x: (..., in); weight: (out, in), of any strides."""
-    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+    if prefers_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
@@ -39,6 +44,6 @@ class _Linear(torch.autograd.Function):
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and torch.is_grad_enabled():
+        if prefers_onednn(x) and torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)

@@ -90,29 +90,33 @@ class Dropout:
 
     def __init__(self, probability: float, seed: int) -> None:
         self.probability, self.seed = probability, seed
+        self.adapters: list[LoraLinear] = []
         self.rows: Tensor | None = None  # (batch, sequence, 1): a random int32 for each token of this micro-batch
 
     def begin(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         """A pre-hook of the model's forward pass."""
         tokens = inputs[0]
-        positions = scramble(torch.arange(tokens.shape[1], dtype=torch.int32, device=tokens.device) + self.seed)
+        numbers = partial(torch.arange, dtype=torch.int32, device=tokens.device)
+        positions = scramble(numbers(tokens.shape[1]) + scramble(torch.tensor(self.seed % 2**31, dtype=torch.int32)))
         windows = scramble(tokens.int() ^ positions).sum(1, keepdim=True, dtype=torch.int32)
         self.rows = scramble(windows ^ positions)[..., None]
+        if self.adapters[0].columns is None:
+            widths = [adapter.in_features for adapter in self.adapters]
+            for adapter, columns in zip(self.adapters, scramble(numbers(sum(widths))).split(widths), strict=True):
+                adapter.columns = columns
 
-    def mask(self, number: int, width: int) -> Tensor | None:
-        """(batch, sequence, width), False where dropped, for the adapter of this number; None if nothing is."""
+    def mask(self, columns: Tensor | None) -> Tensor | None:
+        """(batch, sequence, in), False where dropped, for an adapter of these columns; None if nothing is."""
         if not (self.probability and torch.is_grad_enabled()):
             return None
-        columns = scramble(torch.arange(width, dtype=torch.int32, device=self.rows.device) - 1)
-        return scramble(scramble(self.rows + number) ^ columns) >= round(self.probability * 2**32) - 2**31
+        return scramble(self.rows ^ columns) >= round(self.probability * 2**32) - 2**31
 
 
 def scramble(x: Tensor) -> Tensor:
-    """int32 to int32, each bit depending on all (the finalizer of MurmurHash3, modulo 2**32)."""
+    """int32 to int32, the upper bits depending on all (most of MurmurHash3's finalizer, modulo 2**32)."""
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = x ^ ((x >> shift) & (2 ** (32 - shift) - 1))
-        x = x * (factor - 2**32)
-    return x ^ ((x >> 16) & 0xFFFF)
+        x = (x ^ ((x >> shift) & (2 ** (32 - shift) - 1))) * (factor - 2**32)
+    return x
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -154,16 +158,19 @@ class _LoraLinear(torch.autograd.Function):
 class LoraLinear(Linear):
     """A frozen linear layer with its adapter; the names of both are peft's."""
 
-    def __init__(self, linear: nn.Linear, options: LoraOptions, dropout: Dropout, number: int) -> None:
+    def __init__(self, linear: nn.Linear, options: LoraOptions, dropout: Dropout) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Linear(linear.in_features, options.lora_rank, bias=False, device=linear.weight.device)
         self.lora_B = nn.Linear(options.lora_rank, linear.out_features, bias=False, device=linear.weight.device)
         self.scaling = options.lora_alpha / options.lora_rank / (1 - options.lora_dropout)
-        self.dropout, self.number = dropout, number
+        self.dropout = dropout
+        # A random int32 for each input: a tensor, since torch.compile would compile every block for its own number.
+        self.columns: Tensor | None = None
+        dropout.adapters.append(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = self.dropout.mask(self.number, self.in_features)
+        mask = self.dropout.mask(self.columns)
         rows = x.flatten(0, -2), None if mask is None else mask.flatten(0, -2)
         y = _LoraLinear.apply(*rows, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scaling)
         return y.unflatten(0, x.shape[:-1])
@@ -181,11 +188,10 @@ def attach(model: CausalLM, options: LoraOptions, seed: int) -> None:
             raise UserError(f"--lora-target-modules {name}: the blocks' linear layers are {', '.join(there)}")
     model.requires_grad_(False)
     dropout = Dropout(options.lora_dropout, seed)
-    for number, (name, linear) in enumerate(linears.items()):
+    for name, linear in linears.items():
         parent, _, kind = name.rpartition(".")
         if kind in (options.lora_target_modules or there):
-            adapted = LoraLinear(linear, options, dropout, number)
-            setattr(model.model.layers.get_submodule(parent), kind, adapted)
+            setattr(model.model.layers.get_submodule(parent), kind, LoraLinear(linear, options, dropout))
     if options.lora_dropout:
         model.register_forward_pre_hook(dropout.begin)
 
