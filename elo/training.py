@@ -112,8 +112,10 @@ def train(
                 loss = accumulate(model, batches, step, optimizer, world)
                 norm = optimizer.gradient_norm(world) if math.isfinite(loss) else math.nan
                 wrong = health.judge(loss, norm)
-                if not (math.isfinite(loss) and math.isfinite(norm)) or (wrong and options.stop_on_spike):
-                    raise bad_step(step + 1, loss, norm, batches.documents(step), states, optimizer)
+                is_finite = math.isfinite(loss) and math.isfinite(norm)
+                if not is_finite or (wrong and options.stop_on_spike):
+                    what = f"{' and '.join(wrong)} out of range" if is_finite else "not finite"
+                    raise bad_step(step + 1, what, loss, norm, batches.documents(step), states, optimizer)
                 optimizer.step()
                 step += 1
 
@@ -133,7 +135,8 @@ def train(
                     }
                 )
                 if wrong and world.rank == 0:
-                    tqdm.write(f"step {step}: {' and '.join(wrong)} out of range: loss {loss:.4f}, norm {norm:.4g}")
+                    note = f"step {step}: {' and '.join(wrong)} out of range: loss {loss:.4f}, norm {norm:.4g}"
+                    tqdm.write(note, file=sys.stderr)
                 bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
                 bar.update()
                 states.between_steps(step, step == steps)
@@ -142,7 +145,7 @@ def train(
 
 
 def bad_step(
-    step: int, loss: float, norm: float, documents: list[str], states: States, optimizer: Optimizer
+    step: int, what: str, loss: float, norm: float, documents: list[str], states: States, optimizer: Optimizer
 ) -> UserError:
     """A loss or norm that is not finite, or out of range. Collective."""
     states.finish_saving()
@@ -150,7 +153,7 @@ def bad_step(
     changed = optimizer.in_backward and math.isfinite(loss)
     named, more = documents[:20], len(documents) - 20
     return UserError(
-        f"step {step}: the loss is {loss} and the gradient's norm {norm}; "
+        f"step {step}: the loss is {loss} and the gradient's norm {norm}, {what}; "
         f"the parameters are {'lost' if changed else 'as before this step'}; "
         f"the last saved state is {saved[-1] if saved else 'none, for want of --save-every'}; "
         f"the batch's documents are {', '.join(named)}{f' and {more} more' if more > 0 else ''}"

@@ -1,0 +1,160 @@
+"""The paths of CUDA, without a GPU: what is asked of it, and what is done with the answers."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from elo import distributed
+from elo.distributed import ParallelOptions, process_group
+from elo.errors import EarlyExit, ProcessLostError, UserError
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """torch.cuda as a node with two GPUs has it; what is set there is remembered."""
+    seen = SimpleNamespace(device=None, state=torch.arange(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(seen, "device", device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + device.index)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: seen.state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: setattr(seen, "state", state))
+    return seen
+
+
+def test_each_process_takes_its_gpu(gpus):
+    assert distributed.take_device(1) == torch.device("cuda", 1)
+    assert gpus.device == 1
+    assert distributed.inference_device().type == "cuda"
+    with pytest.raises(UserError, match="--nproc_per_node is more than the 2 GPUs"):
+        distributed.take_device(2)
+
+
+def test_the_group_has_nccl_for_gpus_and_gloo_for_the_host(gpus, monkeypatch):
+    backends = []
+    original = dist.init_process_group
+
+    def without_nccl(backend, **settings):
+        backends.append(backend)
+        original("gloo", **settings)
+
+    monkeypatch.setattr(dist, "init_process_group", without_nccl)
+    with process_group() as world:
+        assert world.device == torch.device("cuda", 0)
+        assert world.sum(1.5) == [1.5]
+    assert backends == ["cpu:gloo,cuda:nccl"]
+
+
+def test_what_is_asked_of_the_gpu(gpus):
+    device = torch.device("cuda", 1)
+    assert distributed.device_name(device) == "GPU 1"
+    assert distributed.peak_memory(device) == 1001
+    state = distributed.random_state(device)
+    assert state.keys() == {"cpu", "cuda"}
+    gpus.state = None
+    distributed.set_random_state(device, state)
+    assert torch.equal(gpus.state, torch.arange(16, dtype=torch.uint8))
+
+
+def test_the_random_state_comes_back():
+    torch.manual_seed(3)
+    state = distributed.random_state(torch.device("cpu"))
+    drawn = torch.rand(5)
+    distributed.set_random_state(torch.device("cpu"), state)
+    assert torch.equal(torch.rand(5), drawn)
+
+
+def test_offloaded_parameters_are_pinned_for_a_gpu_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(distributed, "fully_shard", lambda module, **settings: asked.append(settings["offload_policy"]))
+    monkeypatch.setattr(distributed, "make_mesh", lambda *_: None)
+    for kind in ("cpu", "cuda"):
+        block = torch.nn.Linear(2, 2, device="meta")
+        model = torch.nn.Module()
+        model.model = torch.nn.Module()
+        model.model.layers = torch.nn.ModuleList([block])
+        model.lm_head = torch.nn.Linear(2, 2, device="meta")
+        world = SimpleNamespace(device=torch.device(kind), size=1)
+        distributed.parallelize(model, world, ParallelOptions("fp32", compile=False, cpu_offload=True))
+    assert [policy.pin_memory for policy in asked] == [False, False, True, True]
+
+
+def test_nothing_else_asks_for_cuda():
+    """In elo/. The tables of loss.py are by kind of device and ask for nothing."""
+    files = Path(distributed.__file__).parent.glob("*.py")
+    assert [file.name for file in files if "torch.cuda" in file.read_text()] == ["distributed.py"]
+
+
+# ---- how a run ends
+
+
+def test_a_signal_ends_what_is_going_on():
+    with pytest.raises(EarlyExit, match="stopped by a signal"), process_group():
+        os.kill(os.getpid(), signal.SIGTERM)
+        signal.pause()
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+
+
+def test_a_deferred_signal_waits():
+    reached = False
+    with pytest.raises(EarlyExit), process_group() as world:
+        with world.stop.deferred():
+            os.kill(os.getpid(), signal.SIGINT)
+            assert world.stop.requested
+            reached = True
+        raise AssertionError("not reached")
+    assert reached
+
+
+@pytest.mark.parametrize(
+    ("word", "kind"), [(None, ProcessLostError), ("stopped", EarlyExit), ("--gb 7: too much", UserError)]
+)
+def test_a_lost_connection_has_the_reason_of_the_one_that_left(word, kind, monkeypatch):
+    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+    destroy = dist.destroy_process_group
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("could wait for the process that is gone"))
+    with pytest.raises((UserError, EarlyExit)) as raised, process_group() as world:
+        if word:
+            world.tell_why(word)
+            world.tell_why("what a later one says")
+        raise lost
+    destroy()
+    assert type(raised.value) is kind
+    assert raised.value.at_once
+    if kind is UserError:
+        assert str(raised.value) == word
+
+
+def test_an_error_on_rank_0_is_everybodys():
+    def fail():
+        raise UserError("no")
+
+    with process_group() as world:
+        with pytest.raises(UserError, match="no"):
+            world.on_rank_0(fail)
+        assert world.on_rank_0(lambda: 7) == 7
+        assert world.gather("x") == ["x"]
+
+
+def test_a_worker_ends_with_its_torchrun(tmp_path):
+    """Linux tells it of the death of its parent, also by SIGKILL."""
+    worker = "from elo.signals import end_with_torchrun as f; f(); print('up', flush=True); import time; time.sleep(60)"
+    parent = f"import subprocess, sys, os; subprocess.Popen([sys.executable, '-c', {worker!r}]); os.read(0, 1)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", parent],
+        env=os.environ
+        | {"TORCHELASTIC_RUN_ID": "x", "PYTHONPATH": os.path.dirname(os.path.dirname(distributed.__file__))},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert process.stdout.readline() == b"up\n"
+    process.kill()
+    assert process.stdout.read() == b""  # ends when the worker has, long before its 60 seconds
