@@ -5,20 +5,24 @@ does, {"messages": [{"role": "user", "content": ...}, ...]}, and perhaps a "lang
 """
 
 import argparse
+import io
 import json
+import re
 from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from elo.chat import Messages, check_messages
-from elo.documents import MalformedError, read_records
+from elo.documents import MAX_LINE, PARQUET_ROWS, MalformedError, read_records
 from elo.errors import UserError
+from elo.files import open_file
 
 ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 LISTS = ("conversations", "messages")
 LANGUAGE = "language"
+CHUNK = 2**20  # characters of a .json file that are read at a time
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-PARQUET_ROWS = 64  # rows that are in memory at a time
+
+_BLANK = re.compile(r"[ \t\r\n]*")
 
 ISO_639_1 = """
 af Afrikaans, am Amharic, ar Arabic, az Azerbaijani, be Belarusian, bg Bulgarian, bn Bengali, bs Bosnian, ca Catalan,
@@ -57,7 +61,7 @@ def read_conversation_records(path: str) -> Iterator[tuple[int, Any]]:
     """The records of a file with their numbers; one that cannot be read is a `MalformedError`."""
     name = path.lower()
     if name.endswith(".json"):
-        yield from enumerate(_array(path), start=1)
+        yield from _array(path)
     elif name.endswith(".parquet"):
         yield from enumerate(_rows(path), start=1)
     elif name.endswith(ENDINGS):
@@ -70,16 +74,58 @@ def read_conversation_records(path: str) -> Iterator[tuple[int, Any]]:
         raise UserError(f"{path}: not a file of conversations; supported are {', '.join(ENDINGS)}")
 
 
-def _array(path: str) -> list[Any]:
+def _array(path: str) -> Iterator[tuple[int, Any]]:
+    """The elements of an array in JSON, one by one with their numbers, since there are such files of gigabytes."""
     try:
-        records = json.loads(Path(path).read_bytes())
+        with open_file(path) as binary, io.TextIOWrapper(binary, "utf-8-sig") as file:
+            yield from enumerate(_elements(file), start=1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not an array in JSON (one object a line is .jsonl): {error}") from None
-    if not isinstance(records, list):
-        raise UserError(f"{path}: holds {type(records).__name__}, not an array of conversations")
-    return records
+
+
+def _elements(file: TextIO) -> Iterator[Any]:
+    """Raises ValueError, and RecursionError for 1,000 brackets in each other."""
+    decoder, text, at = json.JSONDecoder(), file.read(CHUNK), 0
+
+    def blank(at: int) -> int:
+        return _BLANK.match(text, at).end()
+
+    at = blank(0)
+    if text[at : at + 1] != "[":
+        raise ValueError(f"it begins with {text[at : at + 20]!r}")
+    at, number, is_whole = blank(at + 1), 0, False
+    while number or text[at : at + 1] != "]":
+        number += 1
+        while True:
+            mistake = "it ends within the array"
+            try:
+                value, end = decoder.raw_decode(text, at)
+                end = blank(end)
+                # Whole is only what something follows: a 1 at the end of the text may be the beginning of 12.
+                is_whole = end < len(text)
+            except json.JSONDecodeError as error:  # perhaps only for want of the rest
+                mistake, is_whole = error.msg, False
+            if is_whole:
+                break
+            if len(text) - at > MAX_LINE:
+                raise ValueError(f"record {number} has a mistake, or more than {MAX_LINE} characters: {mistake}")
+            more = file.read(max(CHUNK, len(text) - at))  # as much again, so that nothing is tried often
+            if not more:
+                raise ValueError(f"record {number}: {mistake}")
+            text, at = text[at:] + more, 0
+        yield value
+        at = end
+        if text[at] == "]":
+            break
+        if text[at] != ",":
+            raise ValueError(f"record {number} is followed by {text[at]!r}")
+        at = blank(at + 1)
+    while rest := text[at + 1 :]:
+        if rest.strip():
+            raise ValueError(f"behind the array there is {rest.strip()[:20]!r}")
+        text, at = file.read(CHUNK), -1
 
 
 def _rows(path: str) -> Iterator[dict[str, Any]]:
@@ -89,6 +135,7 @@ def _rows(path: str) -> Iterator[dict[str, Any]]:
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
     try:
+        open_file(path).close()  # pyarrow would wait for a pipe
         # Without buffer_size a whole column of a row group is read at once.
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
             names = table.schema_arrow.names

@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from elo.errors import UserError
+from elo.files import open_file
 
 ENDINGS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 MAX_DOCUMENT = 512 * 1024  # bytes of UTF-8
 MAX_LINE = 16 * 1024 * 1024  # bytes of one .jsonl line; a hostile line of JSON needs 30 times as much memory
-PARQUET_ROWS = 64  # rows that are in memory at a time
+PARQUET_ROWS = 8  # rows that are in memory at a time; a dictionary may repeat one of many megabytes in all of them
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def read_records(path: str | Path, text_field: str) -> Iterator[Record]:
         if name.endswith(".parquet"):
             yield from _rows(path, text_field)
             return
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             if name.endswith((".gz", ".zst")) and not os.path.getsize(path):
                 raise EOFError("it is empty")  # which gzip takes for a packed empty file
             if name.endswith(".jsonl"):
@@ -192,15 +193,16 @@ def _lines(stream: BinaryIO, file: BinaryIO) -> Iterator[Record]:
     number = 0
     while line := stream.readline(MAX_LINE + 1):
         number += 1
-        raw: bytes | MalformedError = line
         if len(line) > MAX_LINE:
+            # Before the rest is passed over, for who wants no more of it: a packed file can hold a line of terabytes.
+            yield Record(number, MalformedError(number, f"a line of more than {MAX_LINE} bytes"), True, file.tell())
             while line and not line.endswith(b"\n"):
                 line = stream.readline(MAX_LINE)
-            raw = MalformedError(number, f"a line of more than {MAX_LINE} bytes")
-        elif number == 1:
-            raw = line.removeprefix(BYTE_ORDER_MARK)
-        if isinstance(raw, MalformedError) or raw.strip():
-            yield Record(number, raw, True, file.tell())
+            continue
+        if number == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)
+        if line.strip():
+            yield Record(number, line, True, file.tell())
 
 
 def _text(file: BinaryIO) -> Iterator[Record]:
@@ -245,6 +247,7 @@ def _rows(path: str | Path, text_field: str) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
+    open_file(path).close()  # pyarrow would wait for a pipe
     size, row = os.path.getsize(path), 0
     try:
         # Without buffer_size a whole column of a row group is read at once.
@@ -260,11 +263,12 @@ def _rows(path: str | Path, text_field: str) -> Iterator[Record]:
             rows = table.metadata.num_rows
             for batch in table.iter_batches(PARQUET_ROWS, columns=[text_field], use_threads=False):
                 # As bytes: Parquet does not promise that its strings are UTF-8.
-                for raw in batch.column(0).cast(column).cast(pyarrow.large_binary()).to_pylist():
-                    row += 1
+                for value in batch.column(0).cast(column).cast(pyarrow.large_binary()):
+                    row, raw = row + 1, value.as_py()
                     null = MalformedError(row, f"field {text_field!r} is null")
                     yield Record(row, null if raw is None else raw, False, size * row // rows)
-    except pyarrow.ArrowException as error:
+    # MemoryError: a text or a page that is said to be of gigabytes. OverflowError: sizes below 0.
+    except (pyarrow.ArrowException, MemoryError, OverflowError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
 
 

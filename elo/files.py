@@ -22,9 +22,10 @@ def is_file(path: str | Path) -> bool:
 
 
 def open_file(path: str | Path) -> BinaryIO:
-    """A regular file, opened for reading. Raises OSError, and UserError for a directory, a pipe or a device."""
-    if not stat.S_ISREG(os.stat(path).st_mode):
-        raise UserError(f"{path}: not a file, but a {'directory' if os.path.isdir(path) else 'pipe or device'}")
+    """A regular file, opened for reading. Raises OSError, and UserError for a pipe or a device."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # that a directory is none says `open`
+        raise UserError(f"{path}: not a file, but a pipe or a device")
     return open(path, "rb")
 
 

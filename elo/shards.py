@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from elo.encoding import BATCH, DOCUMENT, Encoded, Job, encode, encode_in_processes, read_batches, token_type_of
 from elo.errors import UserError
+from elo.fields import read_json_object
 from elo.tokenizer import load_tokenizer
 
 FORMAT = 1  # part of every shard's name: a new format is built anew
@@ -47,17 +48,21 @@ class TokenShard:
 
     @classmethod
     def open(cls, directory: Path, files: Sequence[str]) -> "TokenShard | None":
-        """The shard in `directory`, or None if there is none or a file of it has not the size it had."""
+        """The shard in `directory`, or None if there is none, or meta.json is damaged or does not fit the files."""
         try:
-            meta = json.loads((directory / "meta.json").read_bytes())
-            if any((directory / name).stat().st_size != size for name, size in meta["sizes"].items()):
+            meta = read_json_object(directory / "meta.json")
+            if any(
+                (directory / name).stat().st_size != meta["sizes"][name] for name in ("tokens.bin", "documents.bin")
+            ):
                 return None
-        except (OSError, ValueError):
+            tokens = np.memmap(directory / "tokens.bin", {"<u2": "<u2", "<u4": "<u4"}[meta["token_type"]], "r")
+            documents = np.memmap(directory / "documents.bin", DOCUMENT, "r")
+            skipped = {kind: [int(count), str(place)] for kind, (count, place) in meta["skipped"].items()}
+            # asarray: the same mapped memory, without the slow indexing of np.memmap.
+            arrays = np.asarray(tokens), np.asarray(documents)
+            return cls(*arrays, files, int(meta["bytes"]), str(meta["digest"]), skipped)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
-        tokens = np.memmap(directory / "tokens.bin", meta["token_type"], "r")
-        documents = np.memmap(directory / "documents.bin", DOCUMENT, "r")
-        # asarray: the same mapped memory, without the slow indexing of np.memmap.
-        return cls(np.asarray(tokens), np.asarray(documents), files, meta["bytes"], meta["digest"], meta["skipped"])
 
     def place(self, document: int) -> str:
         """`file:line` of a document."""

@@ -95,5 +95,5 @@ def test_config_file_errors(tmp_path):
     with pytest.raises(UserError, match="config.json: not valid JSON"):
         ModelConfig.load(tmp_path)
     (tmp_path / "config.json").write_text("[1]")
-    with pytest.raises(UserError, match="a JSON object was expected"):
+    with pytest.raises(UserError, match="must be a JSON object"):
         ModelConfig.load(tmp_path)

@@ -184,7 +184,7 @@ def test_files_that_cannot_be_used(tmp_path, format):
     mistakes = {
         "x.txt": "not a file of conversations; supported are .json, .jsonl",
         "lines.json": "not an array in JSON (one object a line is .jsonl)",
-        "object.json": "holds dict, not an array of conversations",
+        "object.json": "not an array in JSON (one object a line is .jsonl): it begins with '{",
         "empty.jsonl": "too few conversations: 1 needed, 0 usable; in the files there are none",
         "cut.jsonl.gz": "damaged or incomplete",
         "columns.parquet": "needs a column 'conversations' or 'messages', and has id, text",
