@@ -16,7 +16,7 @@ from elo.chat import ChatFormat, chat_format
 from elo.checkpoint import load_model
 from elo.distributed import DTYPES, inference_device
 from elo.errors import UserError, exit_status
-from elo.linear import ONEDNN
+from elo.linear import MKLDNN
 from elo.model import CausalLM, KVCache
 from elo.options import Parser, not_negative, not_negative_int, positive, positive_int, share
 from elo.sampling import GREEDY, Sampler, Sampling
@@ -44,7 +44,7 @@ class PackedLinear(nn.Module):
 def pack_weights(model: CausalLM) -> CausalLM:
     """Make a model on a CPU faster at generating, in place; its weights can then be neither trained nor saved."""
     weight = model.lm_head.weight
-    if not ONEDNN or weight.device.type != "cpu":
+    if not (MKLDNN and weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
         return model
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return model

@@ -1,15 +1,25 @@
-"""Linear layers that train on the faster of a CPU's two matrix libraries.
+"""Linear layers and attention that train on the fastest matrix products of a CPU; on other devices they are torch's.
 
-torch multiplies fp32 matrices with MKL, which on AMD processors runs at less than half the speed of oneDNN, the library
-that torch takes for bf16. The operator used here is the one to which torch.compile lowers linear layers on a CPU.
-Without gradients this is `torch.nn.functional.linear`, so that logits are those of transformers to the last bit.
+torch multiplies fp32 matrices with MKL, which on AMD processors makes no use of AVX-512 and then runs at less than half
+the speed of oneDNN; without AVX-512 MKL is the faster one. bf16 matrices have no fast product at all on a CPU without
+AVX-512 or AMX: torch's is 8 to 30 times slower than its fp32 one. There both factors go to fp32, which changes no
+value, and the product is rounded to bf16: what processors that have the instructions do.
+
+Without gradients these are torch's own operators, so that logits are those of transformers to the last bit.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = torch.backends.mkldnn.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+MKLDNN = torch.backends.mkldnn.is_available()
+ONEDNN = MKLDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+BF16 = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which matrices of x's dtype and device are best multiplied."""
+    return torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not BF16 else x.dtype
 
 
 def prefers_onednn(x: Tensor) -> bool:
@@ -19,9 +29,20 @@ def prefers_onednn(x: Tensor) -> bool:
 
 def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x @ weight.T + bias inside of an autograd function. x: (..., in); weight: (out, in), of any strides."""
+    dtype = product_dtype(x)
+    if dtype != x.dtype:
+        return matmul_t(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)).to(x.dtype)
     if prefers_onednn(x):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
+
+
+def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, in fp32 whatever the dtype of the factors. total: (rows, columns)."""
+    if a.dtype == total.dtype and not (ONEDNN and a.device.type == "cpu"):
+        total.addmm_(a, b)
+    else:
+        total += matmul_t(a, b.T)
 
 
 class _Linear(torch.autograd.Function):
@@ -44,6 +65,20 @@ class _Linear(torch.autograd.Function):
 
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        if prefers_onednn(x) and torch.is_grad_enabled():
+        own = prefers_onednn(x) or (product_dtype(x) != x.dtype and not torch.compiler.is_compiling())
+        if own and torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """Softmax attention, causal where there is no mask; several query heads may share a key-value head.
+
+    q: (batch, heads, sequence, head_dim); k, v: (batch, kv_heads, sequence, head_dim).
+    """
+    dtype = product_dtype(q) if torch.is_grad_enabled() else q.dtype
+    # Without a mask tensor CUDA takes the flash kernel.
+    x = F.scaled_dot_product_attention(
+        q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=True
+    )
+    return x.to(q.dtype)

@@ -12,14 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elo.linear import matmul_t
+from elo.linear import add_matmul, matmul_t, product_dtype
 
 IGNORE = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
-# Logits at a time in the matrix products: enough rows for them to be fast, few enough to be small beside the model. On
-# a CPU also less than the 32 MiB from which on glibc takes fresh pages from the kernel for every tensor.
-CHUNK_BYTES = {"cpu": 25 * 2**20, "cuda": 2**29}
-# fp32 logits at a time in the softmax, which passes over them five times: on a CPU a part that stays in its cache.
+# Logits at a time: enough for fast matrix products, few enough to be small beside the model and, on a CPU, to stay in
+# its last cache.
+TILE_BYTES = {"cpu": 12 * 2**20, "cuda": 2**29}
+TILE_ROWS = {"cpu": 2**12, "cuda": 2**16}
+# The same where all logits of a token must be there at once.
+CHUNK_BYTES = {"cpu": 50 * 2**20, "cuda": 2**29}
+# fp32 logits at a time in that softmax, which passes over them five times: on a CPU a part that stays in its cache.
 BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**30}
 
 
@@ -37,29 +40,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN001
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
-        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        counts = labels != IGNORE
-        product = matmul_t if needs_hidden or needs_weight else F.linear
-        targets = labels.where(counts, 0)
-
-        chunk = even_chunk(hidden.shape[0], CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * hidden.itemsize))
-        for start in range(0, hidden.shape[0], chunk):
-            rows = slice(start, start + chunk)
-            h, count, target = hidden[rows], counts[rows, None], targets[rows]
-            logits = product(h, weight)  # (chunk, vocabulary)
-            losses, row_sum = _exponentiate(logits, target)
-            loss += (losses * count).sum()
-
-            # The gradient at the logits is softmax - one_hot(label). Both parts are applied on the small side of the
-            # matrix products: the row sums after them, the one-hot as a row of the weight.
-            if needs_hidden:
-                hidden_grad[rows] = (matmul_t(logits, weight.T) / row_sum - weight[target]) * count
-            if needs_weight:
-                weight_grad += matmul_t(logits.T, (h * (count / row_sum)).to(h.dtype).T)
-                weight_grad.index_add_(0, target, (h * count).float(), alpha=-1)
-
+        if needs_hidden and not needs_weight:
+            loss, hidden_grad, weight_grad = *_by_vocabulary(hidden, weight, labels), None
+        else:
+            loss, hidden_grad, weight_grad = _by_tokens(hidden, weight, labels, needs_hidden, needs_weight)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -72,6 +56,75 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
             None,
         )
+
+
+def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """The loss and its gradient at `hidden`, a tile of the vocabulary after the other.
+
+    The gradient is softmax(hidden @ weight.T) @ weight - weight[labels]: attention of the tokens over the vocabulary,
+    and computed as flash attention is (arXiv 2205.14135). With each tile the largest logit of a token may grow; then
+    what was summed so far shrinks by its exponential. Tiles of many tokens and few columns make faster products than
+    whole rows of logits, and stay in cache.
+    """
+    kind, dtype = hidden.device.type, product_dtype(hidden)
+    hidden_grad = torch.empty_like(hidden)
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    count = even_chunk(hidden.shape[0], TILE_ROWS[kind])
+    width = even_chunk(weight.shape[0], TILE_BYTES[kind] // (count * dtype.itemsize), multiple=64)
+    for rows in (slice(start, start + count) for start in range(0, hidden.shape[0], count)):
+        h, counts = hidden[rows].to(dtype), (labels[rows] != IGNORE)[:, None]
+        target = weight[labels[rows].where(counts[:, 0], 0)].to(dtype)
+        total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
+        largest = torch.full_like(total[:, :1], -math.inf)
+        row_sum = torch.zeros_like(largest)
+        for columns in weight.split(width):
+            columns = columns.to(dtype)
+            logits = matmul_t(h, columns).float()  # (tokens, columns)
+            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
+            shrink = (before - largest).exp_()
+            exponentials = logits.sub_(largest).exp_()
+            row_sum.mul_(shrink).add_(exponentials.sum(1, keepdim=True))
+            add_matmul(total.mul_(shrink), exponentials.to(dtype), columns)
+        # Rounded as the other logits are.
+        target_logit = (h.float() * target).sum(1, keepdim=True).to(dtype)
+        loss += ((row_sum.log() + largest - target_logit) * counts).sum()
+        hidden_grad[rows] = total.div_(row_sum).sub_(target).mul_(counts)
+    return loss, hidden_grad
+
+
+def _by_tokens(
+    hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The loss and its gradients at `hidden` and `weight`, some tokens after the others.
+
+    The weight's gradient needs each token's whole sum before the first product, so a chunk has all of its logits.
+    """
+    product, dtype = F.linear, hidden.dtype
+    if needs_weight:
+        product, dtype = matmul_t, product_dtype(hidden)
+        weight = weight.to(dtype)
+    hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+    weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    counts = labels != IGNORE
+    targets = labels.where(counts, 0)
+
+    chunk = even_chunk(hidden.shape[0], CHUNK_BYTES[hidden.device.type] // (weight.shape[0] * dtype.itemsize))
+    for start in range(0, hidden.shape[0], chunk):
+        rows = slice(start, start + chunk)
+        h, count, target = hidden[rows].to(dtype), counts[rows, None], targets[rows]
+        logits = product(h, weight)  # (chunk, vocabulary)
+        losses, row_sum = _exponentiate(logits, target)
+        loss += (losses * count).sum()
+
+        # The gradient at the logits is softmax - one_hot(label). Both parts are applied on the small side of the
+        # matrix products: the row sums after them, the one-hot as a row of the weight.
+        if needs_hidden:
+            hidden_grad[rows] = (matmul_t(logits, weight.T) / row_sum - weight[target]) * count
+        if needs_weight:
+            add_matmul(weight_grad, logits.T, (h * (count / row_sum)).to(dtype))
+            weight_grad.index_add_(0, target, (h * count).float(), alpha=-1)
+    return loss, hidden_grad, weight_grad
 
 
 def _exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,6 +146,10 @@ def _exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
     return losses.add_(row_sum.log()), row_sum
 
 
-def even_chunk(rows: int, most: int) -> int:
-    """The size of the fewest chunks of at most `most` rows, none of them much smaller than the others."""
-    return math.ceil(rows / math.ceil(rows / max(1, most))) if rows else 1
+def even_chunk(count: int, most: int, multiple: int = 1) -> int:
+    """The size of the fewest chunks of at most `most`, none of them much smaller than the others.
+
+    It may exceed `most` to be a `multiple`.
+    """
+    size = math.ceil(count / math.ceil(count / max(1, most))) if count else 1
+    return math.ceil(size / multiple) * multiple

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from elo.config import ModelConfig
-from elo.linear import Linear
+from elo.linear import Linear, attention
 from elo.loss import linear_cross_entropy
 from elo.rotary import rotary_table, rotate
 
@@ -112,9 +112,7 @@ class Attention(nn.Module):
                 # A single query sees all: those that share a key-value head can be its sequence, and no key is copied.
                 x = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, self.head_dim), k, v, attn_mask=mask)
                 return self.o_proj(x.flatten(1)[:, None])
-        # Without a mask tensor CUDA takes the flash kernel.
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return self.o_proj(x.transpose(1, 2).flatten(2))
+        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):

@@ -15,7 +15,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
 
 from elo.checkpoint import Checkpoint, export
 from elo.corpus import Mixture
@@ -59,7 +58,7 @@ def tokenizing(model: str, folder: Path) -> None:
 
     job, tokenizer = Job(model, "text"), load_tokenizer(model)
     for language in ("ko", "en"):
-        text = gzip.open(CORPUS / f"libreoffice-help.{language}.jsonl.gz").read()
+        text = gzip.decompress((CORPUS / f"libreoffice-help.{language}.jsonl.gz").read_bytes())
         path = folder / f"{language}.jsonl"
         path.write_bytes(text * (20_000_000 // len(text) + 1))
         size = path.stat().st_size

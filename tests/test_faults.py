@@ -12,8 +12,8 @@ import kill_table
 import psutil
 import pytest
 import torch
-from runs import finish, lines, make_project, result, run_here, start, start_group, states
 from safetensors.torch import load_file
+from small_runs import finish, lines, make_project, result, run_here, start, start_group, states
 from test_resume import interrupt
 
 SMALL_STEPS = "train --batch-tokens 32 --method full"  # many of them

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from runs import lines, make_project, run_here, states
+from small_runs import lines, make_project, run_here, states
 
 from elo import training
 from elo.health import FEWEST, WINDOW, Health, middle_and_spread

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from elo import loss as loss_module
+from elo.linear import product_dtype
 from elo.loss import IGNORE, linear_cross_entropy
 
 
@@ -17,16 +18,22 @@ def sample(dtype=torch.float32, seed=0):
     return hidden, weight, labels
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("rows_at_a_time", [1, 10, 1000])
-def test_value_and_gradients(rows_at_a_time, monkeypatch):
+def test_value_and_gradients(rows_at_a_time, frozen, monkeypatch):
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 301 * 4 * rows_at_a_time)
     monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 301 * 4 * 4)
+    monkeypatch.setitem(loss_module.TILE_ROWS, "cpu", rows_at_a_time)
+    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 64 * 4 * rows_at_a_time)  # five tiles, the last one smaller
     hidden, weight, labels = sample()
-    (linear_cross_entropy(hidden, weight, labels) * 0.7).backward()
-    ours = hidden.grad, weight.grad
+    weight.requires_grad_(not frozen)
+    loss = linear_cross_entropy(hidden, weight, labels)
+    (loss * 0.7).backward()
+    ours = loss.detach(), hidden.grad, weight.grad
     hidden.grad = weight.grad = None
-    (F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum") * 0.7).backward()
-    torch.testing.assert_close(ours, (hidden.grad, weight.grad), rtol=1e-5, atol=1e-5)
+    loss = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
+    (loss * 0.7).backward()
+    torch.testing.assert_close(ours, (loss.detach(), hidden.grad, weight.grad), rtol=1e-5, atol=1e-5)
 
 
 def test_a_frozen_head_gets_no_gradient():
@@ -37,11 +44,15 @@ def test_a_frozen_head_gets_no_gradient():
     assert hidden.grad is not None
 
 
-def test_bf16_is_summed_in_fp32():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_bf16_is_summed_in_fp32(frozen):
     hidden, weight, labels = sample(torch.bfloat16)
+    weight.requires_grad_(not frozen)
     loss = linear_cross_entropy(hidden, weight, labels)
     assert loss.dtype == torch.float32
-    expected = F.cross_entropy((hidden @ weight.T).float(), labels, ignore_index=IGNORE, reduction="sum")
+    # A CPU without bf16 instructions does not round the logits.
+    logits = F.linear(*(factor.to(product_dtype(hidden)) for factor in (hidden, weight))).float()
+    expected = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     loss.backward()
     exact = sample()[0]
@@ -57,8 +68,10 @@ def test_only_ignored_labels():
     assert not hidden.grad.any()
 
 
-def test_logits_that_would_overflow_exp():
+@pytest.mark.parametrize("frozen", [False, True])
+def test_logits_that_would_overflow_exp(frozen):
     hidden, weight, labels = sample()
+    weight.requires_grad_(not frozen)
     loss = linear_cross_entropy(hidden * 1000, weight, labels)
     expected = F.cross_entropy(hidden * 1000 @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
     torch.testing.assert_close(loss, expected)

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from runs import lines, make_project, result, run_here, states
 from safetensors.torch import load_file, save_file
+from small_runs import lines, make_project, result, run_here, states
 
 from elo import checkpoint
 from elo.options import interval
