@@ -51,10 +51,9 @@ class TokenShard:
         """The shard in `directory`, or None if there is none, or meta.json is damaged or does not fit the files."""
         try:
             meta = read_json_object(directory / "meta.json")
-            if any(
-                (directory / name).stat().st_size != meta["sizes"][name] for name in ("tokens.bin", "documents.bin")
-            ):
-                return None
+            for name in ("tokens.bin", "documents.bin"):
+                if (directory / name).stat().st_size != meta["sizes"][name]:
+                    return None
             tokens = np.memmap(directory / "tokens.bin", {"<u2": "<u2", "<u4": "<u4"}[meta["token_type"]], "r")
             documents = np.memmap(directory / "documents.bin", DOCUMENT, "r")
             skipped = {kind: [int(count), str(place)] for kind, (count, place) in meta["skipped"].items()}
