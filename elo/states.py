@@ -190,7 +190,13 @@ class SummingWriter(dcp.FileSystemWriter):
     """Leaves a checksum beside every file: DCP finds a file that was cut short, but not one that has changed."""
 
     def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        future = super().write_data(plan, planner)
+        try:
+            future = super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save tells of a full disk only as "unexpected pos", raised while it handles the OSError.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         for name in sorted({result.storage_data.relative_path for result in future.wait()}):
             with open(Path(self.path) / (name + SUM), "w") as file:
                 file.write(f"{checksum(Path(self.path) / name)}\n")

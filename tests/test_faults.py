@@ -65,19 +65,12 @@ def test_hybrid_sharding_has_the_same_losses(project, options):
     out = f"hybrid-{len(options)}"
     if "--clip 0" in options:
         assert run_here(f"{SMALL_STEPS} --clip 0 --batch-tokens 96 --max-steps 9", "unclipped") == 0
-        finish(
-            start(
-                project,
-                f"{SMALL_STEPS} --batch-tokens 96 --max-steps 9 {options}",
-                out,
-                "--standalone --nproc_per_node=4",
-            )
-        )
+        finish(*start_group(project, f"{SMALL_STEPS} --batch-tokens 96 --max-steps 9 {options}", 4, out))
         for name in ("loss", "grad_norm"):
             ours, theirs = ([line[name] for line in lines(Path(d))] for d in (out, "unclipped"))
             assert ours == pytest.approx(theirs, rel=1e-4)
         return
-    finish(start(project, f"{SMALL_STEPS} {options}", out, "--standalone --nproc_per_node=4"))
+    finish(*start_group(project, f"{SMALL_STEPS} {options}", 4, out))
     same_within_rounding(out)
 
 
@@ -186,18 +179,22 @@ def kill_project(tmp_path_factory):
     return project
 
 
-@pytest.mark.parametrize(
-    ("name", "stages"),
-    [
-        ("train, 1 process", ["tokenizing", "saving", "exporting"]),
-        ("train, torchrun alone", ["training"]),
-    ],
-)
-def test_kills(kill_project, name, stages):
+def test_kills(kill_project):
     """A few of `make kill`."""
-    killed = kill_table.chain(kill_project, name, stages, random.Random(0))
+    stages = ["tokenizing", "saving", "exporting"]
+    killed = kill_table.chain(kill_project, "train, 1 process", stages, random.Random(0))
     assert killed
     assert all(same for _, same in killed)
+
+
+def test_workers_save_and_end_when_torchrun_is_killed(project):
+    torchrun = start(project, SMALL_STEPS, "orphaned", "--standalone --nproc_per_node=2")
+    wait_for(steps_done("orphaned", 3), torchrun)
+    workers = psutil.Process(torchrun.pid).children()
+    torchrun.kill()
+    _, alive = psutil.wait_procs(workers, timeout=25)
+    assert not [worker for worker in alive if worker.status() != psutil.STATUS_ZOMBIE]
+    assert states(Path("orphaned")) == [f"step-{len(losses('orphaned'))}"]
 
 
 # ---- a full disk
@@ -236,7 +233,8 @@ def test_a_full_disk_leaves_the_last_state(project, small_disk, capfd):
     assert sorted(path.name for path in (disk / "out/checkpoints").iterdir()) == ["step-3", "step-6"]
     subprocess.run(["mount", "-o", "remount,size=100m", disk], check=True)
     assert run_here(command, str(disk / "out")) == 0
-    assert result(disk / "out") == result(Path("roomy"))
+    assert load_bytes(disk / "out") == load_bytes("roomy")
+    assert result(disk / "out")[1] == result(Path("roomy"))[1]
 
 
 def test_a_full_disk_while_the_model_is_written(project, small_disk, capfd):
@@ -252,7 +250,7 @@ def test_a_full_disk_while_the_model_is_written(project, small_disk, capfd):
 
         patch.setattr("train.export", fill_and_export)
         assert run_here(command, str(disk / "out")) == 2
-    assert "the checkpoint cannot be written: No space left on device" in capfd.readouterr().err
+    assert "the model cannot be written: No space left on device" in capfd.readouterr().err
     assert states(disk / "out") == ["step-3"]
     (disk / "filler").unlink()
     assert run_here(command, str(disk / "out")) == 0
