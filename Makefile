@@ -25,7 +25,7 @@ demo: .venv/installed $(MODEL)/config.json
 	$(BIN)/python examples/demo.py
 
 fuzz: .venv/installed
-	FUZZ_CASES=700 $(BIN)/python -m pytest tests/fuzz
+	FUZZ_CASES=900 $(BIN)/python -m pytest tests/fuzz
 
 kill: .venv/installed
 	$(BIN)/python tests/kill_table.py

@@ -14,6 +14,7 @@ import math
 import platform
 import sys
 from argparse import Namespace
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -50,6 +51,9 @@ def main() -> None:
             save(arguments.out, merge.config(), tensor, model.dtype, vectors[0].instruct.directory, notes)
     except OSError as error:
         raise UserError(f"--out {arguments.out}: {error}") from error
+    finally:
+        with suppress(OSError):  # it has the model, or was there before with something in it
+            arguments.out.rmdir()
 
 
 def parse_arguments() -> Namespace:

@@ -24,8 +24,9 @@ SLOTS = (
 UNPARSED = -1  # FastChat's score for a judgment in which it finds no rating
 
 # FastChat's llm_judge/common.py: one_score_pattern and its backup; and LogicKor's evaluator.py.
-RATING = (re.compile(r"\[\[(\d+\.?\d*)\]\]"), re.compile(r"\[(\d+\.?\d*)\]"))
-KOREAN_RATING = (re.compile(r"점수:\s*(\d+(?:\.\d+)?)"),)
+# At most nine digits here: a judge's text is no more to be trusted than any other.
+RATING = (re.compile(r"\[\[(\d{1,9}\.?\d{0,9})\]\]"), re.compile(r"\[(\d{1,9}\.?\d{0,9})\]"))
+KOREAN_RATING = (re.compile(r"점수:\s*(\d{1,9}(?:\.\d{1,9})?)"),)
 SCALE = (0, 10)
 
 
@@ -63,7 +64,12 @@ class JudgePrompt:
 
 
 def slots(template: str) -> list[str]:
-    return [name for _, name, _, _ in Formatter().parse(template) if name is not None]
+    """The names in braces. ValueError for a slot with a format, which could ask for gigabytes of spaces."""
+    parsed = [(name, spec, conversion) for _, name, spec, conversion in Formatter().parse(template) if name is not None]
+    for name, spec, conversion in parsed:
+        if spec or conversion:
+            raise ValueError(f"the slot {{{name}}} has a format")
+    return [name for name, _, _ in parsed]
 
 
 def read_prompts(benchmark: Benchmark, path: Path | None) -> Mapping[str, JudgePrompt]:

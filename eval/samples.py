@@ -58,7 +58,7 @@ class SamplesFile:
             raise UserError(f"{where}: not a result of this command; give --samples another name") from None
         if model != self.model:
             raise UserError(f"{where}: a result of another model or --dtype; give --samples another name")
-        if task not in self.questions:
+        if not isinstance(task, str) or task not in self.questions:
             return {}
         questions = self.questions[task]
         if not isinstance(index, int) or index < 0:

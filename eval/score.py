@@ -134,13 +134,20 @@ def _judgments(path: Path, line: Line) -> list[Judgment]:
         raise UserError(f"{where}: judge must be the judge and its prompt, and turn 1 or 2")
     score = _score(record["score"], "score", where)
     question = question_id(record["question_id"], where)
-    return [Judgment(record.get("bench"), str(record["model"]), str(judge[0]), question, category, turn, score)]
+    return [Judgment(_bench(record, where), str(record["model"]), str(judge[0]), question, category, turn, score)]
+
+
+def _bench(record: Mapping[str, Any], where: str) -> str | None:
+    bench = record.get("bench")
+    if not isinstance(bench, str | None):
+        raise UserError(f"{where}: bench must be a text, not {bench!r:.60}")
+    return bench
 
 
 def _score(value: object, name: str, where: str) -> float | None:
     if value is None or value == UNPARSED:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 < value < 1e9:
         raise UserError(f"{where}: {name} must be a number, not {value!r:.60}")
     return value
 

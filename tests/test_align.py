@@ -152,7 +152,7 @@ def damage_shape(elo):
 
 def damage_notes(elo):
     (elo / "elo.json").unlink()
-    return "elo.json: not readable"
+    return "elo.json: cannot be read"
 
 
 @pytest.mark.parametrize("project", ["llama3.2-tied"], indirect=True)
