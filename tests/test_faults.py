@@ -40,7 +40,10 @@ def losses(out):
 
 
 def same_within_rounding(out):
-    assert losses(out) == pytest.approx(losses("alone"), rel=1e-4)
+    """What sums in another order differ by grows from step to step, and most where a loss has nearly gone."""
+    ours, alone = losses(out), losses("alone")
+    assert ours[:20] == pytest.approx(alone[:20], rel=1e-4)
+    assert ours == pytest.approx(alone, rel=1e-3, abs=1e-3)
     ours, theirs = (load_file(Path(directory, "model.safetensors")) for directory in (out, "alone"))
     for name in theirs:
         torch.testing.assert_close(ours[name].float(), theirs[name].float(), rtol=5e-2, atol=5e-3)
