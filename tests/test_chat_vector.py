@@ -204,7 +204,7 @@ def test_a_value_too_large_for_the_dtype(tmp_path, monkeypatch):
     trio = [write(tmp_path / name, seed, dtype=torch.float16) for seed, name in enumerate(("m", "b", "i"))]
     with pytest.raises(UserError, match=r"model\.\S+: the sum has values that are not finite in torch.float16"):
         merge(monkeypatch, tmp_path / "out", *trio, "--scale", "1e6")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert not (tmp_path / "out").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def test_a_failed_replacement_leaves_the_old_model(trio, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(chat_vector.Merge, "config", lambda self: self.model.config)
         patch.setattr(chat_vector, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
-        with pytest.raises(UserError, match="--out .*out: .*No space left on device"):
+        with pytest.raises(UserError, match="out: the model cannot be written: No space left on device"):
             merge(patch, out, *trio, "--scale", "2", "--overwrite")
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
 

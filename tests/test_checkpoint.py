@@ -100,7 +100,7 @@ def test_a_directory_with_a_failed_save_is_no_checkpoint(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint_module, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(UserError, match="the model cannot be written: No space left"):
         export(out, model, Checkpoint(base))
     assert list(out.iterdir()) == []
 

@@ -202,7 +202,7 @@ def test_bars_of_speed_and_figure_3(plot, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "bad.json: not readable as JSON"),
+        ("{", "bad.json: not valid JSON"),
         ("{}", "bad.json: JSON of eval score ('models'), JSON of eval speed ('rows'), or the directory of a run"),
         ('{"models": {}}', "bad.json: no models"),
         ('{"models": {"m": 3}}', "bad.json: models.m must have figures"),
@@ -230,7 +230,7 @@ def test_other_mistakes(plot, tmp_path, monkeypatch):
     assert "metrics.jsonl: no step was written yet" in plot(run)[1]
     (run / "metrics.jsonl").unlink()
     assert "no metrics.jsonl is here" in plot(run)[1]
-    assert "absent.json: not readable" in plot(tmp_path / "absent.json")[1]
+    assert "absent.json: cannot be read" in plot(tmp_path / "absent.json")[1]
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "eval.charts")
     monkeypatch.delattr("eval.charts")

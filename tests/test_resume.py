@@ -287,9 +287,9 @@ def test_changed_data_is_refused(project, monkeypatch, what, capfd):
             tensors["model.layers.1.mlp.up_proj.weight"] += 0.01
             save_file(tensors, file)
         else:
-            Path(file).write_bytes(
-                before.replace("둘".encode(), "셋".encode(), 1).replace(b"some text", b"more text", 1)
-            )
+            other = before.replace(rb"\ub458", rb"\uc14b", 1).replace(b"some text", b"more text", 1)
+            assert other != before
+            Path(file).write_bytes(other)
         assert run_here(command) == 2
     finally:
         Path(file).write_bytes(before)
