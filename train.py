@@ -10,7 +10,8 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from elo import lora, pretraining
+from elo import active_vocabulary, lora, pretraining
+from elo.active_vocabulary import ActiveVocabulary
 from elo.checkpoint import export
 from elo.distributed import ParallelOptions, World, parallelize, process_group
 from elo.errors import UserError, exit_status
@@ -38,6 +39,7 @@ def parse_arguments() -> Namespace:
     add_arguments(parser)
     pretraining.add_arguments(parser)
     LoraOptions.add_arguments(parser)
+    active_vocabulary.add_arguments(parser)
     TrainingOptions.add_arguments(parser, lr=3e-4)
     ParallelOptions.add_arguments(parser)
     return parser.parse_args()
@@ -58,15 +60,24 @@ def run(arguments: Namespace, world: World) -> None:
     elif adapters:
         lora.attach(model, adapters, arguments.seed)
         source = lora.base_name
+    narrows = active_vocabulary.is_wanted(arguments)
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
     windows = pretraining.open_windows(arguments, config, world)
-    batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
+    active = None
+    if narrows:
+        active = ActiveVocabulary.of(windows.mixture.shards, config.vocab_size, arguments.active_vocabulary_coverage)
+        active.narrow(model)
+        world.say(str(active))
+    batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world, active)
     open_run(arguments, world, goes_on, pretraining.data_of(base, None, windows))
 
     parallelize(model, world, parallel)
-    base.load_into(model, source)
+    if active:
+        active.load_into(model, base, source)
+    else:
+        base.load_into(model, source)
     if adapters:
         lora.initialize(model, arguments.seed)
     done = train(model, batches, options, world, arguments.out)

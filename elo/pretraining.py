@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elo.active_vocabulary import ActiveVocabulary
 from elo.checkpoint import Checkpoint
 from elo.config import ModelConfig
 from elo.corpus import Mixture, Windows
@@ -127,9 +128,18 @@ class PackedBatches:
 
     Window i of a step goes to process i modulo their number, so that the batch is the same for any number of them.
     A process that has one window fewer than others gets an empty one: all must call the model equally often.
+    A label is its token, or the token's row of a head that `active` narrowed.
     """
 
-    def __init__(self, windows: Windows, batch_tokens: int | None, micro_batch: int, world: World) -> None:
+    def __init__(
+        self,
+        windows: Windows,
+        batch_tokens: int | None,
+        micro_batch: int,
+        world: World,
+        active: ActiveVocabulary | None = None,
+    ) -> None:
+        self.active = active
         self.windows, self.micro_batch, self.world = windows, micro_batch, world
         if batch_tokens is None:
             batch_tokens = LARGEST_BATCH
@@ -156,7 +166,10 @@ class PackedBatches:
             length = self.windows.seq_len
             pairs += [(torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE))] * empty
             tokens, labels = zip(*pairs, strict=True)
-            yield torch.stack(tokens), torch.stack(labels)
+            tokens, labels = torch.stack(tokens), torch.stack(labels)
+            if self.active:
+                labels = self.active.row_of[labels.clamp(min=0)].where(labels != IGNORE, IGNORE)
+            yield tokens, labels
 
     def label_count(self, step: int) -> int:
         window_range = self._window_range(step)
@@ -177,11 +190,13 @@ def notes(
 ) -> dict[str, Any]:
     """elo.json: what a run trained and on what, so that a later stage can follow it."""
     stream = {"stream": batches.windows.mixture.identity, "consumed": batches.consumed(steps)} if batches else {}
+    active = {"active_vocabulary": batches.active.notes()} if batches and batches.active else {}
     return {
         "base": str(Path(arguments.model).resolve()),
         "method": getattr(arguments, "method", "align"),
         "layers": layers,
         "steps": steps,
         **stream,
+        **active,
         "options": option_values(arguments),
     }

@@ -1,8 +1,9 @@
 """Token shards: the tokens of one language on disk, made once and memory-mapped.
 
-A shard is a directory of three files:
+A shard is a directory of four files:
 - tokens.bin: every document as [BOS] tokens EOS, one after the other, as uint16 or uint32.
 - documents.bin: one `DOCUMENT` per document.
+- counts.bin: how often each token occurs, as int64.
 - meta.json: what the rest is. It is written last.
 
 Its name is a hash of what it was made from, so a changed input or tokenizer leads to another directory. It is
@@ -27,12 +28,23 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from elo.encoding import BATCH, DOCUMENT, Encoded, Job, encode, encode_in_processes, read_batches, token_type_of
+from elo.encoding import (
+    BATCH,
+    DOCUMENT,
+    Encoded,
+    Job,
+    encode,
+    encode_in_processes,
+    largest_token,
+    read_batches,
+    token_type_of,
+)
 from elo.errors import UserError
 from elo.fields import read_json_object
-from elo.tokenizer import load_tokenizer
+from elo.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 1  # part of every shard's name: a new format is built anew
+FORMAT = 2  # part of every shard's name: a new format is built anew
+FILES = ("tokens.bin", "documents.bin", "counts.bin")
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +53,7 @@ class TokenShard:
 
     tokens: np.ndarray  # (tokens,)
     documents: np.ndarray  # (documents,) of DOCUMENT
+    counts: np.ndarray  # (vocabulary,): how often each token occurs
     files: Sequence[str]
     bytes: int  # of UTF-8 text
     digest: str  # of tokens and documents: another text has another one
@@ -51,14 +64,15 @@ class TokenShard:
         """The shard in `directory`, or None if there is none, or meta.json is damaged or does not fit the files."""
         try:
             meta = read_json_object(directory / "meta.json")
-            for name in ("tokens.bin", "documents.bin"):
+            for name in FILES:
                 if (directory / name).stat().st_size != meta["sizes"][name]:
                     return None
             tokens = np.memmap(directory / "tokens.bin", {"<u2": "<u2", "<u4": "<u4"}[meta["token_type"]], "r")
             documents = np.memmap(directory / "documents.bin", DOCUMENT, "r")
+            counts = np.fromfile(directory / "counts.bin", "<i8")
             skipped = {kind: [int(count), str(place)] for kind, (count, place) in meta["skipped"].items()}
             # asarray: the same mapped memory, without the slow indexing of np.memmap.
-            arrays = np.asarray(tokens), np.asarray(documents)
+            arrays = np.asarray(tokens), np.asarray(documents), counts
             return cls(*arrays, files, int(meta["bytes"]), str(meta["digest"]), skipped)
         except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
             return None
@@ -112,7 +126,7 @@ def tokenize(
                 else:
                     encoded = (encode(tokenizer, job, batch) for batch in batches)
                 with contextlib.closing(encoded):
-                    _write(directory, token_type_of(tokenizer), files, skip_malformed, encoded, bar)
+                    _write(directory, tokenizer, files, skip_malformed, encoded, bar)
                 for old, new in zip(states, _states(files), strict=True):
                     if old != new:
                         raise UserError(f"{new[0]}: changed while it was read; start again when it is complete")
@@ -138,17 +152,19 @@ def _states(files: Sequence[str]) -> list[tuple[str, int, int]]:
 
 def _write(
     directory: Path,
-    token_type: np.dtype,
+    tokenizer: Tokenizer,
     files: Sequence[str],
     skip_malformed: bool,
     encoded: Iterable[Encoded],
     bar: tqdm,
 ) -> None:
-    """Write the three files of a shard. Only here do the batches come together, in order."""
+    """Write the four files of a shard. Only here do the batches come together, in order."""
+    token_type, counts = token_type_of(tokenizer), np.zeros(largest_token(tokenizer) + 1, "<i8")
     tokens = documents = text_bytes = 0
     skipped: dict[str, list] = {}
     digests = hashlib.sha256(), hashlib.sha256()
-    with open(directory / "tokens.bin", "wb") as token_file, open(directory / "documents.bin", "wb") as index:
+    with contextlib.ExitStack() as stack:
+        token_file, index, count_file = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         for batch in encoded:
             for number, error in batch.malformed:
                 place = f"{files[number]}:{error.line}"
@@ -160,13 +176,15 @@ def _write(
                 file.write(array.data)
                 digest.update(array.data)
             tokens += len(batch.tokens)
+            counts += np.bincount(batch.tokens, minlength=len(counts))
             documents += len(batch.documents)
             text_bytes += int(batch.documents["bytes"].sum(dtype=np.int64))
             bar.update(batch.read)
         if not documents:
             others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
             raise UserError(f"{files[0]}{others}: an empty corpus, there is no document in it")
-        for file in (token_file, index):
+        count_file.write(counts.data)
+        for file in (token_file, index, count_file):
             file.flush()
             os.fsync(file.fileno())  # else a power failure could leave meta.json beside less than it describes
     meta = {
@@ -176,7 +194,7 @@ def _write(
         "bytes": text_bytes,
         "digest": hashlib.sha256(digests[0].digest() + digests[1].digest()).hexdigest(),
         "skipped": skipped,
-        "sizes": {"tokens.bin": tokens * token_type.itemsize, "documents.bin": documents * DOCUMENT.itemsize},
+        "sizes": {name: (directory / name).stat().st_size for name in FILES},
     }
     with open(directory / "meta.json", "w") as file:
         json.dump(meta, file, indent=1)

@@ -83,7 +83,7 @@ def shuffling() -> None:
         documents["tokens"] = documents["bytes"] // 3
         documents["offset"] = np.cumsum(documents["tokens"], dtype=np.uint64) - documents["tokens"]
         total = int(documents["bytes"].sum(dtype=np.int64))
-        shards.append(TokenShard(np.zeros(0, np.uint16), documents, [], total, str(count), {}))
+        shards.append(TokenShard(np.zeros(0, np.uint16), documents, np.zeros(0, np.int64), [], total, str(count), {}))
     held = peak() - before
     mixture = []
     spent = seconds(lambda: mixture.append(Mixture(*shards, 0.9, 0)))

@@ -26,7 +26,7 @@ def make_shard(sizes, name="ko.jsonl", first_token=0):
     documents["offset"] = np.cumsum(documents["tokens"]) - documents["tokens"]
     documents["line"] = np.arange(len(sizes)) + 1
     tokens = np.arange(documents["tokens"].sum(), dtype=np.uint32) + first_token
-    return TokenShard(tokens, documents, [name], sum(sizes), digest=name, skipped={})
+    return TokenShard(tokens, documents, np.bincount(tokens), [name], sum(sizes), digest=name, skipped={})
 
 
 def make_mixture(target_sizes, source_sizes, fraction=0.9, seed=0, size=None, start=0):

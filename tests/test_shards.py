@@ -167,7 +167,7 @@ def test_a_damaged_shard_is_rebuilt(tmp_path, build, damage):
         (directory / "meta.json").write_text('{"tokens": ')
     assert build(path).tokens.tolist() == expected
     assert os.listdir(tmp_path / "cache") == [directory.name]
-    assert sorted(os.listdir(directory)) == ["documents.bin", "meta.json", "tokens.bin"]
+    assert sorted(os.listdir(directory)) == ["counts.bin", "documents.bin", "meta.json", "tokens.bin"]
 
 
 # ---- what is wrong with a corpus

@@ -239,7 +239,7 @@ def test_token_cache(tokenizer, data):
             meta = json.loads((shard / "meta.json").read_bytes())
             (shard / "meta.json").write_bytes(data.draw(changed_json_file(meta)))
         else:
-            path = shard / data.draw(st.sampled_from(["tokens.bin", "documents.bin"]))
+            path = shard / data.draw(st.sampled_from(["tokens.bin", "documents.bin", "counts.bin"]))
             path.write_bytes(data.draw(st.sampled_from([b"", b"\0" * 7, b"\xff" * 5000])))
         again = result_or_user_error(build, writes=directory)
         if again is not None and again.digest == digest:
