@@ -1,0 +1,104 @@
+"""New tokens a second of `elo.generation` beside transformers.generate, greedy, with the same model and prompts.
+
+    python benchmarks/generation_speed.py --model models/SmolLM2-135M-Instruct
+
+Both continue the same prompts by the same number of tokens, whatever stop tokens they meet, and take turns, so that the
+machine's moods hit both alike. The prompts' own computation counts too. Whether both wrote the same tokens is shown:
+in bf16 they may part where two tokens are almost equally likely.
+"""
+
+import json
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from elo.checkpoint import load_model
+from elo.distributed import DTYPES, inference_device
+from elo.errors import UserError, exit_status
+from elo.generation import generate, pack_weights
+from elo.options import Parser, positive_int
+
+Generate = Callable[[list[list[int]]], list[list[int]]]
+
+
+def arguments() -> Namespace:
+    parser = Parser(description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR")
+    parser.add_argument("--dtype", choices=DTYPES, help="(default: both)")
+    parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="prompts at a time (1 8)")
+    parser.add_argument("--prompt-tokens", type=positive_int, default=64, help="of the longest prompt (%(default)s)")
+    parser.add_argument("--new-tokens", type=positive_int, default=64, help="(%(default)s)")
+    parser.add_argument("--rounds", type=positive_int, default=5, help="of each (%(default)s)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    rows = []
+    print(f"{'dtype':<6} {'batch':>5} {'ours/s':>8} {'transformers/s':>14} {'ratio':>6}  same tokens")
+    for dtype in [options.dtype] if options.dtype else DTYPES:
+        runs = {"ours": ours_of(options, dtype), "transformers": transformers_of(options, dtype)}
+        for batch in options.batch:
+            prompts = make_prompts(batch, options.prompt_tokens)
+            seconds: dict[str, list[float]] = {name: [] for name in runs}
+            written = {name: run(prompts) for name, run in runs.items()}  # the warm-up
+            for _ in range(options.rounds):
+                for name, run in runs.items():
+                    started = time.perf_counter()
+                    run(prompts)
+                    seconds[name].append(time.perf_counter() - started)
+            speeds = {name: batch * options.new_tokens / statistics.median(taken) for name, taken in seconds.items()}
+            rows.append(
+                {"dtype": dtype, "batch": batch, **speeds, "ratio": speeds["ours"] / speeds["transformers"]}
+                | {"same": sum(a == b for a, b in zip(*written.values(), strict=True))}
+            )
+            line = "{dtype:<6} {batch:5} {ours:8.1f} {transformers:14.1f} {ratio:6.2f}  {same} of {batch}"
+            print(line.format(**rows[-1]), flush=True)
+    if options.json:
+        options.json.write_text(json.dumps({"rows": rows}, indent=2))
+
+
+def make_prompts(batch: int, longest: int) -> list[list[int]]:
+    """Random ids, each prompt a token shorter than the one before."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = [max(1, longest - row) for row in range(batch)]
+    return [torch.randint(300, 10_000, (length,), generator=generator).tolist() for length in lengths]
+
+
+def ours_of(options: Namespace, dtype: str) -> Generate:
+    model = pack_weights(load_model(options.model, inference_device(), DTYPES[dtype]))
+    return lambda prompts: generate(model, prompts, [()] * len(prompts), options.new_tokens)
+
+
+def transformers_of(options: Namespace, dtype: str) -> Generate:
+    try:
+        from transformers import AutoModelForCausalLM, GenerationConfig
+    except ImportError:
+        raise UserError("pip install transformers") from None
+    device = inference_device()
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[dtype]).to(device).eval()
+    new = options.new_tokens
+    greedy = GenerationConfig(max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0)
+    model.generation_config = greedy
+
+    def run(prompts: list[list[int]]) -> list[list[int]]:
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]  # transformers pads in front
+        tokens = torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)], device=device)
+        mask = torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding], device=device)
+        with torch.inference_mode():
+            return model.generate(tokens, attention_mask=mask, generation_config=greedy)[:, width:].tolist()
+
+    return run
+
+
+if __name__ == "__main__":
+    exit_status(main)
