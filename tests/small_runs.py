@@ -25,19 +25,19 @@ ENGLISH = "First of all, a tokenizer needs some text. "
 TEXT = "--model base --target ko.jsonl --source en.jsonl --seq-len 32 --batch-tokens 128 --lr 1e-2 --dtype fp32"
 CHATS = (
     "--model base --data chats.json --chat-format chatml --seq-len 64 --batch-conversations 5"
-    " --micro-batch-tokens 200 --lr 1e-2 --dtype fp32 --epochs 4 --validation-fraction 0.2"
+    " --micro-batch-tokens 200 --lr 1e-2 --dtype fp32 --epochs 3 --validation-fraction 0.2"
 )
 SCRIPTS = {"train": train, "align": align, "sft": sft}
 
 
-def make_project(directory: Path) -> Path:
-    """A small random Llama with a tokenizer, texts in two languages and conversations."""
+def make_project(directory: Path, documents: int = 60) -> Path:
+    """A small random Llama with a tokenizer, texts in two languages and conversations; 60 documents are 22 steps."""
     families.VARIANTS["small"] = lambda: families.llama(vocab_size=450, tie_word_embeddings=True)
     families.write("small", directory / "base", dtype=torch.bfloat16)
     write_tokenizer(directory / "base")
     add_chat_tokens(directory / "base")
     for name, text in (("ko", KOREAN), ("en", ENGLISH)):
-        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(60)]
+        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(documents)]
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     chats = [
         [{"from": "human", "value": f"무엇 {number}?"}, {"from": "gpt", "value": "some text " * (number % 5 + 1)}]
