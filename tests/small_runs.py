@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from forking import Fork, fork_group
 from small_tokenizer import add_chat_tokens, write_tokenizer
 
 import align
@@ -62,14 +62,15 @@ def run_here(command: str, out: str = "out") -> int:
     return exit_.value.code
 
 
-def start(project: Path, command: str, out: str = "out", torchrun: str = "", **environment: str) -> subprocess.Popen:
-    """The same in processes of its own, with `torchrun` as its options."""
+def start(project: Path, command: str, out: str = "out", torchrun: str = "") -> subprocess.Popen | Fork:
+    """The same in a process of its own, or with `torchrun` as its options in several."""
     script, *options = words(command, out)
-    launcher = [*TORCHRUN, *torchrun.split()] if torchrun else [sys.executable]
+    if not torchrun:
+        return Fork(script, options, project)
     return subprocess.Popen(
-        [*launcher, str(ROOT / f"{script}.py"), *options],
+        [*TORCHRUN, *torchrun.split(), str(ROOT / f"{script}.py"), *options],
         cwd=project,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -77,20 +78,17 @@ def start(project: Path, command: str, out: str = "out", torchrun: str = "", **e
     )
 
 
-def start_group(project: Path, command: str, size: int, out: str = "out") -> list[subprocess.Popen]:
+def start_group(project: Path, command: str, size: int, out: str = "out") -> list[Fork]:
     """The processes of one run as torchrun would start them, but without it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return [start(project, command, out, **place, **rank) for rank in ranks]
+    script, *options = words(command, out)
+    return fork_group(size, script, options, project)
 
 
-def finish(*processes: subprocess.Popen, status: int = 0) -> list[str]:
+def finish(*processes: subprocess.Popen | Fork, status: int = 0) -> list[str]:
     """Wait for processes; what each said on stdout and stderr."""
     said = ["".join(process.communicate(timeout=240)) for process in processes]
-    for process, words in zip(processes, said, strict=True):
-        assert process.returncode == status, f"{process.returncode}: {words}"
+    for process, output in zip(processes, said, strict=True):
+        assert process.returncode == status, f"{process.returncode}: {output}"
     return said
 
 
