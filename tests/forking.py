@@ -22,9 +22,20 @@ MODULES = ("align", "elo.generation", "eval.__main__", "merge_chat_vector", "sft
 
 
 class Fork:
-    """The `main` of a module with these words on its command line; like subprocess.Popen, as far as tests need it."""
+    """The `main` of a module with these words on its command line; like subprocess.Popen, as far as tests need it.
 
-    def __init__(self, module: str, words: list[str], cwd: Path = ROOT, stdin: str = "", **environment: str) -> None:
+    before: Python that runs in the process first, such as one that puts something in a function's place.
+    """
+
+    def __init__(
+        self,
+        module: str,
+        words: list[str],
+        cwd: Path = ROOT,
+        stdin: str = "",
+        before: str = "",
+        **environment: str,
+    ) -> None:
         self.folder = TemporaryDirectory()
         self.files = {name: Path(self.folder.name, name) for name in ("in", "out", "err", "status")}
         self.files["in"].write_text(stdin, encoding="utf-8")
@@ -32,6 +43,7 @@ class Fork:
             "module": module,
             "words": [str(word) for word in words],
             "cwd": str(cwd),
+            "before": before,
             "environment": os.environ | environment,
             "files": {name: str(path) for name, path in self.files.items()},
         }
@@ -69,13 +81,13 @@ class Fork:
         self.send_signal(signal.SIGKILL)
 
 
-def fork_group(size: int, module: str, words: list[str], cwd: Path = ROOT, **environment: str) -> list[Fork]:
+def fork_group(size: int, module: str, words: list[str], cwd: Path = ROOT, before: str = "") -> list[Fork]:
     """The processes of one run, as torchrun would start them on a node."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return [Fork(module, words, cwd, **place, **rank, **environment) for rank in ranks]
+    return [Fork(module, words, cwd, before=before, **place, **rank) for rank in ranks]
 
 
 @cache
@@ -128,6 +140,7 @@ def serve() -> None:
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.argv = [request["module"], *request["words"]]
+    exec(request["before"], {})
     from elo.errors import exit_status
 
     exit_status(importlib.import_module(request["module"]).main)

@@ -78,10 +78,10 @@ def start(project: Path, command: str, out: str = "out", torchrun: str = "") -> 
     )
 
 
-def start_group(project: Path, command: str, size: int, out: str = "out") -> list[Fork]:
+def start_group(project: Path, command: str, size: int, out: str = "out", before: str = "") -> list[Fork]:
     """The processes of one run as torchrun would start them, but without it."""
     script, *options = words(command, out)
-    return fork_group(size, script, options, project)
+    return fork_group(size, script, options, project, before)
 
 
 def finish(*processes: subprocess.Popen | Fork, status: int = 0) -> list[str]:
