@@ -38,7 +38,7 @@ clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis $(MODEL) data/demo runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(MODEL)/config.json: examples/smollm2.py | .venv/installed
+$(MODEL)/config.json: | .venv/installed
 	$(BIN)/python examples/smollm2.py $(MODEL)
 
 .venv/installed: requirements.txt requirements-dev.txt Makefile

@@ -179,7 +179,16 @@ def tokenizer_config(metadata: dict[str, Any]) -> dict[str, Any]:
 
 
 def convert(gguf: Path, out: Path) -> None:
-    """Write the directory `out`, config.json last: a directory without it is not a checkpoint."""
+    """Write the directory `out`, config.json last: a directory without it is not a checkpoint.
+
+    Raises UserError for one that has a checkpoint.
+    """
+    if (out / "config.json").exists():
+        raise UserError(f"{out}: a model is there already; give another directory")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from None
     metadata, tensors = read_gguf(gguf)
     if metadata["general.architecture"] != "llama" or metadata["tokenizer.ggml.pre"] != "smollm":
         raise UserError(f"{gguf} is not SmolLM2: this conversion knows no other model")
@@ -194,11 +203,6 @@ def convert(gguf: Path, out: Path) -> None:
             weight = undo_permutation(weight, heads[projection])
         weights[name] = torch.tensor(weight, dtype=torch.bfloat16)
 
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from None
-    (out / "config.json").unlink(missing_ok=True)
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     stop_tokens = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     for file, content in {

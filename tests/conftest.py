@@ -1,9 +1,12 @@
 """Settings of all tests. The scripts are imported from the project's root."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 # The models here are tiny: a second thread gains nothing, and costs much where other work wants the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+# A shell starts what runs in the background with Ctrl-C ignored, which processes hand down to those they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)

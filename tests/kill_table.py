@@ -5,15 +5,13 @@
 Every run is killed several times, in one stage of its life after the other: while it tokenizes, trains, writes a state
 and writes the model. A moment is a random time after something shows in the run's directory. After each kill the same
 command is given again; in the end it is left alone, and losses, metrics and every byte of the model are compared with
-those of a run that was never killed.
+those of a run that was never killed. Of two processes one is killed, and the other has to end by itself, or both.
 """
 
 import argparse
 import json
-import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -21,34 +19,35 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import psutil
+from forking import Fork, fork_group
+from small_runs import result
 
-ROOT = Path(__file__).resolve().parents[1]
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-# Runs: the script, its options, its processes, and which of them are killed.
 TEXT = "--model base --target ko.jsonl --source en.jsonl --seq-len 32 --batch-tokens 128 --workers 1"
-TRAINING = f"{TEXT} --gb 0.00003 --lr 1e-3 --dtype fp32 --save-every 4 --micro-batch 2"
+TRAINING = f"{TEXT} --gb 0.00003 --lr 1e-3 --dtype fp32 --save-every 4 --micro-batch 2 --max-steps 30"
+IN_BACKWARD = "--optimizer-in-backward --clip 0"
 CHATS = (
     "--model base --data chats.json --chat-format chatml --seq-len 64 --batch-conversations 4 --micro-batch-tokens 99"
+    " --epochs 4 --lr 3e-3 --dtype fp32 --save-every 3 --validation-fraction 0.2"
 )
+# The script, its options, its processes, and which of them are killed.
 RUNS = {
-    "train, 1 process": (f"train.py {TRAINING} --max-steps 40", 1, "it"),
-    "train, 2 processes": (f"train.py {TRAINING} --max-steps 40", 2, "one"),
-    "train, 2 processes and torchrun": (f"train.py {TRAINING} --max-steps 40", 2, "all"),
-    "train, torchrun alone": (f"train.py {TRAINING} --max-steps 40", 2, "torchrun"),
-    "full in backward": (f"train.py {TRAINING} --max-steps 30 --method full --optimizer-in-backward --clip 0", 1, "it"),
-    "align": (f"align.py {TRAINING} --max-steps 30 --after elo --activation-checkpointing", 1, "it"),
-    "sft, best epoch": (
-        f"sft.py {CHATS} --epochs 5 --lr 3e-3 --dtype fp32 --save-every 3 --validation-fraction 0.2 --keep best",
-        1,
-        "it",
-    ),
+    "elo": (f"train {TRAINING}", 1, "it"),
+    "elo, 2 processes": (f"train {TRAINING}", 2, "one"),
+    "elo, 2 processes, all": (f"train {TRAINING}", 2, "all"),
+    "full": (f"train {TRAINING} --method full", 1, "it"),
+    "full, in backward": (f"train {TRAINING} --method full {IN_BACKWARD}", 1, "it"),
+    "full, in backward, 2": (f"train {TRAINING} --method full {IN_BACKWARD}", 2, "one"),
+    "lora": (f"train {TRAINING} --method lora --lora-dropout 0.1 --merge", 1, "it"),
+    "align": (f"align {TRAINING} --elo elo --activation-checkpointing", 1, "it"),
+    "align, 2 processes": (f"align {TRAINING} --elo elo", 2, "all"),
+    "sft, best epoch": (f"sft {CHATS} --keep best", 1, "it"),
+    "sft, 2 processes": (f"sft {CHATS} --keep every", 2, "one"),
 }
 STAGES = ("tokenizing", "training", "saving", "exporting")
 
 
 def make_project(directory: Path) -> None:
-    """A base model, texts that take a second or two to tokenize, and conversations."""
+    """A base model, texts that take a while to tokenize, conversations, and a stage-1 result for align."""
     import families
     import torch
     from small_tokenizer import add_chat_tokens, write_tokenizer
@@ -60,8 +59,8 @@ def make_project(directory: Path) -> None:
     write_tokenizer(directory / "base")
     add_chat_tokens(directory / "base")
     for name, text, lines in (
-        ("ko", "둘째로 더 많은 글이 필요하다. 그리고 끝. ", 30_000),
-        ("en", "First, some text. ", 5_000),
+        ("ko", "둘째로 더 많은 글이 필요하다. 그리고 끝. ", 12_000),
+        ("en", "First, some text. ", 2_000),
     ):
         records = (json.dumps({"text": f"{number} " + text * (number % 5 + 1)}) for number in range(lines))
         (directory / f"{name}.jsonl").write_text("\n".join(records) + "\n")
@@ -70,53 +69,32 @@ def make_project(directory: Path) -> None:
         for number in range(30)
     ]
     (directory / "chats.json").write_text(json.dumps([{"conversations": chat} for chat in chats]))
+    finish(start(directory, "elo", "elo"))
 
 
-class Process:
-    """A run's command, started in a project."""
+def start(project: Path, name: str, out: str) -> list[Fork]:
+    """The processes of a run."""
+    command, size, _ = RUNS[name]
+    script, *words = command.split()
+    (project / out).parent.mkdir(exist_ok=True)
+    return fork_group(size, script, [*words, "--out", out], project)
 
-    def __init__(self, project: Path, name: str, out: str) -> None:
-        command, processes, _ = RUNS[name]
-        script, *options = command.split()
-        launcher = TORCHRUN if processes > 1 else [sys.executable]
-        self.out = project / out
-        self.out.parent.mkdir(exist_ok=True)
-        self.errors = open(project / f"{out}.stderr", "w+")  # noqa: SIM115
-        self.popen = subprocess.Popen(
-            [*launcher, str(ROOT / script), *options, "--out", out],
-            cwd=project,
-            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            stdout=self.errors,
-            stderr=self.errors,
-            stdin=subprocess.DEVNULL,
-        )
 
-    def workers(self) -> list[psutil.Process]:
-        """Those that train."""
-        if self.popen.args[: len(TORCHRUN)] != TORCHRUN:
-            return [psutil.Process(self.popen.pid)]
-        children = psutil.Process(self.popen.pid).children()
-        return [child for child in children if any(word.endswith(".py") for word in child.cmdline())]
+def finish(processes: list[Fork]) -> None:
+    for process in processes:
+        assert process.wait() == 0, f"exit status {process.returncode}: {process.said('err')[:2000]}"
 
-    def kill(self, which: str, choice: random.Random) -> None:
-        workers = self.workers()
-        victims = {"it": workers, "one": [choice.choice(workers)] if workers else []}.get(which, workers)
-        if which in ("all", "torchrun"):
-            os.kill(self.popen.pid, signal.SIGKILL)
-        for victim in victims if which != "torchrun" else []:
-            victim.kill()
-        # The others end by themselves, and soon.
-        self.popen.wait(40)
-        psutil.wait_procs(workers, timeout=40)
-        assert not any(worker.is_running() and worker.status() != "zombie" for worker in workers), "a worker lives on"
 
-    def finish(self, seconds: float = 120) -> None:
-        status = self.popen.wait(seconds)
-        assert status == 0, f"exit status {status}: {self.said()[:2000]}"
-
-    def said(self) -> str:
-        self.errors.seek(0)
-        return self.errors.read()
+def kill(processes: list[Fork], which: str, choice: random.Random) -> None:
+    victims = [choice.choice(processes)] if which == "one" else processes
+    for victim in victims:
+        victim.kill()
+    for process in processes:
+        process.wait(40)  # the other one ends by itself, and soon
+        if process.returncode not in (0, -signal.SIGKILL):
+            last = process.said("err").splitlines()[-1]
+            assert process.returncode == 2, f"exit status {process.returncode}: {last}"
+            assert "another process of this run was killed" in last, last
 
 
 def appeared(out: Path, stage: str, steps: int = 0, since: float = 0) -> bool:
@@ -141,11 +119,15 @@ def steps_in(out: Path) -> int:
         return 0
 
 
+def is_finished(out: Path) -> bool:
+    return (out / "config.json").exists()
+
+
 def stage_of(out: Path) -> str:
     """In which stage a run was killed, as its files tell."""
     if not (out / "run.json").exists():
         return "tokenizing"
-    if (out / "config.json").exists():
+    if is_finished(out):
         return "finished"
     for stage in ("exporting", "saving"):
         if appeared(out, stage):
@@ -155,34 +137,22 @@ def stage_of(out: Path) -> str:
 
 def kill_once(project: Path, name: str, out: str, stage: str, choice: random.Random) -> str:
     """Start or resume a run and kill it in a stage; the stage in which it really was."""
-    since = time.time()
-    process = Process(project, name, out)
-    steps = steps_in(process.out) + choice.randrange(1, 12)
+    since, directory = time.time(), project / out
+    steps = steps_in(directory) + choice.randrange(1, 9)
+    processes = start(project, name, out)
     try:
-        while process.popen.poll() is None and not appeared(process.out, stage, steps, since):
+        while all(process.poll() is None for process in processes) and not appeared(directory, stage, steps, since):
             time.sleep(0.0005)
-        time.sleep(choice.random() * (1.2 if stage == "tokenizing" else 0.02))
-        if process.popen.poll() is not None:
-            process.finish()
+        time.sleep(choice.random() * (0.4 if stage == "tokenizing" else 0.02))
+        if all(process.poll() is not None for process in processes):
+            finish(processes)
             return "finished"
-        process.kill(RUNS[name][2], choice)
-        if RUNS[name][2] == "one":
-            assert "another process of this run was killed" in process.said() or "stopped" in process.said()
-        return stage_of(process.out)
+        kill(processes, RUNS[name][2], choice)
+        return stage_of(directory)
     finally:
-        if process.popen.poll() is None:
-            for worker in process.workers():
-                worker.kill()
-            process.popen.kill()
-
-
-def results(out: Path) -> tuple[dict[str, bytes], list[tuple]]:
-    """Every file of the model, and what the metrics say of every step but times and memory."""
-    names = [path.name for path in out.iterdir() if path.is_file() and path.name not in ("run.json", "metrics.jsonl")]
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    varying = ("seconds", "tokens_per_second", "memory_bytes")
-    kept = [tuple((name, str(line[name])) for name in line if name not in varying) for line in lines]
-    return {name: (out / name).read_bytes() for name in sorted(names)}, kept
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
 
 
 def chain(
@@ -191,17 +161,17 @@ def chain(
     """Kill a run once in each of these stages and let it finish: where it was killed, and whether it is the same."""
     alone = project / name.replace(" ", "-") / "alone"
     if not alone.exists():
-        Process(project, name, str(alone.relative_to(project))).finish()
+        finish(start(project, name, str(alone.relative_to(project))))
     out = f"{name.replace(' ', '-')}-{number}/out"
     killed: list[str] = []
     for stage in stages:
-        if not (project / out / "config.json").exists():
+        if not is_finished(project / out):
             begun = time.perf_counter()
             killed.append(kill_once(project, name, out, stage, choice))
             print(f"{name}: {killed[-1]}, {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
-    if not (project / out / "config.json").exists():
-        Process(project, name, out).finish()
-    same = results(project / out) == results(alone)
+    if not is_finished(project / out):
+        finish(start(project, name, out))
+    same = result(project / out) == result(alone)
     return [(stage, same) for stage in killed if stage != "finished"]
 
 
@@ -215,12 +185,11 @@ def main() -> None:
     with TemporaryDirectory() as folder:
         project = Path(folder)
         make_project(project)
-        Process(project, "train, 1 process", "elo").finish()
         while sum(table.values()) < arguments.kills:
             name = list(RUNS)[number % len(RUNS)]
             # Those of a chain in the order of a run's life; only a run that has a token cache is seen to tokenize.
             possible = STAGES[1:] if name.startswith("sft") else STAGES
-            stages = sorted(choice.choices(possible, k=5), key=STAGES.index)
+            stages = sorted(choice.choices(possible, k=4), key=STAGES.index)
             number += 1
             for stage, same in chain(project, name, stages, choice, number):
                 table[name, stage, same] += 1

@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from forking import Fork, fork_group
 from small_tokenizer import add_chat_tokens, write_tokenizer
 
 import align
@@ -25,19 +25,19 @@ ENGLISH = "First of all, a tokenizer needs some text. "
 TEXT = "--model base --target ko.jsonl --source en.jsonl --seq-len 32 --batch-tokens 128 --lr 1e-2 --dtype fp32"
 CHATS = (
     "--model base --data chats.json --chat-format chatml --seq-len 64 --batch-conversations 5"
-    " --micro-batch-tokens 200 --lr 1e-2 --dtype fp32 --epochs 4 --validation-fraction 0.2"
+    " --micro-batch-tokens 200 --lr 1e-2 --dtype fp32 --epochs 3 --validation-fraction 0.2"
 )
 SCRIPTS = {"train": train, "align": align, "sft": sft}
 
 
-def make_project(directory: Path) -> Path:
-    """A small random Llama with a tokenizer, texts in two languages and conversations."""
+def make_project(directory: Path, documents: int = 60) -> Path:
+    """A small random Llama with a tokenizer, texts in two languages and conversations; 60 documents are 22 steps."""
     families.VARIANTS["small"] = lambda: families.llama(vocab_size=450, tie_word_embeddings=True)
     families.write("small", directory / "base", dtype=torch.bfloat16)
     write_tokenizer(directory / "base")
     add_chat_tokens(directory / "base")
     for name, text in (("ko", KOREAN), ("en", ENGLISH)):
-        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(60)]
+        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(documents)]
         (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
     chats = [
         [{"from": "human", "value": f"무엇 {number}?"}, {"from": "gpt", "value": "some text " * (number % 5 + 1)}]
@@ -62,14 +62,15 @@ def run_here(command: str, out: str = "out") -> int:
     return exit_.value.code
 
 
-def start(project: Path, command: str, out: str = "out", torchrun: str = "", **environment: str) -> subprocess.Popen:
-    """The same in processes of its own, with `torchrun` as its options."""
+def start(project: Path, command: str, out: str = "out", torchrun: str = "") -> subprocess.Popen | Fork:
+    """The same in a process of its own, or with `torchrun` as its options in several."""
     script, *options = words(command, out)
-    launcher = [*TORCHRUN, *torchrun.split()] if torchrun else [sys.executable]
+    if not torchrun:
+        return Fork(script, options, project)
     return subprocess.Popen(
-        [*launcher, str(ROOT / f"{script}.py"), *options],
+        [*TORCHRUN, *torchrun.split(), str(ROOT / f"{script}.py"), *options],
         cwd=project,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
@@ -77,20 +78,17 @@ def start(project: Path, command: str, out: str = "out", torchrun: str = "", **e
     )
 
 
-def start_group(project: Path, command: str, size: int, out: str = "out") -> list[subprocess.Popen]:
+def start_group(project: Path, command: str, size: int, out: str = "out", before: str = "") -> list[Fork]:
     """The processes of one run as torchrun would start them, but without it."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
-    ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-    return [start(project, command, out, **place, **rank) for rank in ranks]
+    script, *options = words(command, out)
+    return fork_group(size, script, options, project, before)
 
 
-def finish(*processes: subprocess.Popen, status: int = 0) -> list[str]:
+def finish(*processes: subprocess.Popen | Fork, status: int = 0) -> list[str]:
     """Wait for processes; what each said on stdout and stderr."""
     said = ["".join(process.communicate(timeout=240)) for process in processes]
-    for process, words in zip(processes, said, strict=True):
-        assert process.returncode == status, f"{process.returncode}: {words}"
+    for process, output in zip(processes, said, strict=True):
+        assert process.returncode == status, f"{process.returncode}: {output}"
     return said
 
 

@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bench_files import LOGICKOR_CATEGORIES, MT_CATEGORIES, read_jsonl, write_bench, write_jsonl, write_model
+from forking import fork_group
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from elo.errors import UserError, exit_status
@@ -293,23 +293,12 @@ def test_mistakes_are_one_line(ask, tmp_path, benches):
 
 def test_processes_divide_the_questions_and_change_nothing(model, benches, ask, tmp_path):
     alone = turns_of(ask(out=tmp_path / "1")[2])
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        "-m",
-        "eval",
-        "answers",
-    ]
     options = ["--bench", "mt_bench", "--bench-dir", benches["mt_bench"], "--model", model, "--out", tmp_path / "2"]
-    done = subprocess.run(
-        [*command, *map(str, options), "--dtype", "fp32", "--max-new-tokens", "6", "--batch-size", "2"],
-        cwd=ROOT, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    options += ["--dtype", "fp32", "--max-new-tokens", 6, "--batch-size", 2]
+    pair = fork_group(2, "eval.__main__", ["answers", *options])
+    said = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
     records = read_jsonl(tmp_path / "2" / "model_answer" / "tiny.jsonl")
     assert len(records) == 8
     assert turns_of(records) == alone
-    assert done.stdout.count("category") == 1
+    assert "".join(output for output, _ in said).count("category") == 1

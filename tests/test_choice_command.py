@@ -2,15 +2,14 @@
 
 import csv
 import json
-import os
 import shutil
-import subprocess
 import sys
 
 import families
 import pyarrow
 import pyarrow.parquet
 import pytest
+from forking import fork_group
 from small_tokenizer import write_tokenizer
 
 from elo.errors import exit_status
@@ -225,19 +224,18 @@ def test_several_processes_give_the_same(root, finished, tmp_path):
     """Two processes continue what one has begun."""
     begun = "".join(finished[0].splitlines(keepends=True)[:7]) + '{"task": "mmlu_'
     (tmp_path / "samples.jsonl").write_text(begun)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "eval"]
     words = ["choice", "--model", root / "model", "--data", root / "data", "--tasks", TASKS, "--dtype", "fp32"]
     words += ["--samples", tmp_path / "samples.jsonl", "--json", tmp_path / "result.json", "--batch-tokens", "600"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*torchrun, *map(str, words)], capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr[-2000:]
+    pair = fork_group(2, "eval.__main__", words)
+    said = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
     samples = by_question((tmp_path / "samples.jsonl").read_text())
     expected = by_question(finished[0])
     assert samples.keys() == expected.keys()
     for key, sample in samples.items():
         assert sample["loglikelihoods"] == pytest.approx(expected[key]["loglikelihoods"], abs=1e-4, rel=0)
     assert json.loads((tmp_path / "result.json").read_text()) == finished[1]
-    assert result.stdout.count("marc_ja") == 1
+    assert "".join(output for output, _ in said).count("marc_ja") == 1
 
 
 def test_limit_takes_the_first_questions(root, finished, tmp_path, monkeypatch):

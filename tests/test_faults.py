@@ -22,7 +22,7 @@ SMALL_STEPS = "train --batch-tokens 32 --method full"  # many of them
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
     """The working directory of all tests here; `alone` has the losses of one process."""
-    directory = make_project(tmp_path_factory.mktemp("project"))
+    directory = make_project(tmp_path_factory.mktemp("project"), documents=30)
     big = [json.dumps({"text": f"{number} " + "둘째로 더 많은 글이 필요하다. " * 9}) for number in range(30_000)]
     (directory / "big.jsonl").write_text("\n".join(big))
     os.chdir(directory)
@@ -91,24 +91,48 @@ def test_two_nodes_share_an_empty_cache(project):
     assert len(list(Path("shared-cache").iterdir())) == 2
 
 
+def stop(group, out, steps):
+    """SIGTERM to all after so many steps; how many there were in the end."""
+    wait_for(steps_done(out, steps), *group)
+    for process in group:
+        process.send_signal(signal.SIGTERM)
+    assert "stopped after step" in finish(*group)[0]
+    return len(losses(out))
+
+
 def test_other_numbers_of_processes_go_on(project, monkeypatch):
-    """1 -> 2 -> 1 -> 4: the same data, and losses within rounding."""
+    """1 -> 2 -> 4 -> 1: the same data, and losses within rounding."""
     with monkeypatch.context() as patch:
         interrupt(patch, 8)
         assert run_here(SMALL_STEPS, "resized") == 0
-    pair = start_group(project, SMALL_STEPS, 2, "resized")
-    wait_for(steps_done("resized", 14), *pair)
-    for process in pair:
-        process.send_signal(signal.SIGTERM)
-    assert "stopped after step" in finish(*pair)[0]
-    stopped = len(losses("resized"))
-    with monkeypatch.context() as patch:
-        interrupt(patch, stopped + 3)
-        assert run_here(SMALL_STEPS, "resized") == 0
-    assert states(Path("resized"))[-2:] == [f"step-{stopped}", f"step-{stopped + 3}"]
-    finish(*start_group(project, SMALL_STEPS, 4, "resized"))
+    two = stop(start_group(project, SMALL_STEPS, 2, "resized"), "resized", 12)
+    four = stop(start_group(project, SMALL_STEPS, 4, "resized"), "resized", two + 3)
+    assert two < four < len(losses("alone"))
+    assert states(Path("resized"))[-2:] == [f"step-{two}", f"step-{four}"]
+    assert run_here(SMALL_STEPS, "resized") == 0
     same_within_rounding("resized")
     assert [line["bytes"] for line in lines(Path("resized"))] == [line["bytes"] for line in lines(Path("alone"))]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "train --target few.jsonl --target-fraction 1",
+        "train --target few.jsonl --target-fraction 1 --method lora",
+        "sft --data few.json --batch-conversations 3 --validation-fraction 0.34",
+    ],
+)
+def test_fewer_documents_than_processes(project, command):
+    """Three for four processes: one of them has an empty share in every step, and of the held-out one three have."""
+    texts = [json.dumps({"text": "둘째로 더 많은 글이"}) for _ in range(3)]
+    Path("few.jsonl").write_text("\n".join(texts) + "\n")
+    Path("few.json").write_text(json.dumps(json.loads(Path("chats.json").read_text())[:3]))
+    out = command.split()[0] + str(len(command))
+    assert run_here(command, f"{out}-alone") == 0
+    finish(*start_group(project, command, 4, out))
+    assert losses(out) == pytest.approx(losses(f"{out}-alone"), rel=1e-4)
+    held_out = [[line.get("validation_loss", 0) for line in lines(Path(name))] for name in (out, f"{out}-alone")]
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-3)
 
 
 # ---- signals and kills
@@ -124,19 +148,54 @@ def test_a_process_whose_fellow_dies_says_so(project):
     finish(second, status=-signal.SIGKILL)
 
 
-@pytest.mark.parametrize("both", [True, False])
-def test_sigterm_while_tokenizing(project, both):
-    """Only one process of the two is told, or both: both leave with 0, and nothing stays behind."""
-    cache = Path(f"big-cache-{both}")
+def test_sigterm_to_one_process_while_tokenizing(project):
+    """Both leave with 0, and nothing stays behind."""
+    cache = Path("big-cache")
     pair = start_group(project, f"{SMALL_STEPS} --target big.jsonl --cache {cache}", 2, "untokenized")
     wait_for(lambda: any(cache.glob(".building-*/tokens.bin")), *pair)
     begun = time.monotonic()
-    for process in pair[: 1 + both]:
-        process.send_signal(signal.SIGTERM)
+    pair[0].send_signal(signal.SIGTERM)
     assert "stopped" in finish(*pair)[0]
     assert time.monotonic() - begun < 25
     assert not list(cache.iterdir())
     assert not Path("untokenized").exists()
+
+
+def test_sigterm_through_torchrun_while_tokenizing(project):
+    """torchrun gives its workers 30 s and itself ends with 1, or the signal; no worker is killed or says a word."""
+    cache = Path("torchrun-cache")
+    command = f"{SMALL_STEPS} --target big.jsonl --cache {cache}"
+    torchrun = start(project, command, "untokenized", "--standalone --nproc_per_node=2")
+    wait_for(lambda: any(cache.glob(".building-*/tokens.bin")), torchrun)
+    begun, workers = time.monotonic(), psutil.Process(torchrun.pid).children()
+    torchrun.send_signal(signal.SIGTERM)
+    output, errors = torchrun.communicate(timeout=60)
+    assert time.monotonic() - begun < 25
+    assert "stopped by a signal" in output
+    assert "error:" not in errors
+    assert "SIGKILL" not in errors
+    assert not any(worker.is_running() for worker in workers)
+    assert not list(cache.iterdir())
+    assert not Path("untokenized").exists()
+
+
+SIGTERM_AT_EXPORT = """
+import os, signal
+import elo.checkpoint
+elo.checkpoint.adopt = lambda *_: os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+def test_sigterm_to_one_of_two_while_the_model_is_written(project):
+    """Rank 0 moves the files to their place and is told to stop: both end with 0, and nothing half is left."""
+    pair = start_group(project, SMALL_STEPS, 2, "unexported", before=SIGTERM_AT_EXPORT)
+    assert "stopped by a signal; the same command goes on" in finish(*pair)[0]
+    assert not Path("unexported/config.json").exists()
+    assert not list(Path("unexported").glob(".saving-*"))
+    steps = Path("unexported/metrics.jsonl").read_bytes()
+    finish(*start_group(project, SMALL_STEPS, 2, "unexported", before="import elo.training as t; del t.accumulate"))
+    assert Path("unexported/metrics.jsonl").read_bytes() == steps
+    same_within_rounding("unexported")
 
 
 def test_sigterm_while_the_model_is_written(project, monkeypatch, capfd):
@@ -185,7 +244,7 @@ def kill_project(tmp_path_factory):
 def test_kills(kill_project):
     """A few of `make kill`."""
     stages = ["tokenizing", "saving", "exporting"]
-    killed = kill_table.chain(kill_project, "train, 1 process", stages, random.Random(0))
+    killed = kill_table.chain(kill_project, "elo, 2 processes", stages, random.Random(0))
     assert killed
     assert all(same for _, same in killed)
 

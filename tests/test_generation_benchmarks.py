@@ -1,24 +1,20 @@
 """All three benchmarks from the question file to the table, killed twice in the answers and twice in the judge."""
 
 import json
-import os
-import signal
-import subprocess
 import sys
 import threading
 import time
 from collections import Counter
-from pathlib import Path
 
 import pytest
 from bench_files import read_jsonl, write_bench, write_model
+from forking import Fork
 from judge_server import Hang, JudgeServer, Reply
 
 from elo.errors import exit_status
 from eval import __main__ as evaluation
 from eval.benchmarks import BENCHMARKS
 
-ROOT = Path(__file__).resolve().parents[1]
 QUESTIONS = {"mt_bench": 8, "japanese_mt_bench": 8, "logickor": 6}
 
 
@@ -29,63 +25,27 @@ def evaluate(monkeypatch, *words):
     assert exit_.value.code == 0
 
 
-# Imports what the commands need, once, and forks for each of them: the arguments come in and the process's id goes out.
-# A process waits after it has written so many lines (0: never), for the kill that is to come in the middle.
-FORKING = """
-import json, os, signal, sys, time
-import openai
-from elo.errors import exit_status
-from eval import __main__ as evaluation
+# Waits after so many lines have been written, for the kill that is to come in the middle.
+PAUSE = """
+import time
 from eval.jsonl import JsonLines
 
-def append(self, record, original=JsonLines.append):
-    global lines
+def append(self, record, original=JsonLines.append, lines=iter(range(1, 1000))):
     original(self, record)
-    lines -= 1
-    if lines == 0:
+    if next(lines) == 2:
         time.sleep(600)
 
 JsonLines.append = append
-signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # leaves no zombies
-for line in sys.stdin:
-    lines, arguments = json.loads(line)
-    if child := os.fork():
-        print(child, flush=True)
-    else:
-        sys.argv = arguments
-        sys.stdout = open(os.devnull, "w")
-        exit_status(evaluation.main)
 """
 
 
 @pytest.fixture
 def start(monkeypatch):
-    """Starts a command in a process of its own and returns its id."""
-    environment = {"OPENAI_API_KEY": "sk-secret-0123456789", "OMP_NUM_THREADS": "1"}
-    for name, value in environment.items():
-        monkeypatch.setenv(name, value)
+    """Starts a command in a process of its own."""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret-0123456789")
     for proxy in ("http_proxy", "all_proxy", "HTTP_PROXY", "ALL_PROXY"):
         monkeypatch.delenv(proxy, raising=False)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen([sys.executable, "-c", FORKING], cwd=ROOT, stdin=pipe, stdout=pipe, text=True)
-
-    def command(words, lines=0):
-        process.stdin.write(json.dumps([lines, ["eval", *map(str, words)]]) + "\n")
-        process.stdin.flush()
-        return int(process.stdout.readline())
-
-    yield command
-    process.stdin.close()
-    process.wait()
-    process.stdout.close()
-
-
-def lives(process):
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    return True
+    return lambda words, before="": Fork("eval.__main__", words, before=before)
 
 
 def kill_each(processes, is_time):
@@ -93,11 +53,10 @@ def kill_each(processes, is_time):
     deadline = time.monotonic() + 120
     while processes:
         for name, process in list(processes.items()):
-            assert lives(process), f"{name} ended by itself"
+            assert process.poll() is None, f"{name} ended by itself"
             if is_time(name):
-                os.kill(process, signal.SIGKILL)
-                while lives(process):
-                    time.sleep(0.005)
+                process.kill()
+                process.wait()
                 del processes[name]
         assert time.monotonic() < deadline
         time.sleep(0.005)
@@ -118,7 +77,7 @@ def test_from_the_questions_to_the_table_with_two_kills_in_each_half(start, tmp_
         return files[name].read_bytes().count(b"\n") if files[name].exists() else 0
 
     for kill in (1, 2):
-        started = {name: start(answering(name), lines=2) for name in BENCHMARKS}
+        started = {name: start(answering(name), PAUSE) for name in BENCHMARKS}
         kill_each(started, lambda name, expected=2 * kill: lines(name) == expected)
         for path in files.values():
             with open(path, "ab") as file:

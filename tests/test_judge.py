@@ -3,15 +3,15 @@
 import json
 import signal
 import socket
-import subprocess
 import sys
 import time
 from email.utils import formatdate
 
 import pytest
 from bench_files import LOGICKOR_CATEGORIES, MT_CATEGORIES, read_jsonl, write_bench, write_jsonl
+from forking import Fork
 from judge_server import RATED, Body, Hang, HangUp, JudgeServer, Reply, Status, Truncated, completion
-from test_answers import ROOT, SHARED
+from test_answers import SHARED
 
 from elo.errors import exit_status
 from eval import __main__ as evaluation
@@ -437,13 +437,8 @@ def test_ctrl_c_keeps_what_was_asked(judge, bench):
     """In a process of its own, as its main thread is the one that gets the signal."""
     with JudgeServer(lambda number, prompt: Reply(RATED, seconds=0.0 if number < 4 else 1.0)) as server:
         options = ["--bench", "mt_bench", "--bench-dir", bench, "--judge-model", "gpt-4", "--base-url", server.url]
-        process = subprocess.Popen(
-            [sys.executable, "-m", "eval", "judge", *map(str, options), "--concurrency", "2"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        words = ["judge", *options, "--concurrency", 2]
+        process = Fork("eval.__main__", words)
         while len(server.asked) < 6:
             assert process.poll() is None
             time.sleep(0.01)

