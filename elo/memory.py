@@ -59,123 +59,84 @@ class Bytes:
 
 
 def peak_memory(model: CausalLM, setup: Setup) -> Bytes:
-    """The highest moment of a step after the first one, when the optimizer has its state. model: see `costs.outline`."""
+    """The highest moment of a step, from the second one on: the first makes the optimizer's state.
+
+    model: see `costs.outline`.
+    """
     return max(moments(model, setup), key=lambda moment: moment.total)
 
 
 def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     """The moments among which the highest one is."""
-    config, blocks, size, tokens = model.config, model.model.layers, setup.itemsize, setup.tokens
+    config, size, tokens = model.config, setup.itemsize, setup.tokens
+    block, count = model.model.layers[0], config.num_hidden_layers  # all blocks have the same sizes
+    root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head])  # shared out apart from blocks
+    root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
+    root_weights, block_weights = size * parameters(root), size * parameters(block)
     hidden = size * config.hidden_size * tokens
-    root = [model.model.embed_tokens, model.model.norm, model.lm_head]
-    head_is_trained = model.lm_head.weight.requires_grad
-    head_gradient = size * model.lm_head.weight.numel() * head_is_trained
-    root_weights = sum({id(p): size * p.numel() for module in root for p in module.parameters()}.values())
+    head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
+    head_gradient = size * head * head_is_trained
+
+    weights = sharded(root, setup) + count * sharded(block, setup)
+    root_shard, block_shard = (sharded(module, setup, trained=True) for module in (root, block))
+    all_shards = root_shard + count * block_shard
 
     def moment(
-        name: str,
-        gradients: int = 0,
-        done: int = 0,
-        gathered: int = root_weights,
-        activations: int = 0,
-        loss: int = 0,
+        name: str, gathered: int, gradients: int = 0, done: int = 0, activations: int = 0, loss: int = 0
     ) -> Bytes:
-        """`gradients`: whole ones and buffers; `done`: bytes of shards that are complete."""
-        held = sharded_gradients if setup.micro_batches > 1 else 0 if setup.optimizer_in_backward else done
-        state = (weights, optimizer, held)
+        """`gradients`: whole ones and buffers; `done`: the shards that are complete."""
+        held = all_shards if setup.micro_batches > 1 else 0 if setup.optimizer_in_backward else done
+        shards = weights, 2 * all_shards, held
         if setup.cpu_offload:
-            return Bytes(name, 0, 0, gradients, gathered, activations, loss, sum(state))
-        return Bytes(name, weights, optimizer, gradients + held, gathered, activations, loss)
+            return Bytes(name, 0, 0, gradients, gathered, activations, loss, sum(shards))
+        return Bytes(name, weights, 2 * all_shards, gradients + held, gathered, activations, loss)
 
-    weights = sum(shard_bytes(p, setup.shard, FP32 if p.requires_grad else size) for p in model.parameters())
-    sharded_gradients = trained_shards(model, setup.shard)
-    optimizer = 2 * sharded_gradients
-
-    # Forward pass and loss: all activations are there. Of the last block the buffer of its gathering still is.
-    kept = [kept_activations(block, setup) for block in blocks]
-    ahead = size * parameters(blocks[-1]) if setup.shard > 1 else 0
-    normed = norm_bytes(model.model.norm, setup)
-    yield moment(
-        "loss",
-        gathered=root_weights + ahead,
-        activations=sum(kept) + normed + hidden,
-        loss=hidden + loss_buffers(model, setup),
-    )
+    # Forward pass and loss: all activations are there. The buffer in which the last block was gathered still is.
+    at_work = block_activations(block, setup)
+    kept = hidden if setup.activation_checkpointing else at_work  # of a block, until its backward pass
+    ahead = block_weights if setup.shard > 1 else 0
+    activations = count * kept + norm_bytes(model.model.norm, setup)
+    buffers = hidden + loss_buffers(model, setup)
+    yield moment("loss", root_weights + ahead, activations=activations + hidden, loss=buffers)
     if head_is_trained:
-        whole = model.lm_head.weight.numel()
-        scaled = 2 * FP32 * whole + (head_gradient if size != FP32 else 0)
-        yield moment(
-            "gradient of the head",
-            gathered=root_weights + ahead,
-            activations=sum(kept) + normed,
-            loss=2 * hidden + scaled,
-        )
+        # In fp32, multiplied by the loss's own gradient, and that in the dtype of computation.
+        buffers = 2 * hidden + 2 * FP32 * head + (head_gradient if size != FP32 else 0)
+        yield moment("gradient of the head", root_weights + ahead, activations=activations, loss=buffers)
 
-    # Backward pass, block by block.
-    waiting = done = 0  # the buffer of the gradients that are being reduced; shards of gradients
-    for number in reversed(range(len(blocks))):
-        block = blocks[number]
-        trained = parameters(block, trained=True)
-        gathered = root_weights + size * parameters(block)
-        gathered += size * parameters(blocks[number - 1]) if setup.shard > 1 and number else 0
-        before = sum(kept[:number])
-        at_work = kept[number]
-        if setup.activation_checkpointing:
-            at_work += block_activations(block, setup)
-        name = f"backward pass of block {number + 1}"
-        yield moment(
-            name,
-            gradients=waiting + size * parameters(block.mlp.down_proj, trained=True),
-            done=done,
-            gathered=gathered,
-            # The gradients of the block's output, of the two products in the MLP, and of their product.
-            activations=before + at_work + hidden + 2 * size * config.intermediate_size * tokens,
-            loss=head_gradient,
-        )
-        yield moment(
-            name + ", its end",
-            gradients=waiting + size * trained,
-            done=done,
-            gathered=gathered,
-            activations=before + 4 * hidden,
-            loss=head_gradient,
-        )
-        whole, shard = FP32 * trained, trained_shards(block, setup.shard)
-        yield moment(
-            f"reduction of block {number + 1}",
-            gradients=whole + max(size * trained, shard),
-            done=done,
-            gathered=gathered - size * parameters(block),
-            activations=before + hidden,
-            loss=head_gradient,
-        )
-        waiting, done = whole, done + shard
+    # Backward pass, block by block, the next one gathered meanwhile.
+    trained = parameters(block, trained=True)
+    waiting = done = 0  # the buffer of gradients that are being reduced; the shards that are complete
+    for number in reversed(range(count)):
+        gathered = root_weights + block_weights + (ahead if number else 0)
+        before, name = number * kept, f"backward pass of block {number + 1}"
+        recomputed = at_work if setup.activation_checkpointing else 0
+        # The gradients of the block's output, of the two factors in the MLP, and of their product's weight.
+        inner = hidden + 2 * size * config.intermediate_size * tokens
+        gradients = waiting + size * parameters(block.mlp.down_proj, trained=True)
+        yield moment(name, gathered, gradients, done, before + kept + recomputed + inner, head_gradient)
+        gradients = waiting + size * trained
+        yield moment(f"end of the {name}", gathered, gradients, done, before + 4 * hidden, head_gradient)
+        gradients = FP32 * trained + max(size * trained, block_shard)
+        gathered -= block_weights
+        yield moment(f"reduction after the {name}", gathered, gradients, done, before + hidden, head_gradient)
+        waiting, done = FP32 * trained, done + block_shard
 
-    if is_trained(*root):
-        trained = root_weights // size
-        whole, shard = FP32 * trained, sharded_gradients - done
-        both = head_gradient + size * model.model.embed_tokens.weight.numel()
-        yield moment("gradient of the embedding", gradients=waiting + both, done=done, activations=hidden)
-        yield moment(
-            "reduction of embedding and head", gradients=whole + max(root_weights, shard), done=done, gathered=0
-        )
-    yield moment("optimizer", done=sharded_gradients, gathered=0 if is_trained(*root) else root_weights)
+    if root_is_trained:
+        gradients = waiting + size * embedding
+        yield moment("gradient of the embedding", root_weights, gradients, done, hidden, head_gradient)
+        gradients = FP32 * parameters(root) + max(root_weights, root_shard)
+        yield moment("reduction of the gradients of embedding and head", 0, gradients, done)
+    yield moment("optimizer", 0 if root_is_trained else root_weights, done=all_shards)
 
 
-def shard_bytes(parameter: nn.Parameter, shard: int, itemsize: int) -> int:
-    """Rows are dealt out, so that the first process may have one more of them than others."""
-    return itemsize * ceil(parameter.shape[0] / shard) * parameter[0].numel()
-
-
-def trained_shards(module: nn.Module, shard: int) -> int:
-    return sum(shard_bytes(p, shard, FP32) for p in module.parameters() if p.requires_grad)
-
-
-def kept_activations(block: Block, setup: Setup) -> int:
-    """From the forward pass for the backward pass: its input alone where the block is recomputed."""
-    if setup.activation_checkpointing:
-        return setup.itemsize * block.mlp.down_proj.out_features * setup.tokens
-    return block_activations(block, setup)
+def sharded(module: nn.Module, setup: Setup, trained: bool = False) -> int:
+    """Bytes of a shard of the weights, or of the gradients of those that are trained. Rows are dealt out: the first
+    process may have one more than others."""
+    return sum(
+        (FP32 if p.requires_grad else setup.itemsize) * ceil(p.shape[0] / setup.shard) * p[0].numel()
+        for p in module.parameters()
+        if p.requires_grad or not trained
+    )
 
 
 def block_activations(block: Block, setup: Setup) -> int:
@@ -210,12 +171,16 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
     size, tokens, device = setup.itemsize, setup.tokens, setup.device
     # Products that are added up in fp32 come into being apart, but for fp32 on a GPU: `linear.add_matmul`.
     product = size if size != FP32 or device == "cpu" else 0
+    rounded = size if size != FP32 else 0  # logits before they go to fp32, or after it
     if not model.lm_head.weight.requires_grad:
         rows = even_chunk(tokens, loss.TILE_ROWS[device])
         columns = even_chunk(vocabulary, loss.TILE_BYTES[device] // (rows * size), multiple=64)
-        tile = rows * columns * (FP32 if size == FP32 else FP32 + size) + rows * width * product
+        earlier = FP32 if columns < vocabulary else 0  # a tile goes when the next one is there
+        tile = rows * max(columns * (earlier + FP32 + rounded), columns * (FP32 + rounded) + width * product)
         return rows * width * (size + FP32) + max(tile, rows * width * 2 * FP32)
     rows = even_chunk(tokens, loss.CHUNK_BYTES[device] // (vocabulary * size))
-    block = even_chunk(rows, loss.BLOCK_BYTES[device] // (vocabulary * FP32)) if size != FP32 else 0
-    work = max(block * vocabulary * FP32, vocabulary * width * product)
-    return vocabulary * width * FP32 + rows * vocabulary * size + work
+    block = even_chunk(rows, loss.BLOCK_BYTES[device] // (vocabulary * FP32)) if rounded else 0
+    logits = rows * vocabulary * size
+    copied = logits if size == FP32 and device == "cpu" else 0  # oneDNN takes no transposed factor
+    work = max(logits if rows < tokens else 0, block * vocabulary * FP32, vocabulary * width * product + copied)
+    return vocabulary * width * FP32 + logits + work
