@@ -76,7 +76,7 @@ class ByteLevelBPE:
                 "Split pattern that no known family has"
             )
         try:
-            self._encoding = tiktoken.Encoding("elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.encoding = tiktoken.Encoding("elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
         except ValueError as error:
             raise UserError(f"{source}: cannot use the pattern {pattern!r:.300}: {error}") from error
 
@@ -97,7 +97,7 @@ class ByteLevelBPE:
         if not self._foreign and len(text) > 100_000 and re.search(r"(?<!\s)\s{100000}", text):
             return self._encode_pieces(text)
         try:
-            return self._encoding.encode_ordinary(text)
+            return self.encoding.encode_ordinary(text)
         except BaseException as error:  # pyo3's PanicException is not an Exception
             if type(error).__name__ != "PanicException":
                 raise
@@ -109,7 +109,7 @@ class ByteLevelBPE:
 
     def merge(self, piece: bytes) -> list[int]:
         """The ids of a piece, whatever the pattern says."""
-        return self._encoding._encode_single_piece(piece)
+        return self.encoding._encode_single_piece(piece)
 
     def _encode_pieces(self, text: str) -> list[int]:
         """`_encode` with the pieces cut by Python's `re`: slower, but it has no limit, and a byte without a token can

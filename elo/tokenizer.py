@@ -9,7 +9,7 @@ by code, with the ids in `special_tokens`. So the ids are those of Hugging Face'
 """
 
 import codecs
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -107,13 +107,13 @@ class Tokenizer:
 
     def __init__(
         self,
-        encode_batch: Callable[[list[str]], list[list[int]]],
+        model: ByteLevelBPE | SentencePieceModel,
         bytes_of: dict[int, bytes],
         added: dict[str, AddedToken],
         starts_with_space: frozenset[int] = frozenset(),
     ) -> None:
         """`bytes_of`: what the ids of ordinary tokens decode to. `starts_with_space`: see `StreamDecoder`."""
-        self._encode_batch = encode_batch
+        self.model = model
         self.special_tokens = {text: token.id for text, token in added.items()}
         self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
         # Of the added tokens only those that are not special are text: Qwen's <tool_call> is what a model writes.
@@ -134,7 +134,7 @@ class Tokenizer:
                 raise UserError(
                     f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
                 ) from error
-        return self._encode_batch(texts)
+        return self.model.encode_batch(texts)
 
     def encode_document(self, text: str) -> list[int]:
         """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
@@ -243,14 +243,14 @@ def _byte_level(
         if id not in bytes_of and token not in added:
             # No text becomes this token, but a model might say it.
             bytes_of[id] = token_bytes(token) or token.encode(errors="replace")
-    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc).encode_batch, bytes_of, added)
+    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added)
 
 
 def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
     ranks = read_tiktoken(files.read(name) or b"", files.path(name))
     added = read_added_tokens(files, {}) or _llama3_added_tokens(len(ranks))
     bpe = ByteLevelBPE(ranks, LLAMA3_PATTERN, files.path(name))
-    tokenizer = Tokenizer(bpe.encode_batch, {id: spelled for spelled, id in ranks.items()}, added)
+    tokenizer = Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added)
     return _with_document_ends(tokenizer, files, "<|begin_of_text|>")
 
 
@@ -285,7 +285,7 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
     renamed = {token.id for token in added.values()}
     added |= {piece: AddedToken(id, special=True) for piece, id in model.control.items() if id not in renamed}
 
-    tokenizer = Tokenizer(model.encode_batch, model.bytes_of, added, model.starts_with_space)
+    tokenizer = Tokenizer(model, model.bytes_of, added, model.starts_with_space)
     add_bos = field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), True)
     return _with_document_ends(tokenizer, files, model.bos if add_bos else None, model.eos)
 

@@ -37,8 +37,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(arguments: Namespace) -> None:
-    if arguments.out.suffix.lower() not in ENDINGS:
-        raise UserError(f"--out {arguments.out}: a figure's name ends in {', '.join(ENDINGS)}")
+    check_ending("--out", arguments.out)
     data = collect(arguments.paths)
     # Only here is matplotlib needed.
     from eval import charts
@@ -47,6 +46,11 @@ def main(arguments: Namespace) -> None:
     print(arguments.out)
     if arguments.json:
         write_json(Path(arguments.json), data)
+
+
+def check_ending(option: str, path: Path) -> None:
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{option} {path}: a figure's name ends in {', '.join(ENDINGS)}")
 
 
 def collect(paths: Sequence[Path]) -> Data:
