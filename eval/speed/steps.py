@@ -140,7 +140,7 @@ def random_shard(vocab_size: int, count: int, length: int = 1000) -> TokenShard:
     documents = np.zeros(len(offsets), DOCUMENT)
     documents["offset"], documents["line"] = offsets, 1 + np.arange(len(offsets))
     documents["tokens"] = documents["bytes"] = np.minimum(length, count - offsets)
-    return TokenShard(tokens, documents, ["random tokens"], count, "random", {})
+    return TokenShard(tokens, documents, np.bincount(tokens), ["random tokens"], count, "random", {})
 
 
 class TimedBatches(PackedBatches):
