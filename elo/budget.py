@@ -121,7 +121,10 @@ def remedies(model: CausalLM, run: Run) -> list[str]:
     found = fewest_options(model, run)
     if found:
         return found
-    found = [] if run.cpu_offload else fewest_options(model, replace(run, cpu_offload=True), "--cpu-offload")
+    if not run.cpu_offload:
+        offloaded = replace(run, cpu_offload=True)
+        host = peak_memory(model, offloaded.setup).host / GIB
+        found = fewest_options(model, offloaded, f"--cpu-offload (with {host:,.1f} GiB of host memory for each GPU)")
     fewest = 1 if run.setup.shard < run.gpus else 2
     for gpus in range(fewest * run.gpus, MOST_GPUS + 1, run.gpus):
         larger = replace(run, gpus=gpus, shard=None)

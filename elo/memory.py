@@ -15,6 +15,7 @@ from torch import nn
 from elo import loss
 from elo.costs import is_trained, parameters
 from elo.distributed import DTYPES
+from elo.linear import ONEDNN
 from elo.lora import LoraLinear
 from elo.loss import even_chunk
 from elo.model import Block, CausalLM
@@ -169,8 +170,9 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
     """Of `loss.linear_cross_entropy` in its forward pass, without the gradient of the hidden states."""
     vocabulary, width = model.lm_head.weight.shape
     size, tokens, device = setup.itemsize, setup.tokens, setup.device
-    # Products that are added up in fp32 come into being apart, but for fp32 on a GPU: `linear.add_matmul`.
-    product = size if size != FP32 or device == "cpu" else 0
+    # Products that are added up in fp32 come into being apart, but for fp32 factors of most devices: see `linear`.
+    onednn = size == FP32 and device == "cpu" and ONEDNN
+    product = size if size != FP32 or onednn else 0
     rounded = size if size != FP32 else 0  # logits before they go to fp32, or after it
     if not model.lm_head.weight.requires_grad:
         rows = even_chunk(tokens, loss.TILE_ROWS[device])
@@ -181,6 +183,6 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
     rows = even_chunk(tokens, loss.CHUNK_BYTES[device] // (vocabulary * size))
     block = even_chunk(rows, loss.BLOCK_BYTES[device] // (vocabulary * FP32)) if rounded else 0
     logits = rows * vocabulary * size
-    copied = logits if size == FP32 and device == "cpu" else 0  # oneDNN takes no transposed factor
+    copied = logits if onednn else 0  # it takes no transposed factor
     work = max(logits if rows < tokens else 0, block * vocabulary * FP32, vocabulary * width * product + copied)
     return vocabulary * width * FP32 + logits + work

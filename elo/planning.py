@@ -152,9 +152,10 @@ def report(plan: Plan) -> Iterator[str]:
     yield f"memory      {memory.total / GIB:,.1f} GiB of the {plan.run.usable / GIB:,.1f} usable in a GPU: {listed}"
     yield f"            highest at: {memory.moment}"
     if host:
-        yield f"            and {host:,.1f} GiB of the host's for each GPU"
+        yield f"            and {host:,.1f} GiB of host memory for each GPU; AdamW's time there is not counted"
+    rows = "conversations of at most" if run.stage == "sft" else "windows of"
     yield (
-        f"a step      {run.batch_windows} windows of {run.seq_len} tokens, in a GPU {setup.micro_batches} x "
+        f"a step      {run.batch_windows} {rows} {run.seq_len} tokens, in a GPU {setup.micro_batches} times "
         f"{setup.tokens // run.seq_len}"
     )
     hours = f"{plan.hours_per_billion:,.2f} for 10^9 tokens"

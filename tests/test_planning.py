@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 
 import families
@@ -117,7 +118,7 @@ def test_parameters_of_methods():
 @pytest.mark.parametrize(
     ("method", "setup"),
     [
-        ("elo", Setup(1024, dtype="bf16", device="cpu")),
+        ("elo", Setup(1024, dtype="fp32", device="cpu")),
         ("full", Setup(512, dtype="fp32", device="cpu", activation_checkpointing=True)),
     ],
 )
@@ -127,7 +128,7 @@ def test_peak_memory(method, setup):
     small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
     fields = {**fields, **small, "vocab_size": 16384, "num_key_value_heads": 2}
     planned = planning_checks.planned(fields, method, setup).total
-    assert planned == pytest.approx(planning_checks.measure(fields, method, setup), rel=0.15)
+    assert planned == pytest.approx(planning_checks.measure(fields, method, setup), rel=0.1)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -221,7 +222,7 @@ def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, c
     assert (status, out) == (2, "")
     (line,) = error.splitlines()
     for way in line.split("it would fit with ")[1].split(", or "):
-        words = way.replace("--clip 0", "").split()
+        words = re.sub(r"\(.*?\)|--clip 0", "", way).split()
         changed = list(base)
         if "GPUs" in words:
             words = ["--gpus", *words[:1], *words[2:]]
