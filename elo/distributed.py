@@ -205,18 +205,20 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     """Compile each block, shard it, shard the rest; then give the model memory on the device, yet to be filled.
 
     Trained parameters are held in fp32 and computed in `options.dtype`, gradients are reduced in fp32. Frozen ones
-    are held in that dtype as well: nothing is ever added to them.
+    are held in that dtype as well: nothing is ever added to them. Where each process has the whole model, they are
+    left as they are: fully_shard would compute with a copy of them.
     """
     dtype = DTYPES[options.dtype]
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            parameter.data = parameter.data.to(dtype)
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
     offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if options.cpu_offload else OffloadPolicy()
     shard = partial(
         fully_shard,
         mesh=make_mesh(world, options.shard),
         mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
         offload_policy=offload,
+        ignored_params=frozen if (options.shard or world.size) == 1 and not options.cpu_offload else None,
     )
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing
@@ -227,7 +229,9 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
         # A frozen embedding and head never change: gather them once and keep them.
         model.set_reshard_after_backward(False, recurse=False)
-    return model.to_empty(device="cpu" if options.cpu_offload else world.device)
+    model.to_empty(device="cpu" if options.cpu_offload else world.device)
+    model.tie_weights()
+    return model
 
 
 # ---- the device: everything that asks for CUDA

@@ -1,4 +1,4 @@
-"""Linear layers and attention that train on the fastest matrix products of a CPU; on other devices they are torch's.
+"""Linear layers that train on the fastest matrix products of a CPU; on other devices they are torch's.
 
 torch multiplies fp32 matrices with MKL, which on AMD processors makes no use of AVX-512 and then runs at less than half
 the speed of oneDNN; without AVX-512 MKL is the faster one. bf16 matrices have no fast product at all on a CPU without
@@ -69,16 +69,3 @@ class Linear(nn.Linear):
         if own and torch.is_grad_enabled():
             return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)
-
-
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Softmax attention, causal where there is no mask; several query heads may share a key-value head.
-
-    q: (batch, heads, sequence, head_dim); k, v: (batch, kv_heads, sequence, head_dim).
-    """
-    dtype = product_dtype(q) if torch.is_grad_enabled() else q.dtype
-    # Without a mask tensor CUDA takes the flash kernel.
-    x = F.scaled_dot_product_attention(
-        q.to(dtype), k.to(dtype), v.to(dtype), attn_mask=mask, is_causal=mask is None, enable_gqa=True
-    )
-    return x.to(q.dtype)

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from elo.attention import attention
 from elo.config import ModelConfig
-from elo.linear import Linear, attention
+from elo.linear import Linear
 from elo.loss import linear_cross_entropy
 from elo.rotary import rotary_table, rotate
 

@@ -7,13 +7,18 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import families
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor
 
 from elo import distributed
+from elo.config import ModelConfig
 from elo.distributed import ParallelOptions, process_group
 from elo.errors import EarlyExit, ProcessLostError, UserError
+from elo.model import build
+from elo.slicing import freeze_all_but_layers
 
 
 @pytest.fixture
@@ -72,18 +77,34 @@ def test_the_random_state_comes_back():
     assert torch.equal(torch.rand(5), drawn)
 
 
+def small_model(**fields):
+    small = {**families.SMALL, "num_hidden_layers": 1, **fields}
+    return build(ModelConfig.from_json({"architectures": ["LlamaForCausalLM"], "model_type": "llama", **small}))
+
+
+def test_one_process_computes_with_its_frozen_parameters_themselves():
+    model = small_model(tie_word_embeddings=True)
+    freeze_all_but_layers(model)
+    with process_group() as world:
+        distributed.parallelize(model, world, ParallelOptions("bf16", compile=False))
+        for parameter in model.parameters():
+            assert isinstance(parameter, DTensor) == parameter.requires_grad
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.1)
+        before = model.lm_head.weight
+        tokens = torch.arange(6).view(1, 6)
+        model(tokens, tokens).backward()
+        assert model.lm_head.weight is before is model.model.embed_tokens.weight
+
+
 def test_offloaded_parameters_are_pinned_for_a_gpu_only(monkeypatch):
     asked = []
     monkeypatch.setattr(distributed, "fully_shard", lambda module, **settings: asked.append(settings["offload_policy"]))
     monkeypatch.setattr(distributed, "make_mesh", lambda *_: None)
     for kind in ("cpu", "cuda"):
-        block = torch.nn.Linear(2, 2, device="meta")
-        model = torch.nn.Module()
-        model.model = torch.nn.Module()
-        model.model.layers = torch.nn.ModuleList([block])
-        model.lm_head = torch.nn.Linear(2, 2, device="meta")
         world = SimpleNamespace(device=torch.device(kind), size=1)
-        distributed.parallelize(model, world, ParallelOptions("fp32", compile=False, cpu_offload=True))
+        distributed.parallelize(small_model(), world, ParallelOptions("fp32", compile=False, cpu_offload=True))
     assert [policy.pin_memory for policy in asked] == [False, False, True, True]
 
 
