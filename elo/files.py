@@ -7,6 +7,7 @@ on other disks. But a name that is *written in* a file must not lead out of that
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,3 +37,20 @@ def read_file(path: str | Path, largest: int) -> bytes:
         if size > largest:
             raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
         return file.read(largest)
+
+
+def read_file_lines(path: str | Path, largest: int, longest: int) -> Iterator[bytes]:
+    """The lines of a regular file of at most `largest` bytes, each of at most `longest`, with their ends.
+
+    Raises OSError, and UserError for more.
+    """
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
+        number = 0
+        while line := file.readline(longest + 1):
+            number += 1
+            if len(line) > longest:
+                raise UserError(f"{path}:{number}: a line of more than {longest:,} bytes")
+            yield line
