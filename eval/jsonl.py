@@ -30,10 +30,7 @@ def read_lines(path: Path, torn: bool = False) -> list[Line]:
     torn: the last line may have been cut short by a kill, and is then passed over. UserError for all else that is no
     JSON object, for what is no file, and for more than a file of results can have.
     """
-    try:
-        return parse_lines(path, read_file_lines(path, LARGEST, LONGEST_LINE), torn)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
+    return parse_lines(path, read_file_lines(path, LARGEST, LONGEST_LINE), torn)
 
 
 def parse_lines(path: Path, lines: Iterable[bytes], torn: bool = False) -> list[Line]:
