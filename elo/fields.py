@@ -37,13 +37,18 @@ def json_object(data: bytes, path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise UserError(f"{path}: must be a JSON object, not a {type(value).__name__}")
+    check_depth(value, path)
+    return value
+
+
+def check_depth(value: dict[str, Any], where: object) -> None:
+    """Raises UserError for what could not be shown, compared or written any more."""
     level: list[Any] = [value]
     for _ in range(DEEPEST):
         inner = [value for holder in level for value in (holder.values() if isinstance(holder, dict) else holder)]
         level = [value for value in inner if isinstance(value, dict | list)]
     if level:
-        raise UserError(f"{path}: more than {DEEPEST} lists and objects in each other")
-    return value
+        raise UserError(f"{where}: more than {DEEPEST} lists and objects in each other")
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

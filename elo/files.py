@@ -7,6 +7,7 @@ on other disks. But a name that is *written in* a file must not lead out of that
 
 import os
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -36,3 +37,23 @@ def read_file(path: str | Path, largest: int) -> bytes:
         if size > largest:
             raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
         return file.read(largest)
+
+
+def read_file_lines(path: str | Path, largest: int, longest: int) -> Iterator[bytes]:
+    """The lines of a regular file of at most `largest` bytes, each of at most `longest`, with their ends.
+
+    Raises UserError for more, and if it cannot be read.
+    """
+    number = 0
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > largest:
+                raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
+            while line := file.readline(longest + 1):
+                number += 1
+                if len(line) > longest:
+                    raise UserError(f"{path}:{number}: a line of more than {longest:,} bytes")
+                yield line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

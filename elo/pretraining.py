@@ -15,7 +15,7 @@ from elo.corpus import Mixture, Windows
 from elo.distributed import World
 from elo.documents import ENDINGS, find_files
 from elo.errors import UserError
-from elo.fields import read_json_object
+from elo.fields import Fields, read_json_object
 from elo.loss import IGNORE
 from elo.options import Parser, not_negative, positive_int, share
 from elo.run import option_values
@@ -81,18 +81,25 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
     opened = shards() if world.local_rank == 0 else None
     world.wait()
     target, source = [*(opened or shards()), None][:2]
-    earlier = read_json_object(after / "elo.json") if after else {}
-    if after and not {"stream", "consumed"} <= earlier.keys():
-        raise UserError(f"{after}/elo.json: it does not say which documents that run consumed")
-    start = earlier["consumed"]["position"] if after else 0
+    start, stream = read_consumed(after) if after else (0, {})
     mixture = Mixture(target, source, arguments.target_fraction, arguments.seed, arguments.gb, start)
     for name, value in mixture.identity.items():
-        if after and value != earlier["stream"][name]:
+        if after and value != stream.get(name):
             raise UserError(
                 f"{after}: that run had other {name.replace('_', ' ')}; its documents can only be told from new ones "
                 "with the same --target, --source, --text-field, --target-fraction and --seed"
             )
     return Windows(mixture, arguments.seq_len)
+
+
+def read_consumed(after: Path) -> tuple[int, dict[str, Any]]:
+    """Where an earlier run stopped reading its stream, in bytes, and the stream's identity."""
+    path = after / "elo.json"
+    notes = read_json_object(path)
+    stream, consumed = notes.get("stream"), notes.get("consumed")
+    if not isinstance(stream, dict) or not isinstance(consumed, dict):
+        raise UserError(f"{path}: it does not say which documents that run consumed")
+    return Fields(consumed, f"{path}: consumed").integer("position", minimum=0, maximum=2**62), stream
 
 
 def open_base(directory: str) -> Checkpoint:

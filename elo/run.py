@@ -11,6 +11,7 @@ import sys
 import time
 from argparse import Namespace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from elo.checkpoint import ADAPTER_CONFIG, COMPANIONS, CONFIG, INDEX, NOTES, SAV
 from elo.distributed import World, device_name
 from elo.errors import EarlyExit, UserError
 from elo.fields import read_json_object, write_json
+from elo.files import read_file_lines
 from elo.options import Parser
 from elo.signals import restarted
 
 RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+LARGEST_METRICS, LONGEST_METRIC = 2**30, 2**16  # bytes of the file and of a line, which has some hundred
 FINISHED = (CONFIG, ADAPTER_CONFIG)  # written last: a model, or a LoRA adapter
 
 # Options that a run may go on with other values of.
@@ -94,14 +97,21 @@ def _goes_on(arguments: Namespace, world: World) -> bool:
 
 def _changed_options(arguments: Namespace, world: World) -> str:
     """The options that an earlier run in --out had and this one has not; empty if there are none."""
-    before, now = read_json_object(arguments.out / RUN).get("options", {}), option_values(arguments)
-    if not isinstance(before, dict):
-        raise UserError(f"{arguments.out / RUN}: the options of the run are not an object")
+    before, now = read_run(arguments.out)["options"], option_values(arguments)
     changed = [name for name in {**before, **now} if name not in CALLS and before.get(name) != now.get(name)]
     for name in LAYOUT & set(changed):
         world.say(f"{_option(name)} was {before.get(name)}: from here on numbers are the same within rounding only")
     changed = [name for name in changed if name not in WATCHING | LAYOUT]
     return ", ".join(f"{_option(name)} {before.get(name)} instead of {now.get(name)}" for name in changed)
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json of a run that has begun, as `open_run` wrote it."""
+    run = read_json_object(out / RUN)
+    for name, kind in (("options", dict), ("data", dict), ("resumed", list)):
+        if not isinstance(run.get(name), kind):
+            raise UserError(f"{out / RUN}: no {name} of a run there; remove this file, and --overwrite begins anew")
+    return run
 
 
 def _option(name: str) -> str:
@@ -129,7 +139,7 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
     }
     try:
         if goes_on:
-            run = read_json_object(out / RUN)
+            run = read_run(out)
             changed = [name for name, value in data.items() if run["data"].get(name) != value]
             if changed:
                 raise UserError(
@@ -168,18 +178,26 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
     path = out / METRICS
     if not path.exists():
         return []
-    lines = []
-    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), start=1):
+    lines, before = [], 0
+    for number, line in enumerate(read_file_lines(path, LARGEST_METRICS, LONGEST_METRIC), start=1):
         if not line.endswith(b"\n"):
             break
         try:
             lines.append(json.loads(line))
-            numbers = [lines[-1][name] for name in ("step", "loss", "grad_norm", "seconds")]
-        except (ValueError, TypeError, KeyError):
-            numbers = [None]
-        if not all(isinstance(value, int | float) for value in numbers):
-            raise UserError(f"{path}:{number}: not a line of a run's metrics; mend or remove the file")
+            names = ("loss", "grad_norm", "seconds", *(("epoch",) if "validation_loss" in lines[-1] else ()))
+            numbers = [lines[-1][name] for name in names] + [lines[-1].get("validation_loss", 0)]
+            # Not all steps: after a power failure lines may be missing that a state on the disk knows of.
+            is_right = isinstance(step := lines[-1]["step"], int) and step > before and all(map(is_number, numbers))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            is_right = False
+        if not is_right:
+            raise UserError(f"{path}:{number}: not a line of a run's metrics after step {before}; mend it")
+        before = step
     return lines
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
 class Metrics:
@@ -199,7 +217,8 @@ class Metrics:
         kept = [line for line in lines if line["step"] <= step]
         self.file = open(self.path, "ab")  # noqa: SIM115  closed by __exit__
         # Cut, not written anew: a kill at this very moment loses nothing.
-        self.file.truncate(sum(len(line) for line in self.path.read_bytes().splitlines(keepends=True)[: len(kept)]))
+        raw = read_file_lines(self.path, LARGEST_METRICS, LONGEST_METRIC)
+        self.file.truncate(sum(len(line) for line in islice(raw, len(kept))))
         return kept[-self.REMEMBERED :]
 
     def __enter__(self) -> "Metrics":

@@ -8,6 +8,7 @@ without it was cut short. DCP unpickles: states are the run's own, and a model d
 """
 
 import os
+import re
 import shutil
 import time
 import zlib
@@ -28,6 +29,7 @@ from elo.options import Interval
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 SUM = ".crc32"
+NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
 class States:
@@ -63,7 +65,11 @@ class States:
 
     def complete(self) -> list[Path]:
         """The complete states, oldest first."""
-        return sorted((path.parent for path in self.directory.glob("step-*/.metadata")), key=_step_of)
+        return sorted((path for path in self._all() if (path / ".metadata").exists()), key=_step_of)
+
+    def _all(self) -> list[Path]:
+        """With those that were cut short; without what somebody put there under another name, such as a copy."""
+        return [path for path in self.directory.glob("step-*") if NAME.fullmatch(path.name)]
 
     def between_steps(self, step: int, is_last: bool) -> None:
         """Save after `step` steps if that is due, or the run is asked to stop; then raise EarlyExit."""
@@ -121,7 +127,7 @@ class States:
     def _remove_all_but_newest(self) -> None:
         if self.world.rank == 0 and self.directory.is_dir():
             newest = self.complete()[-self.keep :]
-            for path in self.directory.glob("step-*"):
+            for path in self._all():
                 if path not in newest:
                     remove_state(path)
 

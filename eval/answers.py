@@ -8,8 +8,6 @@ and after any interruption. Under torchrun the questions are divided over the pr
 The files of the benchmarks are those of lm-sys/FastChat, Stability-AI/FastChat (jp-stable) and instructkr/LogicKor.
 """
 
-import hashlib
-import json
 import sys
 import time
 import uuid
@@ -20,7 +18,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from tqdm import tqdm
 
 from elo.chat import ChatFormat, Messages, chat_format, check_messages
@@ -34,7 +31,7 @@ from elo.options import Parser, not_negative_int, positive, positive_int, share
 from elo.sampling import Sampling
 from elo.tokenizer import load_tokenizer
 from eval.benchmarks import BENCHMARKS, Benchmark, Question, read_questions
-from eval.jsonl import JsonLines
+from eval.jsonl import JsonLines, digest
 from eval.tables import table
 
 EXAMPLES = Path(__file__).parent / "data" / "logickor_examples.json"
@@ -98,7 +95,7 @@ def main(arguments: Namespace) -> None:
         "dtype": arguments.dtype,
         "chat_format": format.name,
         "setting": arguments.setting,
-        "model": fingerprint(checkpoint, tokenizer.fingerprint),
+        "model": digest(checkpoint.fingerprint(), tokenizer.fingerprint),
     }
     settings = {
         question.id: {
@@ -178,20 +175,6 @@ def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, An
     return options | {name: value for name, value in told.items() if value is not None}
 
 
-def fingerprint(checkpoint: Checkpoint, tokenizer: str) -> str:
-    """Tells a checkpoint from its successor in the same directory, from one row of each tensor: no stage keeps them."""
-    found = hashlib.sha256(f"{checkpoint.config} {tokenizer}".encode())
-    for name in checkpoint.names():
-        middle = checkpoint.shape(name)[0] // 2
-        row = checkpoint.rows(name, middle, middle + 1).contiguous().view(-1).view(torch.uint8)
-        found.update(name.encode() + row.numpy().tobytes())
-    return found.hexdigest()[:16]
-
-
-def digest(*texts: object) -> str:
-    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:16]
-
-
 def answers_so_far(results: JsonLines, settings: dict[int | str, Record]) -> dict[int | str, Record]:
     """The answers in the file by question; UserError if they were made in another way than this run's would be."""
     answered = {}
@@ -206,8 +189,21 @@ def answers_so_far(results: JsonLines, settings: dict[int | str, Record]) -> dic
         if changed:
             was = ", ".join(f"{name} was {before.get(name)}, is {settings[id][name]}" for name in changed)
             raise UserError(f"{where}: made in another way: {was}; use --overwrite, another --out or another --name")
+        if not is_complete(record):
+            raise UserError(f"{where}: not an answer as this command writes it; use --overwrite, or another --out")
         answered[id] = record
     return answered
+
+
+def is_complete(record: Record) -> bool:
+    """Whether a line has what `report` counts: for each turn a text, its tokens and why it ended."""
+    match record:
+        case {"choices": [{"turns": list(turns)}, *_], "tokens": list(tokens), "finish": list(finish)}:
+            kinds = ((turns, str), (tokens, int), (finish, str))
+            return bool(turns) and all(
+                len(values) == len(turns) and all(isinstance(value, kind) for value in values) for values, kind in kinds
+            )
+    return False
 
 
 def batches(questions: Sequence[Question], benchmark: Benchmark, size: int, world: World) -> Iterator[list[Question]]:

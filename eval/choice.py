@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from elo.checkpoint import load_model
+from elo.checkpoint import Checkpoint, load_model
 from elo.config import ModelConfig
 from elo.distributed import DTYPES, World, process_group
 from elo.errors import UserError
@@ -28,10 +28,11 @@ from elo.generation import pack_weights
 from elo.options import Parser, not_negative_int, positive_int
 from elo.tokenizer import Tokenizer, load_tokenizer
 from eval import tasks as benchmarks
+from eval.jsonl import digest
 from eval.loglikelihood import Batch, ContextError, Scorer, encode, make_batches
 from eval.metrics import METRICS, Sample, figures, weighted
 from eval.records import note
-from eval.samples import SamplesFile, model_fingerprint
+from eval.samples import SamplesFile
 from eval.tasks import Group, Question, Task
 
 Scores = dict[tuple[str, int], list[float]]  # task and index of a question to the log-likelihoods of its choices
@@ -62,7 +63,8 @@ def main(arguments: Namespace) -> None:
         done: Scores = {}
         samples = None
         if arguments.samples:
-            samples = SamplesFile(arguments.samples, model_fingerprint(model, tokenizer), questions)
+            made_with = digest(Checkpoint(arguments.model).fingerprint(), tokenizer.fingerprint, arguments.dtype)
+            samples = SamplesFile(arguments.samples, made_with, questions)
             done = world.from_rank_0(samples.read() if world.rank == 0 else None)
         scorer = Scorer(pack_weights(model))
         out = stack.enter_context(samples.open()) if samples and world.rank == 0 else None

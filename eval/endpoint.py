@@ -8,16 +8,20 @@ of everything that comes back.
 import json
 import os
 import random
+import sys
 import threading
 import time
+from collections.abc import Iterator
 from email.utils import parsedate_to_datetime
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from elo.errors import UserError
+from elo.fields import shown
 
 KEY = "OPENAI_API_KEY"
 OPENAI = "https://api.openai.com/v1"
+LARGEST_REPLY = 2**23  # bytes; a judgment has a few thousand, and hostile JSON needs 30 times as much memory
 LONGEST_WAIT = 60.0  # between two tries, unless the server asks for more
 LONGEST_RETRY_AFTER = 3600.0
 SHORTEST_KEY = 6
@@ -59,6 +63,8 @@ class Endpoint:
         if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{KEY} has characters that no key has")
         self._openai = openai
+        # The package's own transport, whose errors it lets pass while a reply is read: httpx or, from openai 3, httpx2.
+        self._lost = tuple(sys.modules[name].RequestError for name in ("httpx", "httpx2") if name in sys.modules)
         self._client = openai.OpenAI(api_key=self._key or "none", base_url=base_url, timeout=timeout, max_retries=0)
         self._model = model
         self._fields = {name: value for name, value in request.items() if value is not None}
@@ -86,33 +92,46 @@ class Endpoint:
     def _try(self, messages: list[dict[str, str]]) -> str:
         openai = self._openai
         try:
-            # The body as it is: the package would pass on one that is no JSON.
-            reply = self._client.chat.completions.with_raw_response.create(
+            # The body as it is: the package would pass on one that is no JSON, and read one that has no end.
+            with self._client.chat.completions.with_streaming_response.create(
                 model=self._model, messages=messages, extra_body=self._fields
-            )
-            body = json.loads(reply.http_response.content)
+            ) as reply:
+                body = json.loads(self._bounded(reply.iter_bytes()))
         except openai.APITimeoutError:
             raise _TryAgain(f"no reply within {self._timeout:g} s") from None
         except openai.APIConnectionError as error:
             raise _TryAgain(self._redacted(f"no connection, or lost: {error.__cause__ or error}")) from None
         except openai.APIStatusError as error:
             self._status(error.status_code, error.response.headers.get("retry-after"), error)
-        except ValueError:
+        except self._lost as error:  # in the middle of a reply
+            raise _TryAgain(self._redacted(f"no connection, or lost: {error or type(error).__name__}")) from None
+        except (ValueError, RecursionError):
             raise _TryAgain("a reply that is no JSON") from None
         try:
             content = body["choices"][0]["message"]["content"]
         except (KeyError, IndexError, TypeError):
             error = body.get("error") if isinstance(body, dict) else None
-            said = f": {json.dumps(error, ensure_ascii=False)[:300]}" if error else ""
+            said = f": {shown(error)}" if error else ""
             raise _TryAgain(self._redacted(f"a reply without choices[0].message.content{said}")) from None
         if not isinstance(content, str) or not content.strip():
             raise _TryAgain("an empty reply")
         return content
 
+    def _bounded(self, pieces: Iterator[bytes]) -> bytes:
+        """A whole reply that comes in time and is not too long."""
+        reply, deadline = bytearray(), time.monotonic() + self._timeout
+        for piece in pieces:
+            reply += piece
+            if len(reply) > LARGEST_REPLY:
+                raise _TryAgain(f"a reply of more than {LARGEST_REPLY:,} bytes")
+            if time.monotonic() > deadline:
+                raise _TryAgain(f"no whole reply within {self._timeout:g} s")
+        return bytes(reply)
+
     def _status(self, status: int, retry_after: str | None, error: Any) -> NoReturn:
-        body = error.body if isinstance(error.body, dict) else {}
-        message = body.get("message") or error.response.text
-        said = self._redacted(f"HTTP {status}: {' '.join(str(message).split())[:300]}")
+        message = error.body.get("message") if isinstance(error.body, dict) else None
+        message = message if message and isinstance(message, str) else error.response.text
+        said = self._redacted(f"HTTP {status}: {' '.join(message[:4000].split())[:300]}")
         if status >= 500 or status in PASSING:
             raise _TryAgain(said, retry_after)
         if status in (401, 403, 404):

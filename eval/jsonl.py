@@ -1,13 +1,20 @@
 """JSON lines that are written as results come, so that a killed run goes on where it was."""
 
 import fcntl
+import hashlib
 import json
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.errors import UserError
+from elo.fields import check_depth
+from elo.files import open_file, read_file_lines
+
+LARGEST = 2**28  # bytes of a file; what FastChat has published has up to 50 MB
+LONGEST_LINE = 2**22  # hostile JSON needs 30 times as much memory
 
 
 class Line(NamedTuple):
@@ -21,38 +28,41 @@ def read_lines(path: Path, torn: bool = False) -> list[Line]:
     """The objects of a file; blank lines and byte order marks mean nothing.
 
     torn: the last line may have been cut short by a kill, and is then passed over. UserError for all else that is no
-    JSON object.
+    JSON object, for what is no file, and for more than a file of results can have.
     """
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    return parse_lines(path, data, torn)
+    return parse_lines(path, read_file_lines(path, LARGEST, LONGEST_LINE), torn)
 
 
-def parse_lines(path: Path, data: bytes, torn: bool = False) -> list[Line]:
-    lines = []
-    pieces = data.split(b"\n")
-    for number, piece in enumerate(pieces, start=1):
+def parse_lines(path: Path, lines: Iterable[bytes], torn: bool = False) -> list[Line]:
+    """The same of lines with their ends."""
+    found = []
+    for number, line in enumerate(lines, start=1):
         where = f"{path}:{number}"
         try:
-            text = piece.decode("utf-8").strip().lstrip("\ufeff")
+            text = line.decode("utf-8").strip().lstrip("\ufeff")
             if not text:
                 continue
             record = json.loads(text)
         except (ValueError, RecursionError) as error:
-            if torn and number == len(pieces):
+            if torn and not line.endswith(b"\n"):
                 break
-            raise UserError(f"{where}: not a line of JSON: {error}") from None
+            what = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else "a line of JSON"
+            raise UserError(f"{where}: not {what}: {error}") from None
         if not isinstance(record, dict):
             raise UserError(f"{where}: a JSON object was expected, found {type(record).__name__}")
+        check_depth(record, where)
         if r"\ud" in text.lower():  # JSON can write "\ud800", which no UTF-8 can hold
             try:
                 json.dumps(record, ensure_ascii=False).encode()
             except UnicodeEncodeError:
                 raise UserError(f"{where}: a lone surrogate, which is not text") from None
-        lines.append(Line(where, record))
-    return lines
+        found.append(Line(where, record))
+    return found
+
+
+def digest(*values: object) -> str:
+    """Tells apart what results were made from, and how."""
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()[:16]
 
 
 class JsonLines:
@@ -67,6 +77,8 @@ class JsonLines:
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                open_file(path).close()  # a pipe would wait for its other end
             self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by __exit__
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
@@ -81,15 +93,13 @@ class JsonLines:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"{self.path}: another run is writing it") from None
-        self._file.seek(0)
-        data = self._file.readall()
-        lines = parse_lines(self.path, data, torn=True)
-        if data and not data.endswith(b"\n"):
-            last = data.rfind(b"\n") + 1
-            if parse_lines(self.path, data[last:], torn=True):
+        raw = list(read_file_lines(self.path, LARGEST, LONGEST_LINE))
+        lines = parse_lines(self.path, raw, torn=True)
+        if raw and not raw[-1].endswith(b"\n"):
+            if parse_lines(self.path, raw[-1:], torn=True):
                 self._file.write(b"\n")  # complete but for its end
             else:
-                self._file.truncate(last)
+                self._file.truncate(sum(map(len, raw[:-1])))
         return lines
 
     def __enter__(self) -> "JsonLines":

@@ -4,7 +4,6 @@ Every complaint is one line that names the file and the line or row.
 """
 
 import csv
-import json
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -12,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from elo.errors import UserError
+from elo.files import open_file, read_file_lines
+from eval.jsonl import LARGEST, LONGEST_LINE, read_lines
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them
+PARQUET_ROWS = 8  # that are in memory at a time; a dictionary may repeat one of many megabytes in all of them
 
 
 class Record:
@@ -102,43 +104,32 @@ def read(paths: Sequence[Path], columns: Sequence[str] = ()) -> list[Record]:
 
 
 def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    with open(path, encoding="utf-8-sig", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                fields = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                message = error.msg if isinstance(error, json.JSONDecodeError) else error
-                raise UserError(f"{where}: not a line of JSON: {message}") from None
-            if not isinstance(fields, dict):
-                raise UserError(f"{where}: a JSON object was expected, found {type(fields).__name__}")
-            yield Record(fields, where)
+    return (Record(line.record, line.where) for line in read_lines(path))
 
 
 def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     """CSV, or TSV with a header, of which rows with an empty cell are passed over, as by skt/kobest_v1's loader."""
     tsv = path.suffix == ".tsv"
     names = [] if tsv else list(columns)
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = csv.reader(file, delimiter="\t" if tsv else ",")
-        try:
-            for row in rows:
-                if not row:
-                    continue
-                if not names:
-                    names = [name.strip() for name in row]
-                    continue
-                where = f"{path}:{rows.line_num}"
-                if tsv and (len(row) < len(names) or not all(row)):
-                    note(f"{where}: passed over, since a cell is empty")
-                    continue
-                if len(row) != len(names):
-                    raise UserError(f"{where}: {len(row)} columns instead of {len(names)} ({', '.join(names)})")
-                yield Record(dict(zip(names, row, strict=True)), where)
-        except csv.Error as error:
-            raise UserError(f"{path}:{rows.line_num}: {error}") from None
+    lines = (line.decode("utf-8") for line in read_file_lines(path, LARGEST, LONGEST_LINE))
+    lines = (line.removeprefix("\ufeff") if number == 0 else line for number, line in enumerate(lines))
+    rows = csv.reader(lines, delimiter="\t" if tsv else ",")
+    try:
+        for row in rows:
+            if not row:
+                continue
+            if not names:
+                names = [name.strip() for name in row]
+                continue
+            where = f"{path}:{rows.line_num}"
+            if tsv and (len(row) < len(names) or not all(row)):
+                note(f"{where}: passed over, since a cell is empty")
+                continue
+            if len(row) != len(names):
+                raise UserError(f"{where}: {len(row)} columns instead of {len(names)} ({', '.join(names)})")
+            yield Record(dict(zip(names, row, strict=True)), where)
+    except csv.Error as error:
+        raise UserError(f"{path}:{rows.line_num}: {error}") from None
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
@@ -147,11 +138,20 @@ def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
         import pyarrow.parquet
     except ImportError:
         raise UserError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
+    open_file(path).close()  # pyarrow would wait for a pipe
+    number = size = 0
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
+            for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
+                size += batch.nbytes
+                if size > LARGEST:
+                    raise UserError(f"{path}: more than {LARGEST:,} bytes of text; a benchmark has fewer")
+                for fields in batch.to_pylist():
+                    number += 1
+                    yield Record(fields, f"{path}: row {number}")
+    # MemoryError: a text or a page that is said to be of gigabytes. OverflowError: sizes below 0.
+    except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError, OverflowError) as error:
         raise UserError(f"{path}: damaged or incomplete: {error}") from None
-    return (Record(fields, f"{path}: row {number}") for number, fields in enumerate(rows, start=1))
 
 
 def note(message: str) -> None:

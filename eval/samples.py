@@ -1,20 +1,16 @@
 """The file of --samples: a line of JSON for each question, written as results come, read when a run is continued."""
 
-import hashlib
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
 from elo.errors import UserError
-from elo.model import CausalLM
-from elo.tokenizer import Tokenizer
+from elo.files import read_file_lines
+from eval.jsonl import LARGEST, LONGEST_LINE, digest
 from eval.metrics import best
 from eval.tasks import Question
-
-PROBED = 64  # values of each parameter that tell one model from another
 
 
 class SamplesFile:
@@ -30,18 +26,18 @@ class SamplesFile:
     def read(self) -> dict[tuple[str, int], list[float]]:
         """The log-likelihoods of the choices by task and index, of this run's tasks only."""
         try:
-            content = self.path.read_bytes() if self.path.exists() else b""
-            *lines, torn = content.split(b"\n")
-            done = {}
+            done, complete = {}, 0
+            lines = read_file_lines(self.path, LARGEST, LONGEST_LINE) if self.path.exists() else ()
             for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    done |= self._parse(line, f"{self.path}:{number}")
-            if torn:
+                if line.endswith(b"\n"):
+                    complete += len(line)
+                    done |= self._parse(line, f"{self.path}:{number}") if line.strip() else {}
+                    continue
                 start = b'{"task": '
-                if not (torn.startswith(start) or start.startswith(torn)):
-                    raise UserError(f"{self.path}:{len(lines) + 1}: not a file of results; give --samples another name")
+                if not (line.startswith(start) or start.startswith(line)):
+                    raise UserError(f"{self.path}:{number}: not a file of results; give --samples another name")
                 with open(self.path, "r+b") as file:
-                    file.truncate(len(content) - len(torn))
+                    file.truncate(complete)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "ab"):
                 pass
@@ -65,7 +61,7 @@ class SamplesFile:
             raise UserError(f"{where}: there is no question {index!r}")
         if index >= len(questions):
             return {}  # of a run with a higher --limit
-        numbers = isinstance(values, list) and all(isinstance(value, float) for value in values)
+        numbers = isinstance(values, list) and all(isinstance(v, float) and math.isfinite(v) for v in values)
         if prompt != fingerprint(questions[index]) or not numbers or len(values) != len(questions[index].choices):
             raise UserError(f"{where}: a result of other data or another --shots; give --samples another name")
         return {(task, index): values}
@@ -88,19 +84,4 @@ class SamplesFile:
 
 
 def fingerprint(question: Question) -> str:
-    return _digest(json.dumps(question).encode())
-
-
-def model_fingerprint(model: CausalLM, tokenizer: Tokenizer) -> str:
-    """Of the architecture, the tokenizer, and some values of every parameter in their dtype: training changes them."""
-    digest = hashlib.sha256(json.dumps([model.config.json, tokenizer.fingerprint], sort_keys=True).encode())
-    for name, parameter in model.named_parameters():
-        values = parameter.detach().flatten()
-        values = values[:: max(1, len(values) // PROBED)]
-        digest.update(f"{name} {parameter.dtype}".encode())
-        digest.update(values.to(torch.float32).cpu().numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+    return digest(question)

@@ -16,7 +16,7 @@ import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, mkdtemp
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = ("align", "elo.generation", "eval.__main__", "merge_chat_vector", "sft", "train")
@@ -37,8 +37,8 @@ class Fork:
         before: str = "",
         **environment: str,
     ) -> None:
-        self.folder = TemporaryDirectory()
-        self.files = {name: Path(self.folder.name, name) for name in ("in", "out", "err", "status")}
+        folder = mkdtemp(dir=_folder().name)
+        self.files = {name: Path(folder, name) for name in ("in", "out", "err", "status")}
         self.files["in"].write_text(stdin, encoding="utf-8")
         request = {
             "module": module,
@@ -90,6 +90,12 @@ def fork_group(size: int, module: str, words: list[str], cwd: Path = ROOT, befor
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [Fork(module, words, cwd, before=before, **place, **rank) for rank in ranks]
+
+
+@cache
+def _folder() -> TemporaryDirectory:
+    """What the processes say; goes with this one."""
+    return TemporaryDirectory(ignore_cleanup_errors=True)
 
 
 @cache

@@ -5,6 +5,7 @@ import socket
 import struct
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 RATED = "It answers the question. Rating: [[7]]"
@@ -44,6 +45,10 @@ class JudgeServer:
                 finally:
                     with server.lock:
                         server.at_once -= 1
+
+            def handle(self):
+                with suppress(ConnectionError):  # the client has gone, in the middle of a reply
+                    super().handle()
 
             def log_message(self, *arguments):
                 pass
@@ -131,6 +136,17 @@ class Truncated:
         if self.reset:
             handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             handler.connection.close()
+        handler.close_connection = True
+
+
+class Drip:
+    """A reply that comes a byte at a time and never ends: none of them is late."""
+
+    def on(self, handler, server, prompt):
+        send(handler, 200, "", promised=10**9)
+        while not server.released.wait(0.02):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
         handler.close_connection = True
 
 

@@ -307,7 +307,7 @@ def replace(path, old, new):
             lambda data: (data / "kobest/wic/test.tsv").write_text("ID\n1\n"),
             "wic/test.jsonl and",
         ),
-        (lambda data: (data / "kobest/wic/test.jsonl").write_bytes(b'{"word": "\xff"}'), "wic/test.jsonl: not UTF-8"),
+        (lambda data: (data / "kobest/wic/test.jsonl").write_bytes(b'{"word": "\xff"}'), "wic/test.jsonl:1: not UTF-8"),
         (
             lambda data: (data / "kobest/wic/test.jsonl").rename(data / "kobest/wic/test.parquet"),
             "wic/test.parquet: damaged or incomplete",

@@ -10,7 +10,7 @@ from email.utils import formatdate
 import pytest
 from bench_files import LOGICKOR_CATEGORIES, MT_CATEGORIES, read_jsonl, write_bench, write_jsonl
 from forking import Fork
-from judge_server import RATED, Body, Hang, HangUp, JudgeServer, Reply, Status, Truncated, completion
+from judge_server import RATED, Body, Drip, Hang, HangUp, JudgeServer, Reply, Status, Truncated, completion
 from test_answers import SHARED
 
 from elo.errors import exit_status
@@ -288,6 +288,9 @@ def test_everything_that_can_pass_is_asked_again(judge):
         (Status(502, body="<h1>Bad\ngateway</h1>"), "HTTP 502: <h1>Bad gateway</h1>, after 3 tries"),
         (Body(completion("")), "an empty reply, after 3 tries"),
         (Body("not json"), "a reply that is no JSON, after 3 tries"),
+        (Body("[" * 100_000), "a reply that is no JSON, after 3 tries"),
+        (Body(" " * 9_000_000), "a reply of more than 8,388,608 bytes, after 3 tries"),
+        (Drip(), "no whole reply within 0.2 s, after 3 tries"),
         (Hang(), "no reply within 0.2 s, after 3 tries"),
         (Truncated(), "no connection, or lost: "),
     ],
