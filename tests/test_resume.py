@@ -133,7 +133,7 @@ def test_killed_between_metrics_and_state(project, alone, monkeypatch, command):
 
 @pytest.mark.parametrize("command", ["train", "sft --keep best"])
 def test_killed_while_the_model_is_written(project, alone, monkeypatch, command):
-    """It is written again, and no step is trained again; also half-way through moving the files to their place."""
+    """It is written again, and no step is trained or saved again; also when only some files had been moved."""
     replace = os.replace
     for moved in (0, 1, 2):  # files that are in OUT already
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -152,6 +152,7 @@ def test_killed_while_the_model_is_written(project, alone, monkeypatch, command)
         assert not Path("out/config.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr("elo.training.accumulate", kill)
+        patch.setattr("elo.states.dcp.async_save", kill)
         assert run_here(command) == 0
     assert result(Path("out")) == alone(command)
 
