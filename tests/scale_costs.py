@@ -1,33 +1,38 @@
-"""The unit costs that docs/scale.md multiplies, measured on this machine.
+"""The unit costs that docs/scale.md multiplies, measured on this machine: prints its table.
 
-    python tests/scale_costs.py [--model models/SmolLM2-135M-Instruct]
+    python tests/scale_costs.py --model models/SmolLM2-135M-Instruct --target data/ko --source data/en
 
-Each line is a cost, its unit and how it was measured. Files are written under a temporary directory.
+Nothing else should run meanwhile. Files are written under a temporary directory (--tmp), which should be on the disk
+that is to be measured.
 """
 
 import argparse
 import json
 import multiprocessing
 import resource
+import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.checkpoint import Checkpoint, export
-from elo.corpus import Mixture
+from elo.corpus import Mixture, Windows
 from elo.distributed import ParallelOptions, parallelize, process_group
+from elo.documents import find_files, read_documents
 from elo.encoding import DOCUMENT, Job, encode, read_batches
 from elo.model import build
 from elo.optimizer import Optimizer, TrainingOptions
-from elo.shards import TokenShard
+from elo.shards import TokenShard, tokenize
 from elo.states import States, checksum
 from elo.tokenizer import load_tokenizer
 
 DOCUMENTS = 5_000_000
-CORPUS = Path(__file__).resolve().parents[2] / "shared/data/corpus"
+BYTES = 20_000_000  # of each language
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -37,7 +42,7 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def report(cost: float, unit: str, what: str) -> None:
-    print(f"{cost:12,.2f} {unit:16} {what}", flush=True)
+    print(f"| {what} | {cost:,.2f} {unit} |", flush=True)
 
 
 def apart(work: Callable[..., None], *arguments: object) -> None:
@@ -52,24 +57,29 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def tokenizing(model: str, folder: Path) -> None:
-    """What one process of each kind does in a second."""
-    import gzip
-
+def tokenizing(model: str, languages: dict[str, list[str]], folder: Path) -> None:
+    """What one process of each kind does in a second, and what a window costs."""
     job, tokenizer = Job(model, "text"), load_tokenizer(model)
-    for language in ("ko", "en"):
-        text = gzip.decompress((CORPUS / f"libreoffice-help.{language}.jsonl.gz").read_bytes())
-        path = folder / f"{language}.jsonl"
-        path.write_bytes(text * (20_000_000 // len(text) + 1))
-        size = path.stat().st_size
-        batches = []
-        spent = seconds(
-            lambda path=path, size=size, batches=batches: batches.extend(read_batches([str(path)], [size], "text"))
-        )
-        report(size / spent / 1e6, "MB/s", f"reading {language} JSON lines into batches, the one reading process")
-        spent = seconds(lambda batches=batches: [encode(tokenizer, job, batch) for batch in batches[:8]])
+    files = {}
+    for language, paths in languages.items():
+        texts = [document.text for document in read_documents(find_files(paths))]
+        block = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+        path = files[language] = folder / f"{language}.jsonl"
+        path.write_bytes(block * (BYTES // len(block) + 1))
+        size, batches = path.stat().st_size, []
+        list(read_batches([str(path)], [size], "text"))
+        spent = seconds(lambda: batches.extend(read_batches([str(path)], [size], "text")))  # noqa: B023
+        report(size / spent / 1e6, "MB/s", f"reading {language} JSON lines into batches, by the one reading process")
         done = sum(batch.read for batch in batches[:8])
-        report(done / spent / 1e6, "MB/s a core", f"tokenizing {language}")
+        spent = seconds(lambda: [encode(tokenizer, job, batch) for batch in batches[:8]])  # noqa: B023
+        report(done / spent / 1e6, "MB/s", f"tokenizing {language}, a core")
+    shards = [tokenize([files[name]], model, folder / "cache", progress=False) for name in files]
+    text = sum(shard.bytes for shard in shards)
+    report(sum(shard.tokens.nbytes for shard in shards) / text, "bytes", "tokens.bin for a byte of text")
+    windows = Windows(Mixture(*shards, 0.9, 0), 2048)
+    picked = np.random.default_rng(0).integers(0, len(windows), 1000)
+    spent = seconds(lambda: [windows[int(index)] for index in picked])
+    report(spent / len(picked) * 1e6, "µs", "a window of 2048 tokens, its tokens in the page cache")
 
 
 def shuffling() -> None:
@@ -87,15 +97,12 @@ def shuffling() -> None:
     held = peak() - before
     mixture = []
     spent = seconds(lambda: mixture.append(Mixture(*shards, 0.9, 0)))
-    report(DOCUMENT.itemsize, "bytes", "of documents.bin for a document, on disk")
-    report(
-        (peak() - before - held) / DOCUMENTS,
-        "bytes",
-        "of memory for a document of the larger language while it is shuffled",
-    )
-    report(spent / DOCUMENTS * 1e9, "s", "to shuffle 10^9 documents, by proportion")
+    report(DOCUMENT.itemsize, "bytes", "documents.bin on the disk, for a document")
+    what = "memory while documents are shuffled, for one of the larger language"
+    report((peak() - before - held) / DOCUMENTS, "bytes", what)
+    report(spent / DOCUMENTS * 1e9, "s", "shuffling 10^9 documents, in proportion")
     kept = mixture[0].stream.nbytes + mixture[0].totals.nbytes
-    report(kept / len(mixture[0].stream), "bytes", "of memory for a document of the stretch after that")
+    report(kept / len(mixture[0].stream), "bytes", "memory after that, for a document of the run")
 
 
 def states_and_models(model: str, folder: Path) -> None:
@@ -109,38 +116,41 @@ def states_and_models(model: str, folder: Path) -> None:
         network = parallelize(build(base.config), world, ParallelOptions("fp32", compile=False))
         parameters = sum(parameter.numel() for parameter in network.parameters())
         read = sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+        base.load_into(network)  # touches the memory for the first time
         spent = seconds(lambda: base.load_into(network))
-        report(read / spent / 1e9, "GB/s", "loading safetensors that are in the page cache into shards, a process")
+        report(read / spent / 1e9, "GB/s", "loading safetensors from the page cache into shards, a process")
         optimizer = Optimizer(network, options)
         states = States(folder / "states", network, optimizer.adamws, world, None, 2)
         states._state(0)  # the optimizer's part comes into being
-        copying = seconds(lambda: states.save(1))
-        whole = copying + seconds(states.finish_saving)
-        size = sum(path.stat().st_size for path in (folder / "states/step-1").iterdir())
-        report(size / parameters, "bytes", "of a state for a trained parameter")
+        for step in (1, 2):  # the first one touches its memory, too
+            copying = seconds(lambda: states.save(step))  # noqa: B023
+            whole = copying + seconds(states.finish_saving)
+        size = sum(path.stat().st_size for path in (folder / "states/step-2").iterdir())
+        report(size / parameters, "bytes", "a state, for a trained parameter")
         report(size / copying / 1e9, "GB/s", "copying a state before training goes on, a process")
         report(size / whole / 1e9, "GB/s", "saving a state with checksum and fsync, a process")
-        (file,) = (folder / "states/step-1").glob("*.distcp")
-        report(size / seconds(lambda: checksum(file)) / 1e9, "GB/s", "checking the sum of a file")
-        report(
-            size / seconds(states.load_newest) / 1e9, "GB/s", "loading a state from the page cache, checked, a process"
-        )
-        before = peak()
+        (file,) = (folder / "states/step-2").glob("*.distcp")
+        report(size / seconds(lambda: checksum(file)) / 1e9, "GB/s", "the checksum of a file in the page cache")
+        with redirect_stdout(sys.stderr):
+            spent = seconds(states.load_newest)
+        report(size / spent / 1e9, "GB/s", "loading a state from the page cache, with checksum, a process")
         spent = seconds(lambda: export(folder, network, base))
         written = (folder / "model.safetensors").stat().st_size
-        report(written / spent / 1e9, "GB/s", "writing the model, on rank 0")
-        largest = max(parameter.numel() * 4 for parameter in network.parameters())
-        report((peak() - before) / largest, "x", "the largest tensor in fp32: more memory while it is written")
+        report(written / spent / 1e9, "GB/s", "writing the model, by rank 0")
         optimizer.adamws.clear()
-        print(json.dumps({"parameters": parameters, "state bytes": size, "model bytes": written}))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="models/SmolLM2-135M-Instruct")
-    model = str(Path(parser.parse_args().model).resolve())
-    with TemporaryDirectory() as name:
-        apart(tokenizing, model, Path(name))
+    parser.add_argument("--model", required=True, help="a checkpoint that fits four times in memory in fp32")
+    parser.add_argument("--target", nargs="+", required=True, help="text files of the new language")
+    parser.add_argument("--source", nargs="+", required=True, help="of English")
+    parser.add_argument("--tmp", help="where to write (default: the system's)")
+    arguments = parser.parse_args()
+    model = str(Path(arguments.model).resolve())
+    print("| what | cost |\n|---|---|", flush=True)
+    with TemporaryDirectory(dir=arguments.tmp) as name:
+        apart(tokenizing, model, {"target": arguments.target, "source": arguments.source}, Path(name))
         apart(shuffling)
         apart(states_and_models, model, Path(name))
 
