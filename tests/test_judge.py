@@ -505,7 +505,7 @@ def test_mistakes_are_one_line(judge, bench, tmp_path):
     assert "--request: '[1]' is not a JSON object" in said("--request", "[1]")
     (tmp_path / "empty.jsonl").write_text("")
     assert "empty.jsonl: no answers" in said("--answers", tmp_path / "empty.jsonl")
-    assert "absent.jsonl: No such file" in said("--answers", tmp_path / "absent.jsonl")
+    assert "absent.jsonl: cannot be read: No such file" in said("--answers", tmp_path / "absent.jsonl")
     bad = write_jsonl(tmp_path / "bad.jsonl", [{"question_id": 81, "choices": []}])
     assert "bad.jsonl:1: no answers here: neither" in said("--answers", bad)
     bad = write_jsonl(
