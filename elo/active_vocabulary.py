@@ -89,6 +89,7 @@ class ActiveVocabulary:
         """Give a model that has no memory yet a frozen head of these rows, not tied to its embedding."""
         rows = self.kept + bool(self.sharing)
         model.lm_head = Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
+        model.is_tied = False
 
     @torch.no_grad()
     def load_into(self, model: CausalLM, base: Checkpoint, source: Callable[[str], str]) -> None:

@@ -73,7 +73,9 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     block, count = model.model.layers[0], config.num_hidden_layers  # all blocks have the same sizes
     root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head])  # shared out apart from blocks
     root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
-    root_weights, block_weights = size * parameters(root), size * parameters(block)
+    # What fully_shard computes with is a copy, except for frozen weights that a process has whole.
+    whole = setup.shard == 1 and not setup.cpu_offload
+    root_weights, block_weights = (size * parameters(module, trained=whole) for module in (root, block))
     hidden = size * config.hidden_size * tokens
     head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
     head_gradient = size * head * head_is_trained

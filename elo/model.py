@@ -202,11 +202,12 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.is_tied = config.tie_word_embeddings
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head be the embedding where the configuration says so; again after `to_empty`, which parts them."""
-        if self.config.tie_word_embeddings:
+        """Let the head be the embedding if it is tied to it; again after `to_empty`, which parts them."""
+        if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(

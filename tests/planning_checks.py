@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.config import ModelConfig
@@ -59,7 +60,7 @@ def train(config: ModelConfig, method: str, setup: Setup, world: World) -> None:
     model = parallelize(outline(config, method), world, options)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.to_local().normal_(std=0.02)
+            (parameter.to_local() if isinstance(parameter, DTensor) else parameter).normal_(std=0.02)
     numbers = dict.fromkeys(("lr", "warmup", "min_lr_ratio", "weight_decay"), 0.0)
     ends = {"max_steps": None, "save_every": None, "keep_checkpoints": 1, "stop_on_spike": False}
     clip = 0.0 if setup.optimizer_in_backward else 1.0
