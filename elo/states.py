@@ -188,6 +188,8 @@ class States:
     def _state(self, step: int) -> dict[str, Any]:
         """What there is now, as references: loading writes into them, and saving copies them first."""
         model, optimizer = get_state_dict(self.model, self.optimizers, options=TRAINED_ONLY)
+        # Without the second name of a tied head: it is trained or frozen as the embedding.
+        model = {name: model[name] for name, _ in self.model.named_parameters() if name in model}
         random = {f"{self.world.rank}-{name}": value for name, value in random_state(self.world.device).items()}
         return {"model": model, "optimizer": optimizer, "random": random}
 

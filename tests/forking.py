@@ -119,12 +119,14 @@ def serve() -> None:
     status_files: dict[int, str] = {}
 
     def ended(*_: object) -> None:
-        for child in list(status_files):
-            pid, status = os.waitpid(child, os.WNOHANG)
-            if pid:
+        # Another child may end meanwhile, and this function interrupt itself.
+        with suppress(ChildProcessError):
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            while pid:
                 path = Path(status_files.pop(pid))
                 path.with_suffix(".new").write_text(str(status))
                 os.replace(path.with_suffix(".new"), path)
+                pid, status = os.waitpid(-1, os.WNOHANG)
 
     signal.signal(signal.SIGCHLD, ended)
     for line in sys.stdin:
