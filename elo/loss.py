@@ -22,8 +22,8 @@ TILE_BYTES = {"cpu": 12 * 2**20, "cuda": 2**29}
 TILE_ROWS = {"cpu": 2**12, "cuda": 2**16}
 # The same where all logits of a token must be there at once.
 CHUNK_BYTES = {"cpu": 50 * 2**20, "cuda": 2**29}
-# fp32 logits at a time in that softmax, which passes over them five times: on a CPU a part that stays in its cache.
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**30}
+# fp32 logits at a time in the softmax, which passes over them five times: on a CPU a part that stays in its cache.
+BLOCK_BYTES = {"cpu": 3 * 2**19, "cuda": 2**28}
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -62,9 +62,9 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
     """The loss and its gradient at `hidden`, a tile of the vocabulary after the other.
 
     The gradient is softmax(hidden @ weight.T) @ weight - weight[labels]: attention of the tokens over the vocabulary,
-    and computed as flash attention is (arXiv 2205.14135). With each tile the largest logit of a token may grow; then
-    what was summed so far shrinks by its exponential. Tiles of many tokens and few columns make faster products than
-    whole rows of logits, and stay in cache.
+    and computed much as flash attention is (arXiv 2205.14135): the softmax of a tile is taken by itself, and what the
+    tiles so far make of the weight's rows moves towards what this one does by its share of the exponentials' sum.
+    Tiles of many tokens and few columns make faster products than whole rows of logits, and stay in cache.
     """
     kind, dtype = hidden.device.type, product_dtype(hidden)
     hidden_grad = torch.empty_like(hidden)
@@ -75,20 +75,17 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
         h, counts = hidden[rows].to(dtype), (labels[rows] != IGNORE)[:, None]
         target = weight[labels[rows].where(counts[:, 0], 0)].to(dtype)
         total = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
-        largest = torch.full_like(total[:, :1], -math.inf)
-        row_sum = torch.zeros_like(largest)
+        logsumexp = torch.full_like(total[:, :1], -math.inf)
         for columns in weight.split(width):
             columns = columns.to(dtype)
-            logits = matmul_t(h, columns).float()  # (tokens, columns)
-            before, largest = largest, torch.maximum(largest, logits.amax(1, keepdim=True))
-            shrink = (before - largest).exp_()
-            exponentials = logits.sub_(largest).exp_()
-            row_sum.mul_(shrink).add_(exponentials.sum(1, keepdim=True))
-            add_matmul(total.mul_(shrink), exponentials.to(dtype), columns)
+            tile = matmul_t(h, columns)  # (tokens, columns)
+            tile_logsumexp = _softmax(tile)
+            logsumexp = torch.logaddexp(logsumexp, tile_logsumexp)
+            total.lerp_(matmul_t(tile, columns.T).float(), (tile_logsumexp - logsumexp).exp_())
         # Rounded as the other logits are.
         target_logit = (h.float() * target).sum(1, keepdim=True).to(dtype)
-        loss += ((row_sum.log() + largest - target_logit) * counts).sum()
-        hidden_grad[rows] = total.div_(row_sum).sub_(target).mul_(counts)
+        loss += ((logsumexp - target_logit) * counts).sum()
+        hidden_grad[rows] = total.sub_(target).mul_(counts)
     return loss, hidden_grad
 
 
@@ -97,7 +94,7 @@ def _by_tokens(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and its gradients at `hidden` and `weight`, some tokens after the others.
 
-    The weight's gradient needs each token's whole sum before the first product, so a chunk has all of its logits.
+    The weight's gradient needs each token's whole softmax before the first product, so a chunk has all of its logits.
     """
     product, dtype = F.linear, hidden.dtype
     if needs_weight:
@@ -114,36 +111,29 @@ def _by_tokens(
         rows = slice(start, start + chunk)
         h, count, target = hidden[rows].to(dtype), counts[rows, None], targets[rows]
         logits = product(h, weight)  # (chunk, vocabulary)
-        losses, row_sum = _exponentiate(logits, target)
-        loss += (losses * count).sum()
-
-        # The gradient at the logits is softmax - one_hot(label). Both parts are applied on the small side of the
-        # matrix products: the row sums after them, the one-hot as a row of the weight.
+        target_logit = logits.gather(1, target[:, None])
+        loss += ((_softmax(logits) - target_logit) * count).sum()
+        # The gradient at the logits is softmax - one_hot(label); the one-hot is applied as a row of the weight.
         if needs_hidden:
-            hidden_grad[rows] = (matmul_t(logits, weight.T) / row_sum - weight[target]) * count
+            hidden_grad[rows] = (matmul_t(logits, weight.T) - weight[target]) * count
         if needs_weight:
-            add_matmul(weight_grad, logits.T, (h * (count / row_sum)).to(dtype))
+            add_matmul(weight_grad, logits.T, h * count)
             weight_grad.index_add_(0, target, (h * count).float(), alpha=-1)
     return loss, hidden_grad, weight_grad
 
 
-def _exponentiate(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Replace each row of logits by exp(row - max(row)), its softmax but for the sum.
-
-    Returns each row's cross-entropy and its sum, both (rows, 1) in fp32.
-    """
-    losses = torch.empty(logits.shape[0], 1, device=logits.device)
-    row_sum = torch.empty_like(losses)
+def _softmax(logits: Tensor) -> Tensor:
+    """Replace each row of logits by its softmax, computed in fp32; returns each row's logsumexp, (rows, 1) in fp32."""
+    logsumexp = torch.empty(logits.shape[0], 1, device=logits.device)
     block = even_chunk(logits.shape[0], BLOCK_BYTES[logits.device.type] // (logits.shape[1] * 4))
     for start in range(0, logits.shape[0], block):
         rows = slice(start, start + block)
-        part = logits[rows].float()  # the same memory if it is fp32 already
-        largest = part.amax(1, keepdim=True)
-        losses[rows] = largest - part.gather(1, target[rows, None])
-        row_sum[rows] = part.sub_(largest).exp_().sum(1, keepdim=True)
-        if part.dtype != logits.dtype:
-            logits[rows] = part
-    return losses.add_(row_sum.log()), row_sum
+        part = logits[rows].float()
+        softmax = part.softmax(1)
+        # The largest probability is exp(the largest logit - logsumexp).
+        logsumexp[rows] = part.amax(1, keepdim=True) - softmax.amax(1, keepdim=True).log_()
+        logits[rows] = softmax
+    return logsumexp
 
 
 def even_chunk(count: int, most: int, multiple: int = 1) -> int:

@@ -172,19 +172,24 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
     """Of `loss.linear_cross_entropy` in its forward pass, without the gradient of the hidden states."""
     vocabulary, width = model.lm_head.weight.shape
     size, tokens, device = setup.itemsize, setup.tokens, setup.device
-    # Products that are added up in fp32 come into being apart, but for fp32 factors of most devices: see `linear`.
-    onednn = size == FP32 and device == "cpu" and ONEDNN
-    product = size if size != FP32 or onednn else 0
-    rounded = size if size != FP32 else 0  # logits before they go to fp32, or after it
+    onednn = size == FP32 and device == "cpu" and ONEDNN  # it takes no transposed factor, but copies it
+    is_rounded = size != FP32
+
+    def block(rows: int, columns: int) -> int:
+        """The softmax of some rows in fp32, and their logits in fp32 if they are not so already."""
+        return even_chunk(rows, loss.BLOCK_BYTES[device] // (columns * FP32)) * columns * FP32 * (1 + is_rounded)
+
     if not model.lm_head.weight.requires_grad:
         rows = even_chunk(tokens, loss.TILE_ROWS[device])
         columns = even_chunk(vocabulary, loss.TILE_BYTES[device] // (rows * size), multiple=64)
-        earlier = FP32 if columns < vocabulary else 0  # a tile goes when the next one is there
-        tile = rows * max(columns * (earlier + FP32 + rounded), columns * (FP32 + rounded) + width * product)
-        return rows * width * (size + FP32) + max(tile, rows * width * 2 * FP32)
+        tile = rows * columns * size
+        earlier = tile if columns < vocabulary else 0  # a tile goes when the next one is there
+        product = rows * width * (FP32 + size * is_rounded) + columns * width * FP32 * onednn
+        work = tile + max(earlier, block(rows, columns), product)
+        return rows * width * (size + FP32) + max(work, rows * width * 2 * FP32)
     rows = even_chunk(tokens, loss.CHUNK_BYTES[device] // (vocabulary * size))
-    block = even_chunk(rows, loss.BLOCK_BYTES[device] // (vocabulary * FP32)) if rounded else 0
     logits = rows * vocabulary * size
-    copied = logits if onednn else 0  # it takes no transposed factor
-    work = max(logits if rows < tokens else 0, block * vocabulary * FP32, vocabulary * width * product + copied)
+    # The weight's gradient is summed in fp32: of most devices' fp32 factors in place, of others' apart.
+    product = vocabulary * width * size * (is_rounded or onednn)
+    work = max(logits if rows < tokens else 0, block(rows, vocabulary), product + logits * onednn)
     return vocabulary * width * FP32 + logits + work
