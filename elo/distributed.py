@@ -111,7 +111,9 @@ def process_group() -> Iterator[World]:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = take_device(local_rank)
-    if device.type == "cpu":
+    if device.type == "cuda":
+        make_deterministic()
+    else:
         keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
@@ -227,7 +229,8 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing
         if options.compile:
-            block.compile(fullgraph=True)
+            # Kernels chosen by timing could differ after a resume.
+            block.compile(fullgraph=True, options={"deterministic": True})
         shard(block)
     shard(model)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
@@ -254,6 +257,17 @@ def take_device(local_rank: int) -> torch.device:
         raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this node")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def make_deterministic() -> None:
+    """Let CUDA give the same numbers every time, without which no resumed run equals the uninterrupted one.
+
+    cuDNN's attention is ruled out by that, and the flash kernel takes its place: the backward pass of the former adds
+    in whatever order its blocks end.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for errors that costs time
 
 
 def keep_freed_memory() -> None:

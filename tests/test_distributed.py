@@ -43,8 +43,8 @@ def test_each_process_takes_its_gpu(gpus):
         distributed.take_device(2)
 
 
-def test_the_group_has_nccl_for_gpus_and_gloo_for_the_host(gpus, monkeypatch):
-    backends = []
+def test_the_group_is_of_nccl_and_gloo_and_deterministic(gpus, monkeypatch):
+    backends, deterministic = [], []
     original = dist.init_process_group
 
     def without_nccl(backend, **settings):
@@ -52,10 +52,16 @@ def test_the_group_has_nccl_for_gpus_and_gloo_for_the_host(gpus, monkeypatch):
         original("gloo", **settings)
 
     monkeypatch.setattr(dist, "init_process_group", without_nccl)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", deterministic.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     with process_group() as world:
         assert world.device == torch.device("cuda", 0)
         assert world.sum(1.5) == [1.5]
     assert backends == ["cpu:gloo,cuda:nccl"]
+    assert deterministic == [True]
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_what_is_asked_of_the_gpu(gpus):
