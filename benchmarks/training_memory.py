@@ -7,7 +7,6 @@ largest `memory_bytes` of its metrics.jsonl: on a CPU of the whole process, Pyth
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -63,19 +62,10 @@ def run(options: Namespace, folder: Path, name: str, switches: list[str]) -> lis
     """The lines of metrics.jsonl."""
     out = folder / name
     command = [sys.executable, ROOT / "train.py", "--method", "full", "--model", options.model, "--clip", "0"]
-    command += [
-        "--target",
-        folder / "ko.jsonl",
-        "--source",
-        folder / "en.jsonl",
-        "--dtype",
-        options.dtype,
-        "--out",
-        out,
-    ]
+    command += ["--target", folder / "ko.jsonl", "--source", folder / "en.jsonl", "--dtype", options.dtype]
     command += ["--seq-len", options.seq_len, "--micro-batch", options.batch, "--max-steps", options.steps, *switches]
     command += ["--batch-tokens", options.batch * options.seq_len, "--out", out]
-    result = subprocess.run(list(map(str, command)), env=os.environ, capture_output=True, text=True)
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if result.returncode:
         raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
