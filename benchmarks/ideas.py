@@ -49,7 +49,7 @@ def torch_products() -> None:
 
 
 def rows_of_logits() -> None:
-    loss._by_vocabulary = lambda hidden, weight, labels: loss._by_tokens(hidden, weight, labels, True, False)[:2]
+    loss._by_vocabulary = lambda *factors: loss._by_tokens(*factors, True, False)[:2]
 
 
 def torch_attention() -> None:
@@ -138,15 +138,15 @@ def bf16_head() -> None:
     with_own_head(lambda weight: weight.bfloat16())
     by_vocabulary = loss._by_vocabulary
 
-    def rounded(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        summed, gradient = by_vocabulary(hidden.bfloat16(), weight, labels)
+    def rounded(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        summed, gradient = by_vocabulary(hidden.bfloat16(), *others)
         return summed, gradient.to(hidden.dtype)
 
     loss._by_vocabulary = rounded
 
 
 def torch_loss() -> None:
-    model.linear_cross_entropy = lambda hidden, weight, labels: F.linear_cross_entropy(
+    model.linear_cross_entropy = lambda hidden, weight, labels, softmax: F.linear_cross_entropy(
         hidden, weight, labels, reduction="sum", ignore_index=loss.IGNORE
     )
 

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from elo.errors import EarlyExit, ProcessLostError, UserError
+from elo.loss import softmax_to_compile_
 from elo.model import CausalLM
 from elo.options import Parser, positive_int
 from elo.signals import StopSignal, end_with_torchrun
@@ -111,10 +112,6 @@ def process_group() -> Iterator[World]:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = take_device(local_rank)
-    if device.type == "cuda":
-        make_deterministic()
-    else:
-        keep_freed_memory()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
@@ -186,7 +183,7 @@ class ParallelOptions:
         group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
         group.add_argument(
             "--compile", action=BooleanOptionalAction, default=torch.cuda.is_available(), help=(
-            "blocks (default: on CUDA)"))  # fmt: skip
+            "blocks and softmax (default: on CUDA)"))  # fmt: skip
         group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
         group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
         group.add_argument("--shard", type=positive_int, metavar="N", help=(
@@ -208,12 +205,13 @@ def make_mesh(world: World, shard: int | None) -> DeviceMesh:
 
 
 def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> CausalLM:
-    """Compile each block, shard it, shard the rest; then give the model memory on the device, yet to be filled.
+    """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
 
     Trained parameters are held in fp32 and computed in `options.dtype`, gradients are reduced in fp32. Frozen ones
     are held in that dtype as well: nothing is ever added to them. Where each process has the whole model, they are
     left as they are: fully_shard would compute with a copy of them.
     """
+    set_for_training(world.device)
     dtype = DTYPES[options.dtype]
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for parameter in frozen:
@@ -226,11 +224,13 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
         offload_policy=offload,
         ignored_params=frozen if (options.shard or world.size) == 1 and not options.cpu_offload else None,
     )
+    compiled = {"fullgraph": True, "options": {"deterministic": True}}  # kernels chosen by timing could change
+    if options.compile:
+        model.softmax = torch.compile(softmax_to_compile_, **compiled)
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing
         if options.compile:
-            # Kernels chosen by timing could differ after a resume.
-            block.compile(fullgraph=True, options={"deterministic": True})
+            block.compile(**compiled)
         shard(block)
     shard(model)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
@@ -257,6 +257,14 @@ def take_device(local_rank: int) -> torch.device:
         raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this node")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
+
+
+def set_for_training(device: torch.device) -> None:
+    """What this process does from now on to compute the same numbers every time, and fast."""
+    if device.type == "cuda":
+        make_deterministic()
+    else:
+        keep_freed_memory()
 
 
 def make_deterministic() -> None:

@@ -7,6 +7,7 @@ chunks in bf16 when the input is bf16, and its chunks are slow on a CPU.
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -22,43 +23,75 @@ TILE_BYTES = {"cpu": 12 * 2**20, "cuda": 2**29}
 TILE_ROWS = {"cpu": 2**12, "cuda": 2**16}
 # The same where all logits of a token must be there at once.
 CHUNK_BYTES = {"cpu": 50 * 2**20, "cuda": 2**29}
-# fp32 logits at a time in the softmax, which passes over them five times: on a CPU a part that stays in its cache.
+# fp32 copies at a time of logits in another dtype: on a CPU few enough to stay in its cache.
 BLOCK_BYTES = {"cpu": 3 * 2**19, "cuda": 2**28}
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+# Replaces each row of logits by its softmax, computed in fp32; returns the rows' logsumexp, (rows, 1) in fp32.
+Softmax = Callable[[Tensor], Tensor]
+
+
+def softmax_(logits: Tensor) -> Tensor:
+    """A `Softmax` of torch's own operators."""
+    if logits.dtype == torch.float32:
+        largest = logits.amax(1, keepdim=True)
+        torch.softmax(logits, 1, out=logits)
+        # The largest probability is exp(the largest logit - logsumexp).
+        return largest.sub_(logits.amax(1, keepdim=True).log_())
+    logsumexp = torch.empty(logits.shape[0], 1, device=logits.device)
+    block = even_chunk(logits.shape[0], BLOCK_BYTES[logits.device.type] // (logits.shape[1] * 4))
+    for part, its_logsumexp in zip(logits.split(block), logsumexp.split(block), strict=True):
+        exact = part.float()
+        its_logsumexp.copy_(softmax_(exact))
+        part.copy_(exact)
+    return logsumexp
+
+
+def softmax_to_compile_(logits: Tensor) -> Tensor:
+    """A `Softmax` that torch.compile makes into one kernel."""
+    exact = logits.float()
+    largest = exact.amax(1, keepdim=True)
+    exponentials = (exact - largest).exp()
+    total = exponentials.sum(1, keepdim=True)
+    logits.copy_(exponentials / total)
+    return largest + total.log()
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, softmax: Softmax = softmax_) -> Tensor:
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, in nats, as an fp32 scalar.
 
     hidden: (tokens, hidden_size); weight: (vocabulary, hidden_size); labels: (tokens,), IGNORE where none counts.
     The matrix products are in the dtype of `hidden`, softmax and sum in fp32. A weight that requires no gradient
     costs nothing beyond the gradient of `hidden`.
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels)
+    return _LinearCrossEntropy.apply(hidden, weight, labels, softmax)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, hidden: Tensor, weight: Tensor, labels: Tensor, softmax: Softmax) -> Tensor:  # noqa: ANN001
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         if needs_hidden and not needs_weight:
-            loss, hidden_grad, weight_grad = *_by_vocabulary(hidden, weight, labels), None
+            loss, hidden_grad, weight_grad = *_by_vocabulary(hidden, weight, labels, softmax), None
         else:
-            loss, hidden_grad, weight_grad = _by_tokens(hidden, weight, labels, needs_hidden, needs_weight)
+            needs = needs_hidden, needs_weight
+            loss, hidden_grad, weight_grad = _by_tokens(hidden, weight, labels, softmax, *needs)
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # noqa: ANN001
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * grad,
             None if weight_grad is None else (weight_grad * grad).to(ctx.weight_dtype),
             None,
+            None,
         )
 
 
-def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, softmax: Softmax) -> tuple[Tensor, Tensor]:
     """The loss and its gradient at `hidden`, a tile of the vocabulary after the other.
 
     The gradient is softmax(hidden @ weight.T) @ weight - weight[labels]: attention of the tokens over the vocabulary,
@@ -79,7 +112,7 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
         for columns in weight.split(width):
             columns = columns.to(dtype)
             tile = matmul_t(h, columns)  # (tokens, columns)
-            tile_logsumexp = _softmax(tile)
+            tile_logsumexp = softmax(tile)
             logsumexp = torch.logaddexp(logsumexp, tile_logsumexp)
             total.lerp_(matmul_t(tile, columns.T).float(), (tile_logsumexp - logsumexp).exp_())
         # Rounded as the other logits are.
@@ -90,7 +123,7 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tens
 
 
 def _by_tokens(
-    hidden: Tensor, weight: Tensor, labels: Tensor, needs_hidden: bool, needs_weight: bool
+    hidden: Tensor, weight: Tensor, labels: Tensor, softmax: Softmax, needs_hidden: bool, needs_weight: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The loss and its gradients at `hidden` and `weight`, some tokens after the others.
 
@@ -112,7 +145,7 @@ def _by_tokens(
         h, count, target = hidden[rows].to(dtype), counts[rows, None], targets[rows]
         logits = product(h, weight)  # (chunk, vocabulary)
         target_logit = logits.gather(1, target[:, None])
-        loss += ((_softmax(logits) - target_logit) * count).sum()
+        loss += ((softmax(logits) - target_logit) * count).sum()
         # The gradient at the logits is softmax - one_hot(label); the one-hot is applied as a row of the weight.
         if needs_hidden:
             hidden_grad[rows] = (matmul_t(logits, weight.T) - weight[target]) * count
@@ -120,20 +153,6 @@ def _by_tokens(
             add_matmul(weight_grad, logits.T, h * count)
             weight_grad.index_add_(0, target, (h * count).float(), alpha=-1)
     return loss, hidden_grad, weight_grad
-
-
-def _softmax(logits: Tensor) -> Tensor:
-    """Replace each row of logits by its softmax, computed in fp32; returns each row's logsumexp, (rows, 1) in fp32."""
-    logsumexp = torch.empty(logits.shape[0], 1, device=logits.device)
-    block = even_chunk(logits.shape[0], BLOCK_BYTES[logits.device.type] // (logits.shape[1] * 4))
-    for start in range(0, logits.shape[0], block):
-        rows = slice(start, start + block)
-        part = logits[rows].float()
-        softmax = part.softmax(1)
-        # The largest probability is exp(the largest logit - logsumexp).
-        logsumexp[rows] = part.amax(1, keepdim=True) - softmax.amax(1, keepdim=True).log_()
-        logits[rows] = softmax
-    return logsumexp
 
 
 def even_chunk(count: int, most: int, multiple: int = 1) -> int:

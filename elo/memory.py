@@ -176,8 +176,8 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
     is_rounded = size != FP32
 
     def block(rows: int, columns: int) -> int:
-        """The softmax of some rows in fp32, and their logits in fp32 if they are not so already."""
-        return even_chunk(rows, loss.BLOCK_BYTES[device] // (columns * FP32)) * columns * FP32 * (1 + is_rounded)
+        """Some rows of logits in fp32, where they are not so already; a compiled softmax has none of it."""
+        return even_chunk(rows, loss.BLOCK_BYTES[device] // (columns * FP32)) * columns * FP32 * is_rounded
 
     if not model.lm_head.weight.requires_grad:
         rows = even_chunk(tokens, loss.TILE_ROWS[device])

@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from elo.attention import attention
 from elo.config import ModelConfig
 from elo.linear import Linear
-from elo.loss import linear_cross_entropy
+from elo.loss import linear_cross_entropy, softmax_
 from elo.rotary import rotary_table, rotate
 
 # Takes the keys and values of new tokens, each (batch, kv_heads, new, head_dim), and gives those of all so far.
@@ -202,6 +202,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.softmax = softmax_  # of the loss
         self.is_tied = config.tie_word_embeddings
         self.tie_weights()
 
@@ -224,7 +225,7 @@ class CausalLM(nn.Module):
             return self.lm_head(hidden[range(len(lengths)), [new - 1 for new in lengths]])
         if labels is None:
             return self.lm_head(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.softmax)
 
 
 def build(config: ModelConfig) -> CausalLM:

@@ -43,8 +43,8 @@ def test_each_process_takes_its_gpu(gpus):
         distributed.take_device(2)
 
 
-def test_the_group_is_of_nccl_and_gloo_and_deterministic(gpus, monkeypatch):
-    backends, deterministic = [], []
+def test_the_group_is_of_nccl_and_gloo(gpus, monkeypatch):
+    backends = []
     original = dist.init_process_group
 
     def without_nccl(backend, **settings):
@@ -52,14 +52,19 @@ def test_the_group_is_of_nccl_and_gloo_and_deterministic(gpus, monkeypatch):
         original("gloo", **settings)
 
     monkeypatch.setattr(dist, "init_process_group", without_nccl)
-    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    monkeypatch.setattr(torch, "use_deterministic_algorithms", deterministic.append)
-    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     with process_group() as world:
         assert world.device == torch.device("cuda", 0)
         assert world.sum(1.5) == [1.5]
     assert backends == ["cpu:gloo,cuda:nccl"]
-    assert deterministic == [True]
+
+
+def test_training_on_a_gpu_is_deterministic(monkeypatch):
+    asked = []
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    distributed.set_for_training(torch.device("cuda", 0))
+    assert asked == [True]
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
@@ -108,6 +113,7 @@ def test_offloaded_parameters_are_pinned_for_a_gpu_only(monkeypatch):
     asked = []
     monkeypatch.setattr(distributed, "fully_shard", lambda module, **settings: asked.append(settings["offload_policy"]))
     monkeypatch.setattr(distributed, "make_mesh", lambda *_: None)
+    monkeypatch.setattr(distributed, "set_for_training", lambda _: None)
     for kind in ("cpu", "cuda"):
         world = SimpleNamespace(device=torch.device(kind), size=1)
         distributed.parallelize(small_model(), world, ParallelOptions("fp32", compile=False, cpu_offload=True))

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from elo import loss as loss_module
 from elo.linear import product_dtype
-from elo.loss import IGNORE, linear_cross_entropy
+from elo.loss import IGNORE, linear_cross_entropy, softmax_, softmax_to_compile_
 
 
 def sample(dtype=torch.float32, seed=0):
@@ -22,7 +22,6 @@ def sample(dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("rows_at_a_time", [1, 10, 1000])
 def test_value_and_gradients(rows_at_a_time, frozen, monkeypatch):
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 301 * 4 * rows_at_a_time)
-    monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 301 * 4 * 4)
     monkeypatch.setitem(loss_module.TILE_ROWS, "cpu", rows_at_a_time)
     monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 64 * 4 * rows_at_a_time)  # five tiles, the last one smaller
     hidden, weight, labels = sample()
@@ -75,3 +74,13 @@ def test_logits_that_would_overflow_exp(frozen):
     loss = linear_cross_entropy(hidden * 1000, weight, labels)
     expected = F.cross_entropy(hidden * 1000 @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
     torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softmax", [softmax_, softmax_to_compile_])
+def test_softmax_in_place(softmax, dtype, monkeypatch):
+    monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 301 * 4 * 4)  # the last block is smaller
+    logits = (20 * torch.randn(53, 301)).to(dtype)
+    exact, given = logits.double(), logits
+    torch.testing.assert_close(softmax(logits), exact.logsumexp(1, keepdim=True).float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(given, exact.softmax(1).to(dtype))

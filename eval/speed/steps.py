@@ -58,7 +58,7 @@ class Case:
     layers: tuple[int, ...]  # of method elo, from 1
     batch: int  # windows in a step
     seq_len: int
-    seconds: float  # steps are taken until so much time has passed, after one that warms up
+    seconds: float  # steps are taken until so much time has passed, after three that warm up
     lora_rank: int
     lora_alpha: float
     data: tuple[str, ...]  # text files; none: random tokens
@@ -93,12 +93,15 @@ def measure(case: Case) -> dict[str, Any]:
         _, step = make(case, base, batches, world, watch)
         loss = step(0)  # makes the optimizer's state and the libraries' buffers
         memory.restart()
+        step(1)
+        peak = memory.peak()
+        step(2)  # what the measurement of memory has taken from the process is back
         watch.seconds.clear()
         synchronize(world.device)
         steps, started = 0, time.perf_counter()
         while time.perf_counter() - started < case.seconds or not steps:
             steps += 1
-            step(steps)
+            step(2 + steps)
         synchronize(world.device)
         seconds = time.perf_counter() - started
         parts = {name: watch.seconds.get(name, 0.0) / seconds for name in PARTS}
@@ -106,7 +109,7 @@ def measure(case: Case) -> dict[str, Any]:
         return {
             "seconds": seconds / steps,
             "parts": parts,
-            "memory_bytes": memory.peak(),
+            "memory_bytes": peak,
             "steps": steps,
             "loss": loss,
         }
