@@ -82,7 +82,7 @@ def one_product_for_qkv() -> None:
         qkv = linear._Linear.apply(x, torch.cat([layer.weight for layer in layers]), None).split(sizes, -1)
         q, k, v = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in qkv)
         q, k = (model.rotate(part, cos, sin) for part in (q, k))
-        return self.o_proj(attention.attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(attention.attention(q, k, v, mask, True).transpose(1, 2).flatten(2))
 
     model.Attention.forward = forward
 

@@ -1,31 +1,31 @@
 """Causal attention: torch's own, and a faster one for training on a CPU.
 
 torch's flash kernel on a CPU multiplies tiles of 64 keys one head after the other, at a quarter of the speed of its
-batched matrix products. Here a block of queries goes against all its keys at once, in all heads: the tiles are large
+batched matrix products. Here a block of queries goes against all its keys at once, in many heads: the tiles are large
 enough for fast products and small enough to stay in cache. As in flash attention (arXiv 2205.14135), the softmax is
 computed again in the backward pass, so that sequence x sequence scores never exist as a whole.
 
-Without gradients it is torch's operator, so that logits are those of transformers to the last bit.
+Outside of training it is torch's operator, so that logits are those of transformers to the last bit.
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from elo.linear import product_dtype
+from elo.linear import matmul_t, prefers_onednn, product_dtype
 from elo.loss import even_chunk
 
-TILE_BYTES = 5 * 2**20  # scores at a time
+TILE_BYTES = {"batched": 5 * 2**20, "single": 2**21}  # scores at a time
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, training: bool = False) -> Tensor:
     """Softmax attention, causal where there is no mask; several query heads may share a key-value head.
 
     q: (batch, heads, sequence, head_dim); k, v: (batch, kv_heads, sequence, head_dim).
     """
-    training = torch.is_grad_enabled()
     dtype = product_dtype(q) if training else q.dtype
     if training and mask is None and q.device.type == "cpu" and not torch.compiler.is_compiling():
         return _CausalAttention.apply(q.to(dtype), k.to(dtype), v.to(dtype)).to(q.dtype)
@@ -45,9 +45,9 @@ class _CausalAttention(torch.autograd.Function):
         k, v = k.flatten(0, 1), v.flatten(0, 1)  # (batch x kv_heads, sequence, head_dim)
         q = q.reshape(k.shape[0], -1, length, head_dim)  # (batch x kv_heads, heads that share, sequence, head_dim)
         x = torch.empty_like(q)
-        for start, stop in blocks(q):
-            weights = attention_weights(q[:, :, start:stop], k[:, :stop])
-            x[:, :, start:stop] = (weights @ v[:, :stop]).view(x[:, :, start:stop].shape)
+        for some, rows, past in tiles(q):
+            weights = attention_weights(q[some, :, rows], k[some, past])
+            x[some, :, rows] = product(weights, v[some, past]).view(x[some, :, rows].shape)
         ctx.save_for_backward(q, k, v, x)
         return x.view(shape)
 
@@ -60,15 +60,14 @@ class _CausalAttention(torch.autograd.Function):
         q_grad = torch.empty_like(q)
         k_grad, v_grad = (torch.zeros(k.shape, dtype=torch.float32) for _ in range(2))
         mean = (grad * x).sum(-1, keepdim=True)  # of the gradient at a query's weights, by those weights
-        for start, stop in blocks(q):
-            rows = slice(start, stop)
-            keys, values = k[:, :stop], v[:, :stop]
-            weights = attention_weights(q[:, :, rows], keys)
-            x_grad = grad[:, :, rows].flatten(1, 2)  # (batch x kv_heads, queries, head_dim)
-            v_grad[:, :stop] += weights.transpose(1, 2) @ x_grad
-            score_grad = (x_grad @ values.transpose(1, 2)).sub_(mean[:, :, rows].flatten(1, 2)).mul_(weights)
-            q_grad[:, :, rows] = (score_grad @ keys).view(q_grad[:, :, rows].shape)
-            k_grad[:, :stop] += score_grad.transpose(1, 2) @ q[:, :, rows].flatten(1, 2)
+        for some, rows, past in tiles(q):
+            queries, keys, values = q[some, :, rows], k[some, past], v[some, past]
+            weights = attention_weights(queries, keys)
+            x_grad = grad[some, :, rows].flatten(1, 2)  # (matrices, queries, head_dim)
+            v_grad[some, past] += transposed_product(weights, x_grad)
+            score_grad = product(x_grad, values.transpose(1, 2)).sub_(mean[some, :, rows].flatten(1, 2)).mul_(weights)
+            q_grad[some, :, rows] = product(score_grad, keys).view(queries.shape)
+            k_grad[some, past] += transposed_product(score_grad, queries.flatten(1, 2))
         return (
             q_grad.mul_(scale).view(shape),
             k_grad.mul_(scale).to(k.dtype).view(kv_shape),
@@ -76,11 +75,16 @@ class _CausalAttention(torch.autograd.Function):
         )
 
 
-def blocks(q: Tensor) -> list[tuple[int, int]]:
-    """The queries that are computed together, as (start, stop)."""
+def tiles(q: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """What is computed together: (matrices, queries, keys)."""
     matrices, shared, length, _ = q.shape
-    size = even_chunk(length, TILE_BYTES // (matrices * shared * length * q.itemsize), multiple=32)
-    return [(start, min(start + size, length)) for start in range(0, length, size)]
+    # oneDNN has no batched product of fp32, but its single one makes up for that.
+    kind, together = ("single", 1) if prefers_onednn(q) else ("batched", matrices)
+    size = even_chunk(length, TILE_BYTES[kind] // (together * shared * length * q.itemsize), multiple=32)
+    for first in range(0, matrices, together):
+        for start in range(0, length, size):
+            stop = min(start + size, length)
+            yield slice(first, first + together), slice(start, stop), slice(stop)
 
 
 def attention_weights(q: Tensor, k: Tensor) -> Tensor:
@@ -89,7 +93,18 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     q: (matrices, heads that share, queries, head_dim); k: (matrices, keys, head_dim).
     """
     queries = q.shape[2]
-    scores = (q * q.shape[-1] ** -0.5).flatten(1, 2) @ k.transpose(1, 2)
+    scores = product((q * q.shape[-1] ** -0.5).flatten(1, 2), k.transpose(1, 2))
     future = torch.full((queries, queries), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
     scores.unflatten(1, (-1, queries))[..., -queries:] += future
-    return scores.softmax(-1)
+    return torch.softmax(scores, -1, out=scores)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, both (matrices, rows, columns)."""
+    return a @ b if len(a) > 1 else matmul_t(a[0], b[0].T)[None]
+
+
+def transposed_product(a: Tensor, b: Tensor) -> Tensor:
+    """a.transpose(1, 2) @ b."""
+    # oneDNN copies a first factor that is transposed: let it be b, which is smaller.
+    return a.transpose(1, 2) @ b if len(a) > 1 else product(b.transpose(1, 2), a).transpose(1, 2)

@@ -5,7 +5,7 @@ the speed of oneDNN; without AVX-512 MKL is the faster one. bf16 matrices have n
 AVX-512 or AMX: torch's is 8 to 30 times slower than its fp32 one. There both factors go to fp32, which changes no
 value, and the product is rounded to bf16: what processors that have the instructions do.
 
-Without gradients these are torch's own operators, so that logits are those of transformers to the last bit.
+Outside of training these are torch's own operators, so that logits are those of transformers to the last bit.
 """
 
 import torch
@@ -63,9 +63,14 @@ class _Linear(torch.autograd.Function):
         )
 
 
+def trains(module: nn.Module) -> bool:
+    """Whether a backward pass for training may follow."""
+    return module.training and torch.is_grad_enabled()
+
+
 class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         own = prefers_onednn(x) or (product_dtype(x) != x.dtype and not torch.compiler.is_compiling())
-        if own and torch.is_grad_enabled():
+        if own and trains(self):
             return _Linear.apply(x, self.weight, self.bias)
         return super().forward(x)

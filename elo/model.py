@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elo.attention import attention
 from elo.config import ModelConfig
-from elo.linear import Linear
+from elo.linear import Linear, trains
 from elo.loss import linear_cross_entropy, softmax_
 from elo.rotary import rotary_table, rotate
 
@@ -113,7 +113,7 @@ class Attention(nn.Module):
                 # A single query sees all: those that share a key-value head can be its sequence, and no key is copied.
                 x = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, self.head_dim), k, v, attn_mask=mask)
                 return self.o_proj(x.flatten(1)[:, None])
-        return self.o_proj(attention(q, k, v, mask).transpose(1, 2).flatten(2))
+        return self.o_proj(attention(q, k, v, mask, trains(self)).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
