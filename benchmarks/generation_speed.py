@@ -10,14 +10,15 @@ in bf16 they may part where two tokens are almost equally likely.
 import json
 import statistics
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from sides import Side
 
 from elo.checkpoint import load_model
 from elo.distributed import DTYPES, inference_device
@@ -42,19 +43,19 @@ def arguments() -> Namespace:
 
 def main() -> None:
     options = arguments()
+    if find_spec("transformers") is None:
+        raise UserError("pip install transformers")
     rows = []
     print(f"{'dtype':<6} {'batch':>5} {'ours/s':>8} {'transformers/s':>14} {'ratio':>6}  same tokens")
     for dtype in [options.dtype] if options.dtype else DTYPES:
-        runs = {"ours": ours_of(options, dtype), "transformers": transformers_of(options, dtype)}
+        sides = {"ours": Side(ours_of, options, dtype), "transformers": Side(transformers_of, options, dtype)}
         for batch in options.batch:
             prompts = make_prompts(batch, options.prompt_tokens)
-            seconds: dict[str, list[float]] = {name: [] for name in runs}
-            written = {name: run(prompts) for name, run in runs.items()}  # the warm-up
+            seconds: dict[str, list[float]] = {name: [] for name in sides}
+            written = {name: side.run(prompts)[1] for name, side in sides.items()}  # the warm-up
             for _ in range(options.rounds):
-                for name, run in runs.items():
-                    started = time.perf_counter()
-                    run(prompts)
-                    seconds[name].append(time.perf_counter() - started)
+                for name, side in sides.items():
+                    seconds[name].append(side.run(prompts)[0])
             speeds = {name: batch * options.new_tokens / statistics.median(taken) for name, taken in seconds.items()}
             rows.append(
                 {"dtype": dtype, "batch": batch, **speeds, "ratio": speeds["ours"] / speeds["transformers"]}
@@ -79,10 +80,8 @@ def ours_of(options: Namespace, dtype: str) -> Generate:
 
 
 def transformers_of(options: Namespace, dtype: str) -> Generate:
-    try:
-        from transformers import AutoModelForCausalLM, GenerationConfig
-    except ImportError:
-        raise UserError("pip install transformers") from None
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
     device = inference_device()
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[dtype]).to(device).eval()
     new = options.new_tokens

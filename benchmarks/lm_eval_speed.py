@@ -13,9 +13,9 @@ import os
 import statistics
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -23,6 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
+from sides import Side
 
 from elo.checkpoint import load_model
 from elo.distributed import DTYPES, inference_device
@@ -54,23 +55,28 @@ def arguments() -> Namespace:
 
 def main() -> None:
     options = arguments()
+    if find_spec("lm_eval") is None:
+        raise UserError("lm-eval is not installed: pip install -r requirements-dev.txt")
     with tempfile.TemporaryDirectory() as folder:
         data = options.data or write_prose(Path(folder), options.limit)
         tasks, _ = select(options.tasks, data)
         asked = {task.name: as_texts(task, data, options.limit) for task in tasks}
-    ours, theirs = ours_of(options), lm_eval_of(options)
-    ours(asked[tasks[0].name][:2]), theirs(asked[tasks[0].name][:2])  # the first call makes the libraries' buffers
+    sides = {"ours": Side(ours_of, options), "lm-eval": Side(lm_eval_of, options)}
+    for side in sides.values():
+        side.run(asked[tasks[0].name][:2])  # the first call makes the libraries' buffers
     rows = []
+    total = dict.fromkeys(sides, 0.0)
     print(f"{'task':<22} {'questions':>9} {'ours/s':>8} {'lm-eval/s':>9} {'ratio':>6} {'difference':>11}")
     for name, asked_here in asked.items():
-        seconds: dict[str, list[float]] = {"ours": [], "lm-eval": []}
+        seconds: dict[str, list[float]] = {who: [] for who in sides}
         values = {}
         for _ in range(options.rounds):
-            for who, run in (("ours", ours), ("lm-eval", theirs)):
-                started = time.perf_counter()
-                values[who] = run(asked_here)
-                seconds[who].append(time.perf_counter() - started)
-        per_second = {who: len(asked_here) / statistics.median(taken) for who, taken in seconds.items()}
+            for who, side in sides.items():
+                taken, values[who] = side.run(asked_here)
+                seconds[who].append(taken)
+        median = {who: statistics.median(taken) for who, taken in seconds.items()}
+        total = {who: total[who] + median[who] for who in sides}
+        per_second = {who: len(asked_here) / taken for who, taken in median.items()}
         rows.append(
             {
                 "task": name,
@@ -83,6 +89,7 @@ def main() -> None:
         )
         line = "{task:<22} {questions:9} {ours:8.2f} {lm_eval:9.2f} {ratio:6.2f} {difference:11.2g}"
         print(line.format(**rows[-1]), flush=True)
+    print(f"the time of all: lm-eval's is {total['lm-eval'] / total['ours']:.2f} of ours")
     if options.json:
         options.json.write_text(json.dumps({"rows": rows, "dtype": options.dtype}, indent=2))
 
@@ -108,12 +115,10 @@ def ours_of(options: Namespace) -> Callable[[Texts], list[float]]:
 
 def lm_eval_of(options: Namespace) -> Callable[[Texts], list[float]]:
     """The same by lm-eval's HFLM, with the tokenizer as tokenizer.json describes it."""
-    try:
-        from lm_eval.api.instance import Instance
-        from lm_eval.models.huggingface import HFLM
-        from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-    except ImportError as error:
-        raise UserError(f"pip install -r requirements-dev.txt: {error}") from None
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=DTYPES[options.dtype])
     size = options.lm_eval_batch_size
     lm = HFLM(

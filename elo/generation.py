@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from elo.chat import ChatFormat, chat_format
 from elo.checkpoint import load_model
-from elo.distributed import DTYPES, inference_device
+from elo.distributed import DTYPES, inference_device, keep_freed_memory
 from elo.errors import UserError, exit_status
 from elo.linear import MKLDNN
 from elo.model import CausalLM, KVCache
@@ -42,8 +42,13 @@ class PackedLinear(nn.Module):
 
 
 def pack_weights(model: CausalLM) -> CausalLM:
-    """Make a model on a CPU faster at generating, in place; its weights can then be neither trained nor saved."""
+    """Make a model on a CPU faster, in place, and the whole process: see `distributed.keep_freed_memory`.
+
+    The weights can then be neither trained nor saved.
+    """
     weight = model.lm_head.weight
+    if weight.device.type == "cpu":
+        keep_freed_memory()
     if not (MKLDNN and weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
         return model
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
