@@ -52,6 +52,14 @@ def rows_of_logits() -> None:
     loss._by_vocabulary = lambda *factors: loss._by_tokens(*factors, True, False)[:2]
 
 
+def batched_attention() -> None:
+    attention.prefers_onednn = lambda q: False
+
+
+def freed_memory_given_back() -> None:
+    distributed.keep_freed_memory = lambda: None
+
+
 def torch_attention() -> None:
     attention._CausalAttention.apply = lambda *qkv: F.scaled_dot_product_attention(
         *qkv, is_causal=True, enable_gqa=True
@@ -157,6 +165,9 @@ IDEAS = [
     Idea("loss by tiles of the vocabulary", rows_of_logits, kept=True),
     Idea("own causal attention", torch_attention, kept=True),
     Idea("own causal attention, full", torch_attention, kept=True, method="full"),
+    Idea("attention by oneDNN's products", batched_attention, kept=True, dtypes=("fp32",)),
+    Idea("freed memory kept", freed_memory_given_back, kept=True),
+    Idea("freed memory kept, full", freed_memory_given_back, kept=True, method="full"),
     Idea("no copy of frozen weights", copied_frozen_weights, kept=True),
     Idea("rotary tables kept", new_rotary_tables, kept=True),
     Idea("fused AdamW", foreach_adamw, kept=True),
