@@ -77,7 +77,11 @@ def test_logits_that_would_overflow_exp(frozen):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("softmax", [softmax_, softmax_to_compile_])
+@pytest.mark.parametrize(
+    "softmax",
+    [softmax_, softmax_to_compile_, torch.compile(softmax_to_compile_, backend="aot_eager", fullgraph=True)],
+    ids=["eager", "to compile", "compiled"],
+)
 def test_softmax_in_place(softmax, dtype, monkeypatch):
     monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 301 * 4 * 4)  # the last block is smaller
     logits = (20 * torch.randn(53, 301)).to(dtype)
