@@ -110,14 +110,41 @@ def test_one_process_computes_with_its_frozen_parameters_themselves():
 
 
 def test_offloaded_parameters_are_pinned_for_a_gpu_only(monkeypatch):
-    asked = []
+    asked, devices = [], []
     monkeypatch.setattr(distributed, "fully_shard", lambda module, **settings: asked.append(settings["offload_policy"]))
     monkeypatch.setattr(distributed, "make_mesh", lambda *_: None)
-    monkeypatch.setattr(distributed, "set_for_training", lambda _: None)
+    monkeypatch.setattr(distributed, "set_for_training", lambda device: devices.append(device.type))
     for kind in ("cpu", "cuda"):
         world = SimpleNamespace(device=torch.device(kind), size=1)
         distributed.parallelize(small_model(), world, ParallelOptions("fp32", compile=False, cpu_offload=True))
     assert [policy.pin_memory for policy in asked] == [False, False, True, True]
+    assert devices == ["cpu", "cuda"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_and_softmax_are_compiled_or_neither(compiled, monkeypatch):
+    compiler = []
+    monkeypatch.setattr(torch, "compile", lambda function, **settings: compiler.append(settings) or "compiled")
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **settings: compiler.append(settings))
+    with process_group() as world:
+        model = distributed.parallelize(small_model(), world, ParallelOptions("fp32", compile=compiled))
+    assert (model.softmax == "compiled") == compiled
+    assert compiler == [{"fullgraph": True, "options": {"deterministic": True}}] * 2 * compiled
+
+
+@pytest.mark.parametrize("variable", [None, "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
+def test_freed_memory_is_kept_unless_the_environment_sets_the_allocator(variable, monkeypatch):
+    set_to = []
+    monkeypatch.setattr(
+        distributed.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=lambda *setting: set_to.append(setting))
+    )
+    for name in [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]:
+        monkeypatch.delenv(name)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    distributed.set_for_training(torch.device("cpu"))
+    # M_MMAP_MAX and M_TRIM_THRESHOLD of malloc.h: large blocks come from the heap, and its end is never given back.
+    assert set_to == ([] if variable else [(-4, 0), (-1, -1)])
 
 
 def test_nothing_else_asks_for_cuda():

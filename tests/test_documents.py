@@ -1,11 +1,13 @@
 """Files of every format to documents, and what is wrong with a file named with its line."""
 
+import errno
 import gzip
 import io
 import json
 import os
 import sys
 import tracemalloc
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -291,8 +293,17 @@ def test_a_pattern_without_text_files(tmp_path):
         find_files([])
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_directory_that_may_not_be_read(tmp_path):
-    (tmp_path / "closed").mkdir(mode=0)
+def test_a_directory_that_may_not_be_read(tmp_path, monkeypatch):
+    """Refused by the system's call itself, since root may read everything."""
+    closed = tmp_path / "closed"
+    closed.mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == closed:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match="closed: cannot be read: Permission denied"):
         find_files([tmp_path])
