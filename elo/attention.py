@@ -10,6 +10,7 @@ Outside of training it is torch's operator, so that logits are those of transfor
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -95,9 +96,15 @@ def attention_weights(q: Tensor, k: Tensor) -> Tensor:
     """
     queries = q.shape[2]
     scores = product((q * q.shape[-1] ** -0.5).flatten(1, 2), k.transpose(1, 2))
-    future = torch.full((queries, queries), -math.inf, dtype=q.dtype, device=q.device).triu_(1)
-    scores.unflatten(1, (-1, queries))[..., -queries:] += future
+    scores.unflatten(1, (-1, queries))[..., -queries:] += future(queries, q.dtype)
     return torch.softmax(scores, -1, out=scores)
+
+
+@lru_cache(maxsize=8)
+def future(queries: int, dtype: torch.dtype) -> Tensor:
+    """(queries, queries): minus infinity where a query may not look, on the CPU."""
+    with torch.inference_mode(False):
+        return torch.full((queries, queries), -math.inf, dtype=dtype).triu_(1)
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:

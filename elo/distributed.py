@@ -281,8 +281,8 @@ def make_deterministic() -> None:
 def keep_freed_memory() -> None:
     """Keep what a CPU's tensors free for those that follow, unless the environment sets the allocator otherwise.
 
-    glibc hands large blocks back to the kernel, which clears every page anew when they come again: a quarter of the
-    time of a full training step (docs/performance.md).
+    glibc hands large blocks back to the kernel, which clears every page anew when they come again: a tenth or more of
+    the time of a full training step (docs/performance.md).
     """
     is_set = "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # other C libraries have none

@@ -9,7 +9,7 @@ from functools import cache
 import pytest
 from artifacts import json_lines, parquet
 from bench_files import read_jsonl, write_bench
-from harness import CASES, case_directory, cases, result_or_user_error
+from harness import case_directory, cases, result_or_user_error
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import changed_bytes, changed_json, changed_json_file, dumped
@@ -116,7 +116,6 @@ def test_what_is_no_file_of_choices(name, kind):
         result_or_user_error(lambda: read_task(directory, "kobest_copa"))
 
 
-@pytest.mark.skipif(not CASES, reason="takes seconds; `make fuzz`")
 def test_parquet_bomb():
     import pyarrow
 
