@@ -72,10 +72,13 @@ class KVCache:
     def extend(self, layer: int, positions: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Put the new tokens' keys and values of a layer into their slots; gives all slots in use."""
         held_keys, held_values = self.layers[layer]
-        rows = torch.arange(len(positions), device=positions.device)[:, None]
-        held_keys[rows, :, positions] = keys.transpose(1, 2)
-        held_values[rows, :, positions] = values.transpose(1, 2)
         slots = max(self.lengths) + positions.shape[1]
+        if min(self.lengths) == max(self.lengths):
+            held_keys[:, :, self.lengths[0] : slots], held_values[:, :, self.lengths[0] : slots] = keys, values
+        else:
+            rows = torch.arange(len(positions), device=positions.device)[:, None]
+            held_keys[rows, :, positions] = keys.transpose(1, 2)
+            held_values[rows, :, positions] = values.transpose(1, 2)
         return held_keys[:, :, :slots], held_values[:, :, :slots]
 
 
@@ -102,11 +105,16 @@ class Attention(nn.Module):
         self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.o_proj = Linear(queries, config.hidden_size, bias=False)
 
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, (batch, heads, sequence, head_dim); keys and values, (batch, kv_heads, sequence, head_dim)."""
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
-        heads = (*x.shape[:2], -1, self.head_dim)
-        q = rotate(self.q_proj(x).view(heads).transpose(1, 2), cos, sin)  # (batch, heads, sequence, head_dim)
-        k = rotate(self.k_proj(x).view(heads).transpose(1, 2), cos, sin)  # (batch, kv_heads, sequence, head_dim)
-        v = self.v_proj(x).view(heads).transpose(1, 2)
+        q, k, v = self.project(x, cos, sin)
         if extend is not None:
             k, v = extend(k, v)
             if x.shape[1] == 1:
