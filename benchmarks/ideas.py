@@ -127,30 +127,18 @@ def tiles_of(factor: float) -> Callable[[], None]:
     return switch
 
 
-def with_own_head(change: Callable[[Tensor], Tensor]) -> None:
-    """Once the weights are there: the head apart from the embedding, and changed."""
-    optimizer = steps.Optimizer
-
-    def changed(made: nn.Module, options: Any) -> Any:
-        made.lm_head.weight = nn.Parameter(change(made.lm_head.weight.data), requires_grad=False)
-        return optimizer(made, options)
-
-    steps.Optimizer = changed
-
-
-def head_by_columns() -> None:
-    with_own_head(lambda weight: weight.T.contiguous().T)
-
-
 def bf16_head() -> None:
-    with_own_head(lambda weight: weight.bfloat16())
-    by_vocabulary = loss._by_vocabulary
+    optimizer, by_vocabulary = steps.Optimizer, loss._by_vocabulary
+
+    def with_own_head(made: nn.Module, options: Any) -> Any:  # once the weights are there
+        made.lm_head.weight = nn.Parameter(made.lm_head.weight.data.bfloat16(), requires_grad=False)
+        return optimizer(made, options)
 
     def rounded(hidden: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
         summed, gradient = by_vocabulary(hidden.bfloat16(), *others)
         return summed, gradient.to(hidden.dtype)
 
-    loss._by_vocabulary = rounded
+    steps.Optimizer, loss._by_vocabulary = with_own_head, rounded
 
 
 def torch_loss() -> None:
@@ -178,7 +166,6 @@ IDEAS = [
     Idea("torch.compile of the whole model", compiled_model, kept=False),
     Idea("loss tiles of 3 MB", tiles_of(1 / 4), kept=False),
     Idea("loss tiles of 48 MB", tiles_of(4), kept=False),
-    Idea("head stored by columns", head_by_columns, kept=False),
     Idea("bf16 head in an fp32 model", bf16_head, kept=False, dtypes=("fp32",)),
     Idea("F.linear_cross_entropy of torch", torch_loss, kept=False),
 ]

@@ -56,7 +56,6 @@ def result_or_user_error(call: Callable[[], Any], writes: Path | None = None) ->
     """
     test = os.environ.get("PYTEST_CURRENT_TEST", "").split("[")[0].split(" ")[0]
     count = totals.setdefault(test, Counter())
-    count["cases"] += 1
     started, held = time.monotonic(), _resident("VmRSS")
     _reset_peak()
     watch = _Watch(writes)
@@ -79,6 +78,7 @@ def result_or_user_error(call: Callable[[], Any], writes: Path | None = None) ->
     assert not watch.seen, f"it did more than it may: {watch.seen[:5]}"
     grown = _resident("VmHWM") - held
     assert grown < MEMORY, f"it needed {grown >> 20} MiB"
+    count["cases"] += 1  # hypothesis may end one before, from inside of `call`
     count[outcome] += 1
     count["MiB"] = max(count["MiB"], grown >> 20)
     return result
