@@ -4,21 +4,24 @@ A state has the trained parameters, the optimizer, the number of steps done, whi
 and in the schedule, and the random state of every process. Frozen parameters come from the base checkpoint again.
 
 Every process writes its shards into a file, with a checksum beside it; `.metadata` comes last, by rename. A directory
-without it was cut short. DCP unpickles: states are the run's own, and a model directory is never read this way.
+without it was cut short. DCP unpickles without asking what; here nothing is but numbers and descriptions of tensors.
 """
 
 import os
+import pickle
 import re
 import shutil
 import time
 import zlib
 from concurrent.futures import Future
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import Metadata, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -29,6 +32,17 @@ from elo.options import Interval
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 SUM = ".crc32"
+# What `.metadata` consists of, by module.
+DESCRIPTIONS = {
+    "pathlib": {"PosixPath"},
+    "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "uint8"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    },
+}  # fmt: skip
 NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
@@ -165,12 +179,13 @@ class States:
         if wrong := wrong_files(directory, world):
             return wrong[0]
         state = self._state(_step_of(directory))
-        known = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+        reader = StateReader(directory)
+        known = reader.read_metadata().state_dict_metadata
         # Another number of processes has other random states, as it has other parts of a batch.
         mine = {name: value for name, value in state["random"].items() if f"random.{name}" in known}
         state["random"] = mine
         try:
-            dcp.load(state, checkpoint_id=directory, process_group=world.host_group)
+            dcp.load(state, storage_reader=reader, planner=StatePlanner(), process_group=world.host_group)
         except CheckpointException as error:
             _raise_lost_connection(error)
             return _cause(error)
@@ -213,6 +228,31 @@ class SummingWriter(dcp.FileSystemWriter):
         return future
 
 
+class StateReader(dcp.FileSystemReader):
+    """Looks through `.metadata`, a pickle, before torch unpickles it: it may name nothing that could do harm."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            _Descriptions(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _Descriptions(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in DESCRIPTIONS.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no state")
+        return super().find_class(module, name)
+
+
+class StatePlanner(dcp.DefaultLoadPlanner):
+    """Looks through what is no tensor, such as the learning rate, in the same way."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
 def checksum(path: Path) -> int:
     """CRC-32 of a file."""
     value = 0
@@ -233,7 +273,7 @@ def wrong_files(directory: Path, world: World) -> list[str]:
         except (OSError, ValueError) as error:
             wrong.append(f"{file.name}: {error}")
     try:
-        dcp.FileSystemReader(directory).read_metadata()
+        StateReader(directory).read_metadata()
     except Exception as error:  # it is a pickle, and broken ones raise whatever they like
         wrong.append(f".metadata cannot be read: {error}")
     return [reason for part in world.gather(wrong) for reason in part]

@@ -2,9 +2,12 @@
 
 import json
 import os
+import pickle
 import shutil
 import signal
+from dataclasses import replace
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +20,7 @@ from small_runs import lines, make_project, result, run_here, states
 from elo import checkpoint
 from elo.options import interval
 from elo.run import Metrics
+from elo.states import checksum
 
 
 @pytest.fixture(scope="module")
@@ -228,11 +232,33 @@ def empty(state):
     (state / ".metadata").write_bytes(b"")
 
 
+class Intruder:
+    def __reduce__(self):
+        return os.mkdir, ("intruded",)
+
+
+def intrude(state):
+    (state / ".metadata").write_bytes(pickle.dumps(Intruder()))
+
+
+def intrude_by_a_number(state):
+    """In place of a value that is no tensor, with the right checksum."""
+    metadata = pickle.loads((state / ".metadata").read_bytes())
+    key, entry = next((key, entry) for key, entry in metadata.storage_data.items() if "lr" in key.fqn)
+    file, hostile = state / entry.relative_path, BytesIO()
+    torch.save(Intruder(), hostile)
+    entry = replace(entry, offset=file.stat().st_size, length=hostile.tell())
+    file.write_bytes(file.read_bytes() + hostile.getvalue())
+    Path(f"{file}.crc32").write_text(f"{checksum(file)}\n")
+    metadata.storage_data[key] = entry
+    (state / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
 def cut_short(state):
     (state / ".metadata").unlink()
 
 
-@pytest.mark.parametrize("damage", [cut, flip, remove, garble, empty, cut_short])
+@pytest.mark.parametrize("damage", [cut, flip, remove, garble, empty, intrude, intrude_by_a_number, cut_short])
 def test_a_damaged_state_is_passed_over(project, alone, stopped, damage, capfd):
     shutil.copytree(stopped, "out")
     damage(Path("out/checkpoints/step-7"))
@@ -242,6 +268,7 @@ def test_a_damaged_state_is_passed_over(project, alone, stopped, damage, capfd):
     assert (f"{Path('out/checkpoints/step-7')}: this state is damaged" in said) == (damage is not cut_short)
     assert f"going on from {Path('out/checkpoints/step-6')}" in said
     assert result(Path("out")) == alone("train --save-every 3")
+    assert not Path("intruded").exists()
 
 
 def test_nothing_is_begun_anew_where_all_states_are_damaged(project, monkeypatch, capfd):
