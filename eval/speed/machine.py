@@ -23,8 +23,8 @@ P, R = ParamSpec("P"), TypeVar("R")
 
 
 def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 class Stopwatch:
@@ -54,28 +54,29 @@ class Memory:
     """The bytes that a process takes beyond those it had when this was made, at their highest point.
 
     On a CPU that is resident memory: parameters, optimizer state, activations, and also what libraries keep for
-    themselves. On CUDA it is what the allocator gave out.
+    themselves. On a GPU it is what the allocator gave out.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        if device.type != "cuda" and not CLEAR_REFS.exists():
+        if device.type == "cpu" and not CLEAR_REFS.exists():
             raise UserError("peak memory on a CPU is read from Linux's /proc, which is not here")
         self.restart()
-        self.before = self._read("VmRSS") if device.type != "cuda" else torch.cuda.memory_allocated(device)
+        self.before = self._read("VmRSS") if device.type == "cpu" else torch.accelerator.memory_allocated(device)
 
     def restart(self) -> None:
         """Forget how high it was so far."""
         gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.reset_peak_memory_stats(self.device)
             return
         ctypes.CDLL("libc.so.6").malloc_trim(0)  # hand freed memory back, so that it is not taken for memory in use
         CLEAR_REFS.write_text("5")  # sets the high-water mark to the present use (man 5 proc)
 
     def peak(self) -> int:
-        high = self._read("VmHWM") if self.device.type != "cuda" else torch.cuda.max_memory_allocated(self.device)
-        return high - self.before
+        if self.device.type != "cpu":
+            return torch.accelerator.max_memory_allocated(self.device) - self.before
+        return self._read("VmHWM") - self.before
 
     @staticmethod
     def _read(field: str) -> int:
