@@ -48,7 +48,7 @@ class PackedAttention(Attention):
     """Queries, keys and values are one product, and queries and keys are rotated together: fewer, larger operations."""
 
     def __init__(self, attention: Attention) -> None:
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not Attention's, which makes layers
         self.head_dim = attention.head_dim
         layers = attention.q_proj, attention.k_proj, attention.v_proj
         self.heads = [layer.out_features // self.head_dim for layer in layers]

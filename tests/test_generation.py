@@ -142,6 +142,9 @@ def test_greedy_equals_transformers(variant, tmp_path):
     assert len(expected[0]) <= 10
     assert generate(ours, prompts, [{stop}] * 4, 24) == expected
     assert [generate(ours, [prompt], [{stop}], 24)[0] for prompt in prompts] == expected
+    packed = pack_weights(ours)
+    assert generate(packed, prompts, [{stop}] * 4, 24) == expected
+    assert [generate(packed, [prompt], [{stop}], 24)[0] for prompt in prompts] == expected
 
 
 # fmt: off
