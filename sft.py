@@ -15,7 +15,8 @@ from typing import Any
 from elo import conversations
 from elo.chat import FORMATS, chat_format
 from elo.checkpoint import CONFIG, Checkpoint, copy, export, remove_model
-from elo.conversations import ConversationBatches, load_conversations
+from elo.conversation_batches import ConversationBatches
+from elo.conversations import load_conversations
 from elo.distributed import ParallelOptions, World, parallelize, process_group
 from elo.errors import UserError, exit_status
 from elo.model import CausalLM, build

@@ -1,16 +1,16 @@
-"""Files of conversations to masked examples to length-grouped batches, for bilingual instruction tuning.
+"""Files of conversations to masked examples, for bilingual instruction tuning.
 
 conversations, report = load_conversations(["tagengo.parquet"], format, seq_len=2048,
                                            languages=["Korean", "English"], samples=31_000)
 training, held_out = conversations.split(0.01, seed=0)
-batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world)
+batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world)  # of elo.conversation_batches
 """
 
 import hashlib
 import heapq
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -32,13 +32,10 @@ from elo.conversation_files import (
     read_messages,
     text_bytes,
 )
-from elo.distributed import World
 from elo.documents import MalformedError
 from elo.errors import UserError
 from elo.loss import IGNORE
 from elo.options import Parser, positive_int, share
-
-SORTED_TOGETHER = 64  # batches: so many that a batch has little padding, so few that it is still a random one
 
 
 def add_arguments(parser: Parser) -> None:
@@ -122,7 +119,7 @@ class Conversations:
             count = round(fraction * len(mine))
             if fraction > 0 and len(mine) > 1:
                 count = min(max(count, 1), len(mine) - 1)
-            held_out[_random(seed, "held out", language).permutation(mine)[:count]] = True
+            held_out[random_numbers(seed, "held out", language).permutation(mine)[:count]] = True
         if fraction > 0 and (held_out.all() or not held_out.any()):
             raise UserError(f"--validation-fraction {fraction:g}: {len(self)} conversations cannot be split")
         return tuple(replace(self, table=self.table[chosen]) for chosen in (~held_out, held_out))
@@ -263,10 +260,10 @@ class Pool:
 
 def _pools(languages: Sequence[str] | None, samples: int | None, seed: int) -> dict[str | None, Pool]:
     if not languages:
-        return {None: Pool(samples, _random(seed, "draw"))}
+        return {None: Pool(samples, random_numbers(seed, "draw"))}
     each, rest = divmod(samples, len(languages)) if samples is not None else (None, 0)
     sizes = [each if each is None else each + (number < rest) for number in range(len(languages))]
-    return {name: Pool(size, _random(seed, "draw", name)) for name, size in zip(languages, sizes, strict=True)}
+    return {name: Pool(size, random_numbers(seed, "draw", name)) for name, size in zip(languages, sizes, strict=True)}
 
 
 def _draw(pools: dict[str | None, Pool], samples: int | None, report: Report) -> list[Example]:
@@ -297,102 +294,9 @@ def _store(examples: list[Example], files: list[str], languages: list[str]) -> C
     )
 
 
-def _random(seed: int, *purpose: str | int) -> np.random.RandomState:
+def random_numbers(seed: int, *purpose: str | int) -> np.random.RandomState:
     """Random numbers for one purpose. RandomState, because numpy promises that its numbers never change."""
     if not 0 <= seed < 2**32:
         raise UserError(f"--seed {seed} is not from 0 to {2**32 - 1}")
     numbers = [number for part in purpose for number in (part.encode() if isinstance(part, str) else [part])]
     return np.random.RandomState([seed, *numbers])
-
-
-# ---- examples to batches
-
-
-class ConversationBatches:
-    """`batch_conversations` a step, `epochs` times through all; satisfies `training.Batches`.
-
-    Every epoch is shuffled anew. Of the shuffled conversations `SORTED_TOGETHER` batches at a time are sorted by
-    length and cut into batches, so that there is little padding, and then the batches are shuffled. The one with the
-    longest conversation comes first, so that a lack of memory shows at once.
-
-    A row is one conversation, padded on the right: under causal attention no token sees what is right of it, so that
-    neither a mask is needed nor anything flows between conversations.
-
-    A micro-batch is as many rows as `micro_batch_tokens` hold, at least one, and as long as its longest conversation.
-    Where rows are left over, empty ones make up the number: all processes must call the model equally often.
-    """
-
-    def __init__(
-        self,
-        conversations: Conversations,
-        batch_conversations: int,
-        micro_batch_tokens: int,
-        epochs: int,
-        seed: int,
-        world: World,
-    ) -> None:
-        self.conversations, self.world = conversations, world
-        self.batch_conversations, self.micro_batch_tokens = batch_conversations, micro_batch_tokens
-        self.epochs, self.seed = epochs, seed
-        self.steps_per_epoch = -(-len(conversations) // batch_conversations)
-        self._epoch_at_hand = -1
-        self._batches: list[np.ndarray] = []  # of that epoch; each is the indices of its conversations, longest first
-        self._before = np.zeros((1, 2), np.int64)  # labels and bytes before each of them
-
-    def __len__(self) -> int:
-        return self.epochs * self.steps_per_epoch
-
-    def _prepare(self, epoch: int) -> None:
-        if epoch == self._epoch_at_hand:
-            return
-        table, size = self.conversations.table, self.batch_conversations
-        random = _random(self.seed, "epoch", epoch)
-        order = random.permutation(len(table))
-        batches = []
-        for start in range(0, len(order), SORTED_TOGETHER * size):
-            chunk = order[start : start + SORTED_TOGETHER * size]
-            chunk = chunk[np.argsort(-table["tokens"][chunk].astype(np.int64), kind="stable")]
-            batches += [chunk[first : first + size] for first in range(0, len(chunk), size)]
-        random.shuffle(batches)
-        longest = max(range(len(batches)), key=lambda number: table["tokens"][batches[number][0]])
-        batches[0], batches[longest] = batches[longest], batches[0]
-        sums = [[table[name][batch].sum(dtype=np.int64) for name in ("labels", "bytes")] for batch in batches]
-        self._epoch_at_hand, self._batches = epoch, batches
-        self._before = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sums, axis=0)])
-
-    def _batch(self, step: int) -> np.ndarray:
-        epoch, number = divmod(step, self.steps_per_epoch)
-        self._prepare(epoch)
-        return self._batches[number]
-
-    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Tokens and labels, each (rows, length)."""
-        batch = self._batch(step)
-        while len(batch):
-            length = int(self.conversations.table["tokens"][batch[0]]) - 1
-            rows = max(1, self.micro_batch_tokens // length)
-            group, batch = np.split(batch, [rows * self.world.size])
-            rows = -(-len(group) // self.world.size)
-            tokens = torch.zeros(rows, length, dtype=torch.long)
-            labels = torch.full((rows, length), IGNORE)
-            for row, index in enumerate(group[self.world.rank :: self.world.size]):
-                inputs, targets = self.conversations[index]
-                tokens[row, : len(inputs)] = inputs
-                labels[row, : len(targets)] = targets
-            yield tokens, labels
-
-    def label_count(self, step: int) -> int:
-        return int(self.conversations.table["labels"][self._batch(step)].sum(dtype=np.int64))
-
-    def consumed(self, steps: int) -> dict[str, int]:
-        """`tokens` are those that were trained, `bytes` those of all text, the user's too."""
-        if steps == 0:
-            return {"tokens": 0, "bytes": 0, "conversations": 0}
-        epochs, last = divmod(steps - 1, self.steps_per_epoch)
-        self._prepare(epochs)
-        tokens, text = (epochs * self._before[-1] + self._before[last + 1]).tolist()
-        within = sum(map(len, self._batches[: last + 1]))
-        return {"tokens": tokens, "bytes": text, "conversations": epochs * len(self.conversations) + within}
-
-    def documents(self, step: int) -> list[str]:
-        return [self.conversations.place(index) for index in self._batch(step)]

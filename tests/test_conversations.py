@@ -24,8 +24,9 @@ from torch.nn.functional import cross_entropy
 
 from elo.chat import chat_format
 from elo.checkpoint import load_model
+from elo.conversation_batches import SORTED_TOGETHER, ConversationBatches
 from elo.conversation_files import language_list, language_name
-from elo.conversations import SORTED_TOGETHER, ConversationBatches, load_conversations
+from elo.conversations import load_conversations
 from elo.errors import UserError
 from elo.loss import IGNORE
 from elo.tokenizer import load_tokenizer
