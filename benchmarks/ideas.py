@@ -7,6 +7,7 @@ switched on; the figure is tokens/s with the idea over those without it, of meth
 """
 
 import json
+import os
 import subprocess
 import sys
 from argparse import Namespace
@@ -104,6 +105,10 @@ def one_product_for_gate_and_up() -> None:
     model.MLP.forward = forward
 
 
+def huge_pages() -> None:
+    os.environ["THP_MEM_ALLOC_ENABLE"] = "1"  # torch reads it at the first allocation
+
+
 def compiled_blocks() -> None:
     options = steps.ParallelOptions
     steps.ParallelOptions = lambda dtype, compile: options(dtype, compile=True)
@@ -160,6 +165,8 @@ IDEAS = [
     Idea("rotary tables kept", new_rotary_tables, kept=True),
     Idea("fused AdamW", foreach_adamw, kept=True),
     Idea("fused AdamW, full", foreach_adamw, kept=True, method="full"),
+    Idea("huge pages by torch", huge_pages, kept=False),
+    Idea("huge pages by torch, full", huge_pages, kept=False, method="full"),
     Idea("q, k, v as one product", one_product_for_qkv, kept=False),
     Idea("gate, up as one product", one_product_for_gate_and_up, kept=False),
     Idea("torch.compile of each block", compiled_blocks, kept=False),
