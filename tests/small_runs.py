@@ -30,15 +30,21 @@ CHATS = (
 SCRIPTS = {"train": train, "align": align, "sft": sft}
 
 
-def make_project(directory: Path, documents: int = 60) -> Path:
-    """A small random Llama with a tokenizer, texts in two languages and conversations; 60 documents are 22 steps."""
-    families.VARIANTS["small"] = lambda: families.llama(vocab_size=450, tie_word_embeddings=True)
+def make_base(directory: Path, vocab_size: int = 400, documents: int = 60) -> Path:
+    """A small random Llama with a tokenizer in `base`, and texts in two languages beside it."""
+    families.VARIANTS["small"] = lambda: families.llama(vocab_size=vocab_size, tie_word_embeddings=True)
     families.write("small", directory / "base", dtype=torch.bfloat16)
     write_tokenizer(directory / "base")
-    add_chat_tokens(directory / "base")
     for name, text in (("ko", KOREAN), ("en", ENGLISH)):
-        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(documents)]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
+        records = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(documents)]
+        (directory / f"{name}.jsonl").write_text("\n".join(records) + "\n")
+    return directory
+
+
+def make_project(directory: Path, documents: int = 60) -> Path:
+    """The same with a chat format's tokens, and conversations; 60 documents are 22 steps."""
+    make_base(directory, 450, documents)
+    add_chat_tokens(directory / "base")
     chats = [
         [{"from": "human", "value": f"무엇 {number}?"}, {"from": "gpt", "value": "some text " * (number % 5 + 1)}]
         for number in range(20)
@@ -94,6 +100,10 @@ def finish(*processes: subprocess.Popen | Fork, status: int = 0) -> list[str]:
 
 def lines(out: Path) -> list[dict]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: str | Path) -> list[float]:
+    return [line["loss"] for line in lines(Path(out))]
 
 
 def result(out: Path) -> tuple[dict[str, bytes], list[dict]]:

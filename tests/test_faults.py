@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
-from small_runs import finish, lines, make_project, result, run_here, start, start_group, states
+from small_runs import finish, lines, losses, make_project, result, run_here, start, start_group, states
 from test_resume import interrupt
 
 SMALL_STEPS = "train --batch-tokens 32 --method full"  # many of them
@@ -33,10 +33,6 @@ def project(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def here(project, monkeypatch):
     monkeypatch.chdir(project)
-
-
-def losses(out):
-    return [line["loss"] for line in lines(Path(out))]
 
 
 def same_within_rounding(out):

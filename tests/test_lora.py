@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from forking import fork_group
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from small_tokenizer import write_tokenizer
+from small_runs import losses, make_base
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.checkpoint import FileSystemReader
@@ -122,23 +122,13 @@ def test_logits_gradients_and_loss_curve_are_those_of_peft(small, options):
         assert curves[0][-1] < curves[0][0]
 
 
-KOREAN, ENGLISH = "둘째로 더 많은 글이 필요하다. 그리고 끝. ", "First of all, a tokenizer needs some text. "
-
-
 @pytest.fixture(scope="module")
 def project(tmp_path_factory):
-    directory = tmp_path_factory.mktemp("lora")
-    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400, tie_word_embeddings=True)
-    families.write("small", directory / "model", dtype=torch.bfloat16)
-    write_tokenizer(directory / "model")
-    for name, text in (("ko", KOREAN), ("en", ENGLISH)):
-        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(60)]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
+    return make_base(tmp_path_factory.mktemp("lora"))
 
 
 def words(project, out, *options):
-    text = ["--target", project / "ko.jsonl", "--source", project / "en.jsonl", "--model", project / "model"]
+    text = ["--target", project / "ko.jsonl", "--source", project / "en.jsonl", "--model", project / "base"]
     fixed = ["--seq-len", "32", "--batch-tokens", "160", "--lr", "1e-2", "--dtype", "fp32", "--method", "lora"]
     return [str(word) for word in [*fixed, *text, "--out", out, *options]]
 
@@ -163,7 +153,7 @@ def test_the_adapter_is_peft_s_and_merges(project, tmp_path, monkeypatch):
     adapter = load_file(out / "adapter_model.safetensors")
     assert len(adapter) == 4 * 7 * 2
     assert adapter["base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight"].shape == (8, 48)
-    base = AutoModelForCausalLM.from_pretrained(project / "model", dtype=torch.float32)
+    base = AutoModelForCausalLM.from_pretrained(project / "base", dtype=torch.float32)
     plain = base(TOKENS).logits
     theirs = PeftModel.from_pretrained(base, out)
     for name, parameter in theirs.named_parameters():
@@ -179,7 +169,7 @@ def test_the_adapter_is_peft_s_and_merges(project, tmp_path, monkeypatch):
     assert run(monkeypatch, train, *words(project, tmp_path / "merged", "--max-steps", "6", "--merge")) == 0
     assert load_file(tmp_path / "merged/adapter/adapter_model.safetensors").keys() == adapter.keys()
     merged, expected = load_file(tmp_path / "merged/model.safetensors"), theirs.merge_and_unload().state_dict()
-    before = load_file(project / "model" / "model.safetensors")
+    before = load_file(project / "base" / "model.safetensors")
     for name, tensor in merged.items():
         assert tensor.dtype == torch.bfloat16
         if "_proj" in name:
@@ -190,14 +180,6 @@ def test_the_adapter_is_peft_s_and_merges(project, tmp_path, monkeypatch):
     tokens = TOKENS[:, :30]
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(load_model(tmp_path / "merged", "cpu", torch.float32)(tokens), whole(tokens).logits)
-
-
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out):
-    return [line["loss"] for line in metrics(out)]
 
 
 DROPOUT = ["--max-steps", "6", "--lora-dropout", "0.3", "--micro-batch", "2"]

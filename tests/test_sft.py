@@ -6,6 +6,7 @@ import sys
 import families
 import pytest
 import torch
+from small_runs import lines
 from small_tokenizer import add_chat_tokens, write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -42,10 +43,6 @@ def run(project, monkeypatch, *options):
     with pytest.raises(SystemExit) as exit_:
         exit_status(sft.main)
     return exit_.value.code
-
-
-def lines(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
 
 
 def test_both_languages_are_learned(project, monkeypatch, capfd):

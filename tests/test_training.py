@@ -8,12 +8,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import families
 import pytest
 import torch
 from forking import Fork, fork_group
 from safetensors.torch import load_file, save_file
-from small_tokenizer import write_tokenizer
+from small_runs import lines, losses, make_base
 from transformers import AutoModelForCausalLM
 
 import train
@@ -22,26 +21,17 @@ from elo.errors import exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-KOREAN = "둘째로 더 많은 글이 필요하다. 그리고 끝. "
-ENGLISH = "First of all, a tokenizer needs some text. "
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory):
+def project(tmp_path_factory):
     """A small random Llama with a tokenizer, and a corpus in two languages beside it."""
-    directory = tmp_path_factory.mktemp("base")
-    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400, tie_word_embeddings=True)
-    families.write("small", directory / "model", dtype=torch.bfloat16)
-    write_tokenizer(directory / "model")
-    for name, text in (("ko", KOREAN), ("en", ENGLISH)):
-        lines = [json.dumps({"text": f"{number} " + text * (number % 7 + 1)}) for number in range(60)]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
-    return directory
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
-def words(base, out, *options):
-    text = ["--target", base / "ko.jsonl", "--source", base / "en.jsonl"]
-    fixed = ["--model", base / "model", "--seq-len", "32", "--batch-tokens", "160", "--lr", "1e-2", "--dtype", "fp32"]
+def words(project, out, *options):
+    text = ["--target", project / "ko.jsonl", "--source", project / "en.jsonl"]
+    fixed = ["--model", project / "base", "--seq-len", "32", "--batch-tokens", "160", "--lr", "1e-2", "--dtype", "fp32"]
     return [str(word) for word in [*fixed, *text, "--out", out, *options]]
 
 
@@ -53,25 +43,17 @@ def run(*arguments, processes=1, fails=False):
     return SimpleNamespace(stderr=errors[0], returncode=group[0].returncode)
 
 
-def metrics(out):
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out):
-    return [line["loss"] for line in metrics(out)]
-
-
 @pytest.fixture(scope="module")
-def plain(base, tmp_path_factory):
+def plain(project, tmp_path_factory):
     """One process, micro-batches of 2 windows."""
     out = tmp_path_factory.mktemp("runs") / "plain"
-    run(base, out, "--micro-batch", "2")
+    run(project, out, "--micro-batch", "2")
     return out
 
 
-def test_only_the_layers_learn(base, plain):
+def test_only_the_layers_learn(project, plain):
     assert losses(plain)[-1] < losses(plain)[0] - 1
-    before = load_file(base / "model" / "model.safetensors")
+    before = load_file(project / "base" / "model.safetensors")
     after = load_file(plain / "model.safetensors")
     for name, tensor in after.items():
         origin = name.replace("layers.1.", "layers.3.")
@@ -93,49 +75,49 @@ def test_the_result_loads_in_transformers_with_the_same_logits(plain):
 
 
 @pytest.mark.parametrize(("processes", "micro_batch"), [(1, 5), (2, 1), (2, 3), (3, 4)])
-def test_the_same_losses_for_any_processes_and_micro_batch(base, plain, tmp_path, processes, micro_batch):
-    run(base, tmp_path / "out", "--micro-batch", micro_batch, processes=processes)
+def test_the_same_losses_for_any_processes_and_micro_batch(project, plain, tmp_path, processes, micro_batch):
+    run(project, tmp_path / "out", "--micro-batch", micro_batch, processes=processes)
     assert losses(tmp_path / "out") == pytest.approx(losses(plain), rel=2e-5)
     ours, theirs = (load_file(out / "model.safetensors") for out in (tmp_path / "out", plain))
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], rtol=2e-2, atol=2e-3)
 
 
-def test_the_seed_decides(base, plain, tmp_path):
-    run(base, tmp_path / "same", "--micro-batch", "2")
-    run(base, tmp_path / "other", "--micro-batch", "2", "--seed", "1")
+def test_the_seed_decides(project, plain, tmp_path):
+    run(project, tmp_path / "same", "--micro-batch", "2")
+    run(project, tmp_path / "other", "--micro-batch", "2", "--seed", "1")
     assert losses(tmp_path / "same") == losses(plain)
     assert losses(tmp_path / "other") != losses(plain)
     weights = [(out / "model.safetensors").read_bytes() for out in (plain, tmp_path / "same")]
     assert weights[0] == weights[1]
 
 
-def test_no_steps_write_the_plain_slice(base, tmp_path):
-    run(base, tmp_path / "out", "--max-steps", "0")
-    before = load_file(base / "model" / "model.safetensors")
+def test_no_steps_write_the_plain_slice(project, tmp_path):
+    run(project, tmp_path / "out", "--max-steps", "0")
+    before = load_file(project / "base" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "out" / "model.safetensors").items():
         assert torch.equal(tensor, before[name.replace("layers.1.", "layers.3.")])
 
 
-def test_full_trains_every_parameter(base, tmp_path):
-    run(base, tmp_path / "out", "--method", "full", "--max-steps", "5", processes=2)
-    before, after = (load_file(d / "model.safetensors") for d in (base / "model", tmp_path / "out"))
+def test_full_trains_every_parameter(project, tmp_path):
+    run(project, tmp_path / "out", "--method", "full", "--max-steps", "5", processes=2)
+    before, after = (load_file(d / "model.safetensors") for d in (project / "base", tmp_path / "out"))
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
-    run(base, tmp_path / "one", "--method", "full", "--max-steps", "5")
+    run(project, tmp_path / "one", "--method", "full", "--max-steps", "5")
     assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
-def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_path, processes, number):
+def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(project, plain, tmp_path, processes, number):
     out = tmp_path / "out"
-    options = words(base, out, "--micro-batch", "2")
+    options = words(project, out, "--micro-batch", "2")
     if processes:
         launcher = [*TORCHRUN, f"--nproc_per_node={processes}", "train.py"]
         process = subprocess.Popen([*launcher, *options], cwd=ROOT, stderr=subprocess.DEVNULL)
     else:
         process = Fork("train", options)
-    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 3:
+    while not (out / "metrics.jsonl").exists() or len(lines(out)) < 3:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(number)
@@ -143,11 +125,11 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_
     # torchrun itself exits with 1 or 128 + the signal; the workers end by themselves.
     assert processes or process.returncode == 0
     assert not (out / "config.json").exists()
-    stopped_after = len(metrics(out))
+    stopped_after = len(lines(out))
     assert (out / "checkpoints" / f"step-{stopped_after}" / ".metadata").exists()
 
-    run(base, out, "--micro-batch", "2", processes=processes or 1)  # the same command goes on
-    assert [line["step"] for line in metrics(out)] == list(range(1, len(losses(plain)) + 1))
+    run(project, out, "--micro-batch", "2", processes=processes or 1)  # the same command goes on
+    assert [line["step"] for line in lines(out)] == list(range(1, len(losses(plain)) + 1))
     if processes:
         assert losses(out) == pytest.approx(losses(plain), rel=2e-5)
     else:
@@ -155,8 +137,8 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(base, plain, tmp_
         assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(base, tmp_path):
-    result = run(base, tmp_path / "out", "--lr", "1e30", "--save-every", "1", fails=True)
+def test_a_loss_that_is_not_finite_stops_the_run(project, tmp_path):
+    result = run(project, tmp_path / "out", "--lr", "1e30", "--save-every", "1", fails=True)
     assert result.returncode == 2
     message = result.stderr.strip().splitlines()[-1]
     assert "error: step 2: the loss is" in message
@@ -185,8 +167,8 @@ MISTAKES = [
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
-def test_mistakes_are_one_line(base, tmp_path, options, message, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["train.py", *words(base, tmp_path / "out", *options)])
+def test_mistakes_are_one_line(project, tmp_path, options, message, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "argv", ["train.py", *words(project, tmp_path / "out", *options)])
     with pytest.raises(SystemExit) as exit_:
         exit_status(train.main)
     assert exit_.value.code == 2
@@ -196,14 +178,14 @@ def test_mistakes_are_one_line(base, tmp_path, options, message, monkeypatch, ca
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_overwritten_by_accident(base, plain):
+def test_a_run_is_not_overwritten_by_accident(project, plain):
     before = (plain / "model.safetensors").stat().st_mtime_ns
-    result = run(base, plain, fails=True)
+    result = run(project, plain, fails=True)
     assert result.returncode == 2
     assert "--overwrite" in result.stderr
-    result = run(base, base / "model", "--overwrite", fails=True)
+    result = run(project, project / "base", "--overwrite", fails=True)
     assert "this is --model" in result.stderr
-    result = run(base, plain, "--resume", "--seed", "3", fails=True)
+    result = run(project, plain, "--resume", "--seed", "3", fails=True)
     assert "--seed 0 instead of 3" in result.stderr
     assert (plain / "model.safetensors").stat().st_mtime_ns == before
 
@@ -215,14 +197,14 @@ def test_defaults_say_what_is_missing(tmp_path):
     assert all(words in line for words in ("models/Llama-3.1-8B", "download", "--model"))
 
 
-def test_a_poisoned_weight_is_found_at_the_first_step(base, tmp_path):
+def test_a_poisoned_weight_is_found_at_the_first_step(project, tmp_path):
     poisoned = tmp_path / "model"
     poisoned.mkdir()
-    for file in (base / "model").iterdir():
+    for file in (project / "base").iterdir():
         (poisoned / file.name).write_bytes(file.read_bytes())
     tensors = load_file(poisoned / "model.safetensors")
     tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
     save_file(tensors, poisoned / "model.safetensors")
-    result = run(base, tmp_path / "out", "--model", poisoned, fails=True)
+    result = run(project, tmp_path / "out", "--model", poisoned, fails=True)
     assert "step 1: the loss is nan" in result.stderr
     assert not (tmp_path / "out" / "config.json").exists()
