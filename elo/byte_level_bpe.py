@@ -18,6 +18,7 @@ from collections.abc import Container, Iterable
 from functools import cache, cached_property
 from pathlib import Path
 
+import numpy as np
 import tiktoken
 
 from elo.errors import UserError
@@ -34,6 +35,8 @@ LONGEST_PATTERN = 4096  # characters; real ones have some hundred
 
 # Above every real id; see ByteLevelBPE.
 _NO_TOKEN = 1 << 31
+# tiktoken is slow without any special token. It is never taken for one: none is allowed.
+_NOT_SPECIAL = {"\0no special token\0": _NO_TOKEN + 256}
 
 
 def _byte_alphabet() -> dict[str, int]:
@@ -76,36 +79,31 @@ class ByteLevelBPE:
                 "Split pattern that no known family has"
             )
         try:
-            self.encoding = tiktoken.Encoding("elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+            self.encoding = tiktoken.Encoding(
+                "elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=_NOT_SPECIAL
+            )
         except ValueError as error:
             raise UserError(f"{source}: cannot use the pattern {pattern!r:.300}: {error}") from error
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """The ids of `texts`, which must be valid Unicode (no lone surrogates)."""
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of `texts`, which must be valid Unicode (no lone surrogates), as uint32."""
         if self._nfc:
             # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
             # 100 combining marks that are newer than that stands among other marks.
             texts = [t if unicodedata.is_normalized("NFC", t) else unicodedata.normalize("NFC", t) for t in texts]
         return list(map(self._encode, texts))
 
-    def _encode(self, text: str) -> list[int]:
-        if self._missing:
-            data = text.encode()
-            if len(data.translate(None, delete=self._missing)) < len(data):
-                return self._encode_pieces(text)
-        # tiktoken's regex engine runs out of stack on a run of about 1,000,000 spaces.
-        if not self._foreign and len(text) > 100_000 and re.search(r"(?<!\s)\s{100000}", text):
-            return self._encode_pieces(text)
-        try:
-            return self.encoding.encode_ordinary(text)
-        except BaseException as error:  # pyo3's PanicException is not an Exception
-            if type(error).__name__ != "PanicException":
-                raise
-            if self._foreign:
-                raise UserError(
-                    f"{self._source}: its Split pattern cannot cut the text that begins with {text[:40]!r}"
-                ) from None
-            return self._encode_pieces(text)
+    def _encode(self, text: str) -> np.ndarray:
+        data = text.encode() if self._missing else b""
+        if len(data.translate(None, delete=self._missing)) == len(data):
+            try:
+                return self.encoding.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # its regex engine runs out of stack, as on a run of about 1,000,000 spaces
+                if self._foreign:
+                    raise UserError(
+                        f"{self._source}: its Split pattern cannot cut the text that begins with {text[:40]!r}"
+                    ) from None
+        return np.array(self._encode_pieces(text), np.uint32)
 
     def merge(self, piece: bytes) -> list[int]:
         """The ids of a piece, whatever the pattern says."""

@@ -67,13 +67,11 @@ def encode(tokenizer: Tokenizer, job: Job, batch: Batch) -> Encoded:
     head = np.array([] if tokenizer.bos_id is None else [tokenizer.bos_id], token_type)
     tail = np.array([tokenizer.eos_id], token_type)
     tokens, documents, offset = [np.array([], token_type)], [], 0
-    for start in range(0, len(texts), 16):  # few: a token in a list takes 20 times its space in an array
-        group = texts[start : start + 16]
-        for text, ids in zip(group, tokenizer.encode_batch(group), strict=True):
-            tokens += [head, np.array(ids, token_type), tail]
-            count = len(head) + len(ids) + 1
-            documents.append((offset, count, len(text.encode()), *places[len(documents)]))
-            offset += count
+    for text, ids, place in zip(texts, tokenizer.encode_arrays(texts), places, strict=True):
+        tokens += [head, ids.astype(token_type), tail]
+        count = len(head) + len(ids) + 1
+        documents.append((offset, count, len(text.encode()), *place))
+        offset += count
     return Encoded(np.concatenate(tokens), np.array(documents, DOCUMENT), malformed, batch.read)
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from elo.errors import UserError
@@ -79,8 +80,8 @@ class SentencePieceModel:
             self._data = data
             self._processor = self._load()
 
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        return self._processor.encode(texts, num_threads=1)
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(self._processor.encode(text), np.uint32) for text in texts]
 
 
 def _user_defined_symbols(model: bytes) -> Iterator[tuple[str, bytes]]:

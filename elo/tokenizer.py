@@ -13,6 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from elo.byte_level_bpe import (
     BYTE_ALPHABET,
     GPT2_PATTERN,
@@ -127,6 +129,10 @@ class Tokenizer:
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """`encode` for many texts, in this thread."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The same as arrays of uint32, in less time and a tenth of the memory."""
         for text in texts:
             try:
                 text.encode()
@@ -134,7 +140,7 @@ class Tokenizer:
                 raise UserError(
                     f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
                 ) from error
-        return self.model.encode_batch(texts)
+        return self.model.encode_arrays(texts)
 
     def encode_document(self, text: str) -> list[int]:
         """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
