@@ -35,7 +35,8 @@ LONGEST_PATTERN = 4096  # characters; real ones have some hundred
 
 # Above every real id; see ByteLevelBPE.
 _NO_TOKEN = 1 << 31
-# tiktoken is slow without any special token. It is never taken for one: none is allowed.
+# tiktoken's encode_to_numpy takes twice as long without any special token, so it gets one. A text that holds it is
+# text like any other, since we never allow a special token.
 _NOT_SPECIAL = {"\0no special token\0": _NO_TOKEN + 256}
 
 

@@ -132,7 +132,7 @@ class Tokenizer:
         return [ids.tolist() for ids in self.encode_arrays(texts)]
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """The same as arrays of uint32, in less time and a tenth of the memory."""
+        """The same as arrays of uint32: 4 bytes a token, and no list of Python's integers on the way from tiktoken."""
         for text in texts:
             try:
                 text.encode()

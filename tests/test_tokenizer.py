@@ -313,8 +313,8 @@ def test_a_tokenizer_json_converted_from_tiktoken(llama3_directory, tmp_path):
         assert ours.encode(text) == reference.encode(text).ids
 
 
-def pieces(ranks, texts):
-    """The ids of texts that are not cut."""
+def merged(ranks, texts):
+    """The ids of texts that are not cut into pieces."""
     bpe = ByteLevelBPE(ranks, r"[\s\S]+", Path("tokenizer.json"))
     return [ids.tolist() for ids in bpe.encode_arrays(texts)]
 
@@ -340,10 +340,10 @@ def test_accepted_merges_are_exact_and_nothing_else_is_accepted():
             ranks = mergeable_ranks(vocab, merges, Path("tokenizer.json"), ignore_merges)
         except UserError:
             ranks = {token.encode(): id for token, id in vocab.items()}
-            assert pieces(ranks, short_texts) != wanted, "refused, although tiktoken gives the same ids"
+            assert merged(ranks, short_texts) != wanted, "refused, although tiktoken gives the same ids"
         else:
             accepted += 1
-            assert pieces(ranks, short_texts) == wanted
+            assert merged(ranks, short_texts) == wanted
     assert 100 < accepted < 300
 
 
