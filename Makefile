@@ -28,7 +28,7 @@ fuzz: .venv/installed
 	FUZZ_CASES=900 $(BIN)/python -m pytest tests/fuzz
 
 kill: .venv/installed
-	$(BIN)/python tests/kill_table.py
+	$(BIN)/python benchmarks/kill_table.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .

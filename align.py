@@ -14,13 +14,15 @@ import torch
 from torch import Tensor
 
 from elo import pretraining
-from elo.checkpoint import Checkpoint, export, save
-from elo.distributed import ParallelOptions, World, parallelize, process_group
-from elo.errors import exit_status
-from elo.model import build
+from elo.common.errors import exit_status
+from elo.common.options import Parser
+from elo.model.checkpoint import Checkpoint
+from elo.model.decoder import build
+from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
-from elo.options import Parser
-from elo.run import add_arguments, check_out, close_run, open_run
+from elo.runs.directory import add_arguments, check_out, close_run, open_run
+from elo.runs.processes import World, process_group
+from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import open_slice, slice_name
 from elo.training import train
 

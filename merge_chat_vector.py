@@ -22,9 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elo.chat_vector import ChatVector, Merge, check, moved_tensors, parse_ranges
-from elo.checkpoint import CONFIG, Checkpoint, save
-from elo.errors import UserError, exit_status
-from elo.options import Parser
+from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser
+from elo.model.checkpoint import CONFIG, Checkpoint
+from elo.model.saving import save
 
 
 def main() -> None:

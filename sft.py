@@ -12,18 +12,20 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from elo import conversations
-from elo.chat import FORMATS, chat_format
-from elo.checkpoint import CONFIG, Checkpoint, copy, export, remove_model
-from elo.conversation_batches import ConversationBatches
-from elo.conversations import load_conversations
-from elo.distributed import ParallelOptions, World, parallelize, process_group
-from elo.errors import UserError, exit_status
-from elo.model import CausalLM, build
+from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser
+from elo.data import conversations
+from elo.data.conversation_batches import ConversationBatches
+from elo.data.conversations import load_conversations
+from elo.model.checkpoint import CONFIG, Checkpoint
+from elo.model.decoder import CausalLM, build
+from elo.model.saving import copy, export, remove_model
 from elo.optimizer import TrainingOptions
-from elo.options import Parser
-from elo.run import add_arguments, check_out, close_run, open_run, option_values, read_metrics
-from elo.tokenizer import load_tokenizer
+from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics
+from elo.runs.processes import World, process_group
+from elo.runs.sharding import ParallelOptions, parallelize
+from elo.text.chat_format import FORMATS, chat_format
+from elo.text.tokenizer import load_tokenizer
 from elo.training import evaluate, train
 
 

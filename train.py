@@ -10,17 +10,19 @@ from argparse import Namespace
 from functools import partial
 from pathlib import Path
 
-from elo import active_vocabulary, lora, pretraining
-from elo.active_vocabulary import ActiveVocabulary
-from elo.checkpoint import export
-from elo.distributed import ParallelOptions, World, parallelize, process_group
-from elo.errors import UserError, exit_status
-from elo.lora import LoraOptions
-from elo.model import build
-from elo.options import Parser
-from elo.run import add_arguments, check_out, close_run, open_run
+from elo import pretraining
+from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser
+from elo.model.decoder import build
+from elo.model.saving import export
+from elo.runs.directory import add_arguments, check_out, close_run, open_run
+from elo.runs.processes import World, process_group
+from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
 from elo.training import TrainingOptions, train
+from elo.variants import active_vocabulary, lora
+from elo.variants.active_vocabulary import ActiveVocabulary
+from elo.variants.lora import LoraOptions
 
 
 def main() -> None:

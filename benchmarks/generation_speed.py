@@ -20,11 +20,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from sides import Side
 
-from elo.checkpoint import load_model
-from elo.distributed import DTYPES, inference_device
-from elo.errors import UserError, exit_status
-from elo.generation import generate, pack_weights
-from elo.options import Parser, positive_int
+from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser, positive_int
+from elo.generation.engine import generate
+from elo.model.checkpoint import load_model
+from elo.model.packed import pack_weights
+from elo.runs.devices import DTYPES, inference_device
 
 Generate = Callable[[list[list[int]]], list[list[int]]]
 

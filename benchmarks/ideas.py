@@ -24,11 +24,14 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
 
-from elo import attention, distributed, linear, loss, model  # noqa: E402
-from elo.errors import UserError, exit_status  # noqa: E402
-from elo.options import Parser, positive, positive_int  # noqa: E402
-from eval.speed import steps  # noqa: E402
-from eval.speed.steps import Case  # noqa: E402
+from benchmarks.training_step import steps  # noqa: E402
+from benchmarks.training_step.steps import Case  # noqa: E402
+from elo.common.errors import UserError, exit_status  # noqa: E402
+from elo.common.options import Parser, positive, positive_int  # noqa: E402
+from elo.cpu import attention, linear  # noqa: E402
+from elo.model import decoder as model  # noqa: E402
+from elo.model import loss  # noqa: E402
+from elo.runs import processes as distributed  # noqa: E402
 
 BOTH = ("fp32", "bf16")
 

@@ -25,15 +25,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch  # noqa: E402
 from sides import Side
 
-from elo.checkpoint import load_model
-from elo.distributed import DTYPES, inference_device
-from elo.errors import UserError, exit_status
-from elo.generation import pack_weights
-from elo.options import Parser, positive_int
-from elo.tokenizer import load_tokenizer
+from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser, positive_int
+from elo.model.checkpoint import load_model
+from elo.model.packed import pack_weights
+from elo.runs.devices import DTYPES, inference_device
+from elo.text.tokenizer import load_tokenizer
 from eval import tasks as benchmarks
-from eval.choice import select
-from eval.loglikelihood import Scorer, encode, make_batches
+from eval.likelihood.choice import select
+from eval.likelihood.loglikelihood import Scorer, encode, make_batches
 from examples import questions, texts
 
 Texts = list[tuple[str, list[str]]]  # context and choices

@@ -16,9 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from elo.distributed import DTYPES  # noqa: E402
-from elo.errors import UserError, exit_status  # noqa: E402
-from elo.options import Parser, positive_int  # noqa: E402
+from elo.common.errors import UserError, exit_status  # noqa: E402
+from elo.common.options import Parser, positive_int  # noqa: E402
+from elo.runs.devices import DTYPES  # noqa: E402
 from examples import texts  # noqa: E402
 
 VARIANTS = {

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from elo.checkpoint import EMBEDDING, HEAD, Checkpoint
-from elo.config import ModelConfig
-from elo.errors import UserError
+from elo.common.errors import UserError
+from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint
+from elo.model.config import ModelConfig
 from elo.slicing import LAYER_NAME, parse_layers
-from elo.tokenizer import MODEL_FILES, load_tokenizer
+from elo.text.tokenizer import MODEL_FILES, load_tokenizer
 
 # Elements computed at a time, so that fp32 copies of a whole tensor are never made.
 BLOCK = 2**20

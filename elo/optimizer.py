@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from elo.distributed import World
-from elo.errors import UserError
-from elo.model import CausalLM
-from elo.options import Interval, Parser, interval, not_negative, not_negative_int, positive, positive_int, share
+from elo.common.errors import UserError
+from elo.common.options import Interval, Parser, interval, not_negative, not_negative_int, positive, positive_int, share
+from elo.model.decoder import CausalLM
+from elo.runs.processes import World
 
 
 @dataclass(frozen=True)

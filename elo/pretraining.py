@@ -8,19 +8,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from elo.active_vocabulary import ActiveVocabulary
-from elo.checkpoint import Checkpoint
-from elo.config import ModelConfig
-from elo.corpus import Mixture, Windows
-from elo.distributed import World
-from elo.documents import ENDINGS, find_files
-from elo.errors import UserError
-from elo.fields import Fields, read_json_object
-from elo.loss import IGNORE
-from elo.options import Parser, not_negative, positive_int, share
-from elo.run import option_values
-from elo.shards import TokenShard, tokenize
-from elo.tokenizer import load_tokenizer
+from elo.common.errors import UserError
+from elo.common.fields import Fields, read_json_object
+from elo.common.options import Parser, not_negative, positive_int, share
+from elo.data.corpus import Mixture, Windows
+from elo.data.documents import ENDINGS, find_files
+from elo.data.shards import TokenShard, tokenize
+from elo.model.checkpoint import Checkpoint
+from elo.model.config import ModelConfig
+from elo.model.loss import IGNORE
+from elo.runs.directory import option_values
+from elo.runs.processes import World
+from elo.text.tokenizer import load_tokenizer
+from elo.variants.active_vocabulary import ActiveVocabulary
 
 DEFAULT_MODEL = "models/Llama-3.1-8B"
 LARGEST_BATCH = 2**19  # tokens

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from elo.checkpoint import Checkpoint
-from elo.config import ModelConfig
-from elo.errors import UserError
-from elo.fields import read_json_object
+from elo.common.errors import UserError
+from elo.common.fields import read_json_object
+from elo.model.checkpoint import Checkpoint
+from elo.model.config import ModelConfig
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 

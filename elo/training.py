@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from elo.distributed import World, peak_memory
-from elo.errors import UserError
-from elo.health import Health
-from elo.model import CausalLM
+from elo.common.errors import UserError
+from elo.model.decoder import CausalLM
 from elo.optimizer import Optimizer, TrainingOptions, learning_rate
-from elo.run import CHECKPOINTS, Metrics
-from elo.states import States
+from elo.runs.devices import peak_memory
+from elo.runs.directory import CHECKPOINTS, Metrics
+from elo.runs.health import Health
+from elo.runs.processes import World
+from elo.runs.states import States
 
 
 class Batches(Protocol):

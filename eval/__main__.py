@@ -1,11 +1,13 @@
-"""python -m eval {perplexity, choice, answers, judge, score, speed, plot}: what a model is worth, and what it costs."""
+"""python -m eval {perplexity, choice, answers, judge, score, plot}: what a model is worth."""
 
 from pathlib import Path
 
-from elo.distributed import DTYPES
-from elo.errors import UserError, exit_status
-from elo.options import Parser
-from eval import answers, choice, judge, perplexity, plot, score, speed
+from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser
+from elo.runs.devices import DTYPES
+from eval.figures import plot
+from eval.judged import answers, judge, score
+from eval.likelihood import choice, perplexity
 
 COMMANDS = {
     "perplexity": perplexity,
@@ -13,7 +15,6 @@ COMMANDS = {
     "answers": answers,
     "judge": judge,
     "score": score,
-    "speed": speed,
     "plot": plot,
 }
 WITHOUT_MODEL = ("judge", "score", "plot")

@@ -9,9 +9,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from elo.errors import UserError
-from elo.fields import check_depth
-from elo.files import open_file, read_file_lines
+from elo.common.errors import UserError
+from elo.common.fields import check_depth
+from elo.common.files import open_file, read_file_lines
 
 LARGEST = 2**28  # bytes of a file; what FastChat has published has up to 50 MB
 LONGEST_LINE = 2**22  # hostile JSON needs 30 times as much memory

@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from elo.errors import UserError
-from elo.files import open_file, read_file_lines
+from elo.common.errors import UserError
+from elo.common.files import open_file, read_file_lines
 from eval.jsonl import LARGEST, LONGEST_LINE, read_lines
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them

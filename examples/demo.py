@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from elo.errors import UserError, exit_status
+from elo.common.errors import UserError, exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = Path("models/SmolLM2-135M-Instruct")

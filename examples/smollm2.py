@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from elo.errors import UserError, exit_status
+from elo.common.errors import UserError, exit_status
 
 # GGUF's names of a decoder layer's tensors, and the checkpoint's.
 LAYER_TENSORS = {

@@ -20,7 +20,7 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from elo.errors import UserError, exit_status
+from elo.common.errors import UserError, exit_status
 
 HELD_OUT_BYTES = 9_000  # of each language: a tenth of the Korean
 SEED = 1

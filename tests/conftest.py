@@ -8,6 +8,7 @@ from pathlib import Path
 # The models here are tiny: a second thread gains nothing, and costs much where other work wants the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several processes share the machine, and are compared with a CPU's numbers
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+TESTS = Path(__file__).resolve().parent
+sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
 # A shell starts what runs in the background with Ctrl-C ignored, which processes hand down to those they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 import align
 import train
-from elo.checkpoint import load_model
-from elo.errors import exit_status
+from elo.common.errors import exit_status
+from elo.model.checkpoint import load_model
 
 COMMON = ["--seq-len", "32", "--batch-tokens", "128", "--lr", "1e-2", "--dtype", "fp32"]
 

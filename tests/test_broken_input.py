@@ -12,13 +12,13 @@ from bench_files import write_bench, write_model
 from safetensors.torch import load_file, save_file
 from small_runs import TEXT, make_project, run_here
 
-from elo.errors import exit_status
+from elo.common.errors import exit_status
 from examples import questions
 
 ALIGN = f"align {TEXT} --gb 0.000002 --out out"
 SFT = "sft --model base --data chats.json --chat-format chatml --seq-len 64 --epochs 1 --out out"
 MERGE = "merge_chat_vector --base base --out out --model"
-TALK = "elo.generation --prompt Hi --chat-format chatml --model base"
+TALK = "elo.generation.chat --prompt Hi --chat-format chatml --model base"
 PERPLEXITY = "eval perplexity --model base --data en.jsonl --json result.json"
 CHOICE = "eval choice --model base --data choices --tasks kobest_copa,mmlu_sociology --samples out --json result.json"
 ANSWERS = "eval answers --model talker --bench logickor --bench-dir logickor --out out --json result.json"

@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM
 
 import merge_chat_vector
 from elo import chat_vector
-from elo import checkpoint as checkpoint_module
 from elo.chat_vector import add
-from elo.checkpoint import Checkpoint, expected_shapes, load_model
-from elo.config import ModelConfig
-from elo.errors import UserError, exit_status
+from elo.common.errors import UserError, exit_status
+from elo.model import saving
+from elo.model.checkpoint import Checkpoint, expected_shapes, load_model
+from elo.model.config import ModelConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = torch.arange(30).view(2, 15)
@@ -78,7 +78,7 @@ def test_the_formula_and_the_logits(variant, dtype, tmp_path, monkeypatch):
     base = families.write(variant, tmp_path / "base", 1, torch.float32)
     instruct = families.write(variant, tmp_path / "instruct", 2, dtype, max_shard_size="40KB")
     monkeypatch.setattr(chat_vector, "BLOCK", 1000)
-    monkeypatch.setattr(checkpoint_module, "SHARD_BYTES", 50_000)
+    monkeypatch.setattr(saving, "SHARD_BYTES", 50_000)
     out = merge(monkeypatch, tmp_path / "out", model, base, instruct, "--scale", "0.3")
 
     theirs = [weights(directory) for directory in (model, base, instruct)]
@@ -385,7 +385,7 @@ def test_a_file_written_tensor_by_tensor_is_read_by_safetensors(tmp_path):
         "last": torch.randn(7).half(),
     }
     asked = []
-    checkpoint_module.save_file(
+    saving.save_file(
         tmp_path / "file",
         {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()},
         lambda name: asked.append(name) or tensors[name].float(),
@@ -395,7 +395,7 @@ def test_a_file_written_tensor_by_tensor_is_read_by_safetensors(tmp_path):
     with safe_open(tmp_path / "file", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
     with pytest.raises(ValueError, match=r"last has shape \(7,\), not \(2,\)"):
-        checkpoint_module.save_file(tmp_path / "bad", {"last": ((2,), torch.float32)}, tensors.get)
+        saving.save_file(tmp_path / "bad", {"last": ((2,), torch.float32)}, tensors.get)
 
 
 def test_tensors_of_several_dtypes_in_one_file(tmp_path, monkeypatch):

@@ -13,11 +13,11 @@ import align
 import merge_chat_vector
 import sft
 import train
-from elo import generation
-from elo.chat import chat_format
-from elo.checkpoint import load_model
-from elo.errors import exit_status
-from elo.tokenizer import load_tokenizer
+from elo.common.errors import exit_status
+from elo.generation import chat as generation
+from elo.model.checkpoint import load_model
+from elo.text.chat_format import chat_format
+from elo.text.tokenizer import load_tokenizer
 
 TEMPLATE = (
     "{% for message in messages %}"

@@ -11,8 +11,8 @@ from small_tokenizer import add_chat_tokens, write_tokenizer
 from transformers import AutoModelForCausalLM
 
 import sft
-from elo.checkpoint import load_model
-from elo.errors import exit_status
+from elo.common.errors import exit_status
+from elo.model.checkpoint import load_model
 
 
 @pytest.fixture

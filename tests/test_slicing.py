@@ -7,9 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from elo.checkpoint import Checkpoint, export
-from elo.errors import UserError
-from elo.model import build
+from elo.common.errors import UserError
+from elo.model.checkpoint import Checkpoint
+from elo.model.decoder import build
+from elo.model.saving import export
 from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
 
 

@@ -16,8 +16,8 @@ from small_runs import lines, losses, make_base
 from transformers import AutoModelForCausalLM
 
 import train
-from elo.checkpoint import load_model
-from elo.errors import exit_status
+from elo.common.errors import exit_status
+from elo.model.checkpoint import load_model
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]

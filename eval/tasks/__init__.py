@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from elo.errors import UserError
+from elo.common.errors import UserError
 from eval.records import Record, find, read
 
 SEED = 1234  # lm-eval's, of the choice of examples
@@ -33,7 +33,7 @@ class Task:
     question: Callable[[Record], Question]
     test: tuple[str, ...]
     examples: tuple[str, ...]
-    metrics: tuple[str, ...] = ("acc",)  # those that count for it; see eval.metrics
+    metrics: tuple[str, ...] = ("acc",)  # those that count for it; see eval.likelihood.metrics
     shots: int = 0
     random_examples: bool = True  # others for each question; or the first ones for all
     description: str = ""  # in front of everything

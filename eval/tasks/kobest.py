@@ -4,7 +4,7 @@ The columns are those of skt/kobest_v1; behind them stand the names in the TSV f
 the examples are those of lm-eval 0.4.13, `tasks/kobest/*.yaml` and `utils.py`.
 """
 
-from elo.errors import UserError
+from elo.common.errors import UserError
 from eval.records import Record
 from eval.tasks import Group, Question, Task
 

@@ -15,9 +15,9 @@ import zstandard
 from safetensors.torch import save
 from small_tokenizer import TEXT, add_chat_tokens, write_tokenizer
 
-from elo.byte_level_bpe import BYTE_ALPHABET
-from elo.checkpoint import expected_shapes
-from elo.config import ModelConfig
+from elo.model.checkpoint import expected_shapes
+from elo.model.config import ModelConfig
+from elo.text.byte_level_bpe import BYTE_ALPHABET
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],

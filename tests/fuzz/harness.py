@@ -19,7 +19,7 @@ from typing import Any
 
 from hypothesis import HealthCheck, Phase, settings
 
-from elo.errors import UserError, message_line
+from elo.common.errors import UserError, message_line
 
 SECONDS = 15  # a case takes milliseconds; a machine under load may take longer, something that never ends takes longer
 MEMORY = 1 << 30  # bytes that a case may add to the process

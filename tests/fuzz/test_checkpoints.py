@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from mutations import INTEGERS, changed_bytes, changed_json, changed_json_file, dumped, values
 from safetensors.torch import save
 
-from elo.checkpoint import Checkpoint
-from elo.config import ModelConfig
-from elo.errors import UserError
-from elo.model import build
+from elo.common.errors import UserError
+from elo.model.checkpoint import Checkpoint
+from elo.model.config import ModelConfig
+from elo.model.decoder import build
 from elo.slicing import detach, open_slice
-from elo.tokenizer import load_tokenizer
+from elo.text.tokenizer import load_tokenizer
 
 WHOLE = save(tensors(), {"format": "pt"})
 HEADER_SIZE = 8 + int.from_bytes(WHOLE[:8], "little")
@@ -229,7 +229,7 @@ NAMES = [
 @example([("tokenizer.json", "fifo")], False)
 @example([("tokenizer_config.json", "zero")], False)
 def test_what_is_no_file(replacements, sharded):
-    from elo.chat import chat_format
+    from elo.text.chat_format import chat_format
 
     with case_directory() as root:
         directory = root / "model"

@@ -15,16 +15,16 @@ from hypothesis import strategies as st
 from mutations import changed_bytes, changed_json, changed_json_file, dumped
 
 from eval import tasks
-from eval.answers import answers_so_far, report
-from eval.benchmarks import BENCHMARKS, read_questions
-from eval.endpoint import Endpoint, GaveUpError
+from eval.figures.plot import collect
 from eval.jsonl import JsonLines
-from eval.judge import judgments_so_far
-from eval.judge_prompts import UNPARSED, read_prompts
-from eval.matches import plan, read_answers, read_references
-from eval.plot import collect
-from eval.samples import SamplesFile
-from eval.score import read_judgments, score, score_table
+from eval.judged.answers import answers_so_far, report
+from eval.judged.benchmarks import BENCHMARKS, read_questions
+from eval.judged.endpoint import Endpoint, GaveUpError
+from eval.judged.judge import judgments_so_far
+from eval.judged.judge_prompts import UNPARSED, read_prompts
+from eval.judged.matches import plan, read_answers, read_references
+from eval.judged.score import read_judgments, score, score_table
+from eval.likelihood.samples import SamplesFile
 from examples import questions
 
 

@@ -15,10 +15,10 @@ from mutations import changed_bytes, changed_json, changed_json_file, dumped
 from small_tokenizer import write_tokenizer
 
 from elo import pretraining
-from elo.config import ModelConfig
-from elo.health import Health
-from elo.run import METRICS, RUN, Metrics, check_out, open_run, option_values
-from elo.states import States
+from elo.model.config import ModelConfig
+from elo.runs.directory import METRICS, RUN, Metrics, check_out, open_run, option_values
+from elo.runs.health import Health
+from elo.runs.states import States
 
 WORLD = SimpleNamespace(
     rank=0,

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from mutations import changed_bytes, changed_json, changed_json_file, dumped
 from small_tokenizer import write_tokenizer
 
-from elo.conversation_files import read_conversation_records, read_language, read_messages
-from elo.documents import MalformedError, find_files, read_documents
-from elo.shards import TokenShard, tokenize
+from elo.data.conversation_files import read_conversation_records, read_language, read_messages
+from elo.data.documents import MalformedError, find_files, read_documents
+from elo.data.shards import TokenShard, tokenize
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "cp949", "latin-1", "shift-jis"]
 
@@ -169,7 +169,7 @@ def test_what_is_no_file(name, kind, within):
                 path.symlink_to(name)
         result_or_user_error(lambda: read(directory if within else path, skip=True))
         result_or_user_error(lambda: list(read_conversation_records(str(path))))
-        from elo.shards import _states
+        from elo.data.shards import _states
 
         result_or_user_error(lambda: _states([str(path)]))
 

@@ -9,8 +9,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import TEXTS, changed_bytes, changed_json, changed_json_file, dumped, values
 
-from elo.chat import chat_format
-from elo.tokenizer import load_tokenizer
+from elo.text.chat_format import chat_format
+from elo.text.tokenizer import load_tokenizer
 
 WORDS = ["First of all, 둘째 123", "", " ", "\0\n\t", "<|im_end|>[INST]</s>", "a" * 3000, " " * 3000, "😀é\u0301" * 50]
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "뭐?"}]

@@ -1,0 +1,210 @@
+"""The kill table: SIGKILL at random moments of small runs, resumed by the same command, to the last bit.
+
+    make kill        # or: python benchmarks/kill_table.py --kills 50 --seed 0
+
+Every run is killed several times, in one stage of its life after the other: while it tokenizes, trains, writes a state
+and writes the model. A moment is a random time after something shows in the run's directory. After each kill the same
+command is given again; in the end it is left alone, and losses, metrics and every byte of the model are compared with
+those of a run that was never killed. Of two processes one is killed, and the other has to end by itself, or both.
+"""
+
+import argparse
+import json
+import random
+import signal
+import sys
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+from forking import Fork, fork_group  # noqa: E402
+from small_runs import result  # noqa: E402
+
+TEXT = "--model base --target ko.jsonl --source en.jsonl --seq-len 32 --batch-tokens 128 --workers 1"
+TRAINING = f"{TEXT} --gb 0.00003 --lr 1e-3 --dtype fp32 --save-every 4 --micro-batch 2 --max-steps 30"
+IN_BACKWARD = "--optimizer-in-backward --clip 0"
+CHATS = (
+    "--model base --data chats.json --chat-format chatml --seq-len 64 --batch-conversations 4 --micro-batch-tokens 99"
+    " --epochs 4 --lr 3e-3 --dtype fp32 --save-every 3 --validation-fraction 0.2"
+)
+# The script, its options, its processes, and which of them are killed.
+RUNS = {
+    "elo": (f"train {TRAINING}", 1, "it"),
+    "elo, 2 processes": (f"train {TRAINING}", 2, "one"),
+    "elo, 2 processes, all": (f"train {TRAINING}", 2, "all"),
+    "full": (f"train {TRAINING} --method full", 1, "it"),
+    "full, in backward": (f"train {TRAINING} --method full {IN_BACKWARD}", 1, "it"),
+    "full, in backward, 2": (f"train {TRAINING} --method full {IN_BACKWARD}", 2, "one"),
+    "lora": (f"train {TRAINING} --method lora --lora-dropout 0.1 --merge", 1, "it"),
+    "align": (f"align {TRAINING} --elo elo --activation-checkpointing", 1, "it"),
+    "align, 2 processes": (f"align {TRAINING} --elo elo", 2, "all"),
+    "sft, best epoch": (f"sft {CHATS} --keep best", 1, "it"),
+    "sft, 2 processes": (f"sft {CHATS} --keep every", 2, "one"),
+}
+STAGES = ("tokenizing", "training", "saving", "exporting")
+
+
+def make_project(directory: Path) -> None:
+    """A base model, texts that take a while to tokenize, conversations, and a stage-1 result for align."""
+    import families
+    import torch
+    from small_tokenizer import add_chat_tokens, write_tokenizer
+
+    # Wide enough for writing it to take a while.
+    wide = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 450, "tie_word_embeddings": True}
+    families.VARIANTS["wide"] = lambda: families.llama(**wide)
+    families.write("wide", directory / "base", dtype=torch.bfloat16)
+    write_tokenizer(directory / "base")
+    add_chat_tokens(directory / "base")
+    for name, text, lines in (
+        ("ko", "둘째로 더 많은 글이 필요하다. 그리고 끝. ", 12_000),
+        ("en", "First, some text. ", 2_000),
+    ):
+        records = (json.dumps({"text": f"{number} " + text * (number % 5 + 1)}) for number in range(lines))
+        (directory / f"{name}.jsonl").write_text("\n".join(records) + "\n")
+    chats = [
+        [{"from": "human", "value": f"무엇 {number}?"}, {"from": "gpt", "value": "some text " * (number % 5 + 1)}]
+        for number in range(30)
+    ]
+    (directory / "chats.json").write_text(json.dumps([{"conversations": chat} for chat in chats]))
+    finish(start(directory, "elo", "elo"))
+
+
+def start(project: Path, name: str, out: str) -> list[Fork]:
+    """The processes of a run."""
+    command, size, _ = RUNS[name]
+    script, *words = command.split()
+    (project / out).parent.mkdir(exist_ok=True)
+    return fork_group(size, script, [*words, "--out", out], project)
+
+
+def finish(processes: list[Fork]) -> None:
+    for process in processes:
+        assert process.wait() == 0, f"exit status {process.returncode}: {process.said('err')[:2000]}"
+
+
+def kill(processes: list[Fork], which: str, choice: random.Random) -> None:
+    victims = [choice.choice(processes)] if which == "one" else processes
+    for victim in victims:
+        victim.kill()
+    for process in processes:
+        process.wait(40)  # the other one ends by itself, and soon
+        if process.returncode not in (0, -signal.SIGKILL):
+            last = process.said("err").splitlines()[-1]
+            assert process.returncode == 2, f"exit status {process.returncode}: {last}"
+            assert "another process of this run was killed" in last, last
+
+
+def appeared(out: Path, stage: str, steps: int = 0, since: float = 0) -> bool:
+    """Whether what a stage shows in the files is there, and is not older than this process."""
+    if stage == "training":
+        return steps_in(out) >= steps
+    if stage == "tokenizing":
+        found = (out.parent / "token-cache").glob(".building-*")
+    elif stage == "saving":
+        found = (path for path in out.glob("checkpoints/step-*") if not (path / ".metadata").exists())
+    else:
+        found = (path for pattern in (".saving-*", "epoch-*/.saving-*") for path in out.glob(pattern))
+    with suppress(FileNotFoundError):  # gone while we look
+        return any(path.stat().st_mtime > since for path in found)
+    return False
+
+
+def steps_in(out: Path) -> int:
+    try:
+        return (out / "metrics.jsonl").read_bytes().count(b"\n")
+    except OSError:
+        return 0
+
+
+def is_finished(out: Path) -> bool:
+    return (out / "config.json").exists()
+
+
+def stage_of(out: Path) -> str:
+    """In which stage a run was killed, as its files tell."""
+    if not (out / "run.json").exists():
+        return "tokenizing"
+    if is_finished(out):
+        return "finished"
+    for stage in ("exporting", "saving"):
+        if appeared(out, stage):
+            return stage
+    return "training"
+
+
+def kill_once(project: Path, name: str, out: str, stage: str, choice: random.Random) -> str:
+    """Start or resume a run and kill it in a stage; the stage in which it really was."""
+    since, directory = time.time(), project / out
+    steps = steps_in(directory) + choice.randrange(1, 9)
+    processes = start(project, name, out)
+    try:
+        while all(process.poll() is None for process in processes) and not appeared(directory, stage, steps, since):
+            time.sleep(0.0005)
+        time.sleep(choice.random() * (0.4 if stage == "tokenizing" else 0.02))
+        if all(process.poll() is not None for process in processes):
+            finish(processes)
+            return "finished"
+        kill(processes, RUNS[name][2], choice)
+        return stage_of(directory)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+
+
+def chain(
+    project: Path, name: str, stages: list[str], choice: random.Random, number: int = 0
+) -> list[tuple[str, bool]]:
+    """Kill a run once in each of these stages and let it finish: where it was killed, and whether it is the same."""
+    alone = project / name.replace(" ", "-") / "alone"
+    if not alone.exists():
+        finish(start(project, name, str(alone.relative_to(project))))
+    out = f"{name.replace(' ', '-')}-{number}/out"
+    killed: list[str] = []
+    for stage in stages:
+        if not is_finished(project / out):
+            begun = time.perf_counter()
+            killed.append(kill_once(project, name, out, stage, choice))
+            print(f"{name}: {killed[-1]}, {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
+    if not is_finished(project / out):
+        finish(start(project, name, out))
+    same = result(project / out) == result(alone)
+    return [(stage, same) for stage in killed if stage != "finished"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    choice, table, number = random.Random(arguments.seed), Counter(), 0
+    begun = time.perf_counter()
+    with TemporaryDirectory() as folder:
+        project = Path(folder)
+        make_project(project)
+        while sum(table.values()) < arguments.kills:
+            name = list(RUNS)[number % len(RUNS)]
+            # Those of a chain in the order of a run's life; only a run that has a token cache is seen to tokenize.
+            possible = STAGES[1:] if name.startswith("sft") else STAGES
+            stages = sorted(choice.choices(possible, k=4), key=STAGES.index)
+            number += 1
+            for stage, same in chain(project, name, stages, choice, number):
+                table[name, stage, same] += 1
+            print(f"{sum(table.values())} kills in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
+    print(f"{'run':34}{'killed':>10}" + "".join(f"{stage:>12}" for stage in STAGES) + f"{'identical':>12}")
+    for name, (_, _, which) in RUNS.items():
+        kills = [sum(table[name, stage, same] for same in (True, False)) for stage in STAGES]
+        same = sum(table[name, stage, True] for stage in STAGES)
+        print(f"{name:34}{which:>10}" + "".join(f"{count:12}" for count in kills) + f"{same:>8}/{sum(kills)}")
+    same = sum(count for (_, _, is_same), count in table.items() if is_same)
+    print(f"{same} of {sum(table.values())} kills survived, and the result bit-identical; seed {arguments.seed}")
+    sys.exit(same < sum(table.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""The tables of docs/planning.md that set the planner beside the paper: FLOPs, and the utilization that hours imply.
+
+    python benchmarks/planning_paper.py [--seq-len 2048]
+
+The hours and tokens are those of arXiv 2601.03648, Table 1 (8 H100) and Figure 3. The paper does not say how long its
+windows were, nor whether blocks were recomputed; here they are not.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from elo.model.config import ModelConfig
+from elo.planning.budget import GPUS
+from elo.planning.plan import flops_per_token
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 8, "vocab_size": 128256}
+LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
+LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
+# What decides on the costs in the published config.json, and the published number of parameters.
+PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
+    "Llama-3.1-8B": ({**LLAMA, **LLAMA_8B, "max_position_embeddings": 131072}, 8_030_261_248),
+    "Mistral-7B-v0.3": (
+        {**LLAMA_8B, "architectures": ["MistralForCausalLM"], "num_key_value_heads": 8, "vocab_size": 32768}
+        | {"max_position_embeddings": 32768, "sliding_window": None},
+        7_248_023_552,
+    ),
+    "Qwen2-7B": (
+        {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 3584, "intermediate_size": 18944, "vocab_size": 152064}
+        | {"num_hidden_layers": 28, "num_attention_heads": 28, "num_key_value_heads": 4}
+        | {"max_position_embeddings": 131072},
+        7_615_616_512,
+    ),
+    "Llama-3-70B": ({**LLAMA, **LLAMA_70B, "max_position_embeddings": 8192}, 70_553_706_496),
+}
+# Table 1: what was run, by which method here, 10^9 tokens, hours.
+TABLE_1 = {
+    "Llama-3.1-8B": (
+        ("FFT, 10 GB", "full", 2.8, 19.8),
+        ("ELO, 9 GB", "elo", 2.5, 1.5),
+        ("alignment", "full", 0.3, 2.0),
+    ),
+    "Mistral-7B-v0.3": (("FFT, 10 GB", "full", 4.7, 31.0), ("ELO, 9 GB", "elo", 4.2, 1.7))
+    + (("alignment", "full", 0.6, 3.1),),
+    "Qwen2-7B": (("FFT, 10 GB", "full", 3.1, 20.5), ("ELO, 9 GB", "elo", 2.8, 1.8), ("alignment", "full", 0.3, 2.1)),
+}
+FIGURE_3 = {50: {"lora": 5.29, "full": 6.04}, 200: {"lora": 10.72, "full": 12.23}}  # GB: times as fast as the method
+
+
+def config(model: str) -> ModelConfig:
+    return ModelConfig.from_json(PUBLIC[model][0])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    seq_len = parser.parse_args().seq_len
+    peak = 8 * GPUS["H100"][1] * 1e12 * 3600  # FLOPs an hour
+
+    print("| model | run | 10^9 tokens | GFLOPs a token | hours | utilization |\n|---|---|---|---|---|---|")
+    for model, rows in TABLE_1.items():
+        for name, method, tokens, hours in rows:
+            flops = flops_per_token(config(model), method, seq_len)
+            share = tokens * 1e9 * flops / (hours * peak)
+            print(f"| {model} | {name} | {tokens} | {flops / 1e9:.2f} | {hours} | {share:.1%} |")
+
+    print("\n| GB | ELO is faster than | paper | by FLOPs | by Table 1's hours |\n|---|---|---|---|---|")
+    llama = config("Llama-3.1-8B")
+    costs = {method: flops_per_token(llama, method, seq_len) for method in ("elo", "full", "lora")}
+    (_, _, _, full), (_, _, _, elo), (_, _, _, alignment) = TABLE_1["Llama-3.1-8B"]
+    for gigabytes, ratios in FIGURE_3.items():
+        for method, ratio in ratios.items():
+            by_flops = gigabytes * costs[method] / ((gigabytes - 1) * costs["elo"] + costs["full"])
+            by_hours = gigabytes * full / 10 / ((gigabytes - 1) * elo / 9 + alignment)
+            shown = f"{by_hours:.2f}" if method == "full" else "-"
+            print(f"| {gigabytes} | {method} | {ratio} | {by_flops:.2f} | {shown} |")
+
+
+if __name__ == "__main__":
+    main()

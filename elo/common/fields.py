@@ -1,0 +1,88 @@
+"""JSON files and typed access to their fields, with errors that name the file and the field."""
+
+import json
+import reprlib
+from pathlib import Path
+from typing import Any
+
+from elo.common.errors import UserError
+from elo.common.files import read_file
+
+LARGEST = 16 * 2**20  # bytes of a file; hostile JSON needs 25 times as much memory. The largest real ones have 10 MB
+DEEPEST = 64  # lists and objects in each other; far fewer than Python can read, but not compare, print or write again
+
+_short = reprlib.Repr()
+_short.maxlevel, _short.maxstring, _short.maxother, _short.maxlong = 2, 80, 80, 40
+
+
+def shown(value: object) -> str:
+    """`repr` for a message, short whatever the value is; a value may be nested too deep for `repr` itself."""
+    return _short.repr(value)
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a UserError that names the file."""
+    try:
+        data = read_file(path, LARGEST)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return json_object(data, path)
+
+
+def json_object(data: bytes, path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds, or a UserError that names the file."""
+    try:
+        value = json.loads(data.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must be a JSON object, not a {type(value).__name__}")
+    check_depth(value, path)
+    return value
+
+
+def check_depth(value: dict[str, Any], where: object) -> None:
+    """Raises UserError for what could not be shown, compared or written any more."""
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = [value for holder in level for value in (holder.values() if isinstance(holder, dict) else holder)]
+        level = [value for value in inner if isinstance(value, dict | list)]
+    if level:
+        raise UserError(f"{where}: more than {DEEPEST} lists and objects in each other")
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Readable JSON. A lone surrogate, as in the name of a file that is not UTF-8, becomes JSON's escape for it."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+class Fields:
+    """Typed access to a JSON object; null counts as missing. `where` goes in front of the complaints."""
+
+    def __init__(self, fields: dict[str, Any], where: str) -> None:
+        self.fields, self.where = fields, where
+
+    def given(self, name: str) -> bool:
+        return self.fields.get(name) is not None
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        value = self.fields[name] if self.given(name) else default
+        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+            raise UserError(
+                f"{self.where}: {name} must be a whole number from {minimum} to {maximum}, "
+                f"not {shown(self.fields.get(name))}"
+            )
+        return value
+
+    def number(self, name: str, default: float | None = None, minimum: float = 0.0) -> float:
+        value = self.fields[name] if self.given(name) else default
+        if not isinstance(value, int | float) or isinstance(value, bool) or not minimum < value < 1e30:
+            raise UserError(f"{self.where}: {name} must be a number above {minimum}, not {shown(value)}")
+        return float(value)
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.fields[name] if self.given(name) else default
+        if not isinstance(value, bool):
+            raise UserError(f"{self.where}: {name} must be true or false, not {shown(value)}")
+        return value

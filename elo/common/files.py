@@ -1,0 +1,60 @@
+"""Reading files that come from outside: regular files only, and never more of them than a limit.
+
+A link to a file is as good as a file: the directories in Hugging Face's cache consist of links, and people keep models
+on other disks. But a name that is *written in* a file must not lead out of that file's directory: see
+`elo.model.checkpoint`. Pipes and devices are refused, since reading them may take for ever, or more memory than there
+is.
+"""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from elo.common.errors import UserError
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether there is a regular file, or a link to one; False too for a name that cannot be one."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):  # ValueError: NUL or a lone surrogate in the name
+        return False
+
+
+def open_file(path: str | Path) -> BinaryIO:
+    """A regular file, opened for reading. Raises OSError, and UserError for a pipe or a device."""
+    mode = os.stat(path).st_mode
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # that a directory is none says `open`
+        raise UserError(f"{path}: not a file, but a pipe or a device")
+    return open(path, "rb")
+
+
+def read_file(path: str | Path, largest: int) -> bytes:
+    """The content of a regular file. Raises OSError, and UserError for more than `largest` bytes."""
+    with open_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > largest:
+            raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
+        return file.read(largest)
+
+
+def read_file_lines(path: str | Path, largest: int, longest: int) -> Iterator[bytes]:
+    """The lines of a regular file of at most `largest` bytes, each of at most `longest`, with their ends.
+
+    Raises UserError for more, and if it cannot be read.
+    """
+    number = 0
+    try:
+        with open_file(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size > largest:
+                raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
+            while line := file.readline(longest + 1):
+                number += 1
+                if len(line) > longest:
+                    raise UserError(f"{path}:{number}: a line of more than {longest:,} bytes")
+                yield line
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None

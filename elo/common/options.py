@@ -1,0 +1,76 @@
+"""Command-line options: a parser whose complaints are one line, and types that say what a value should have been."""
+
+import argparse
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn
+
+from elo.common.errors import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    """Raises UserError where argparse would print its usage; --help shows the module's docstring as it stands."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def positive_int(text: str) -> int:
+    return int(_number(text, lambda value: value >= 1 and value.is_integer(), "a whole number above 0"))
+
+
+def not_negative_int(text: str) -> int:
+    return int(_number(text, lambda value: value >= 0 and value.is_integer(), "a whole number, 0 or more"))
+
+
+def positive(text: str) -> float:
+    return _number(text, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def not_negative(text: str) -> float:
+    return _number(text, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
+
+
+def share(text: str) -> float:
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not fits(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+    return value
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A number of steps, or a time."""
+
+    text: str
+    steps: float = float("inf")
+    seconds: float = float("inf")
+
+    def is_due(self, steps: int, seconds: float) -> bool:
+        """Whether it is over after so many steps and seconds."""
+        return steps >= self.steps or seconds >= self.seconds
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def interval(text: str) -> Interval:
+    """Steps, such as 100, or a time, such as 30s, 15m or 2h."""
+    match = re.fullmatch(r"(\d{1,9})([smh]?)", text, re.ASCII)
+    if not match or not int(match[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps, as 100, nor a time, as 15m or 2h")
+    count, unit = int(match[1]), match[2]
+    if not unit:
+        return Interval(text, steps=count)
+    return Interval(text, seconds=count * {"s": 1, "m": 60, "h": 3600}[unit])

@@ -1,0 +1,302 @@
+"""Files of conversations to masked examples, for bilingual instruction tuning.
+
+conversations, report = load_conversations(["tagengo.parquet"], format, seq_len=2048,
+                                           languages=["Korean", "English"], samples=31_000)
+training, held_out = conversations.split(0.01, seed=0)
+batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world)  # of elo.data.conversation_batches
+"""
+
+import hashlib
+import heapq
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from elo.common.errors import UserError
+from elo.common.options import Parser, positive_int, share
+from elo.data.conversation_files import (
+    ENDINGS,
+    LANGUAGE,
+    language_list,
+    place,
+    read_conversation_records,
+    read_language,
+    read_messages,
+    text_bytes,
+)
+from elo.data.documents import MalformedError
+from elo.model.loss import IGNORE
+from elo.text.chat_format import ChatFormat, Messages
+
+
+def add_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("data")
+    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help=f"conversations: {', '.join(ENDINGS)}")
+    group.add_argument(
+        "--languages", type=language_list, metavar="A,B", help="as many of each, names or codes such as ko,en"
+    )
+    group.add_argument("--samples", type=positive_int, help="conversations in all (default: as many as there are)")
+    group.add_argument("--validation-fraction", type=share, default=0.0, help="to hold out (%(default)s)")
+    group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
+    group.add_argument("--seed", type=int, default=0, help="of draw, split and shuffle (%(default)s)")
+    group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens of the longest one (%(default)s)")
+    group.add_argument(
+        "--batch-conversations", type=positive_int, default=64, help="in a step, over all processes (%(default)s)"
+    )
+    group.add_argument(
+        "--micro-batch-tokens", type=positive_int, default=8192, help="at a time in a process (%(default)s)"
+    )
+    group.add_argument("--epochs", type=positive_int, default=10, help="(%(default)s)")
+
+
+# ---- messages to masked examples
+
+CONVERSATION = np.dtype(
+    [
+        ("file", "<u4"),  # which of the files
+        ("number", "<u4"),  # of its record, see `place`
+        ("language", "<u4"),  # which of the languages
+        ("is_cut", "?"),  # answers are left out because they do not fit
+        ("is_unanswered", "?"),  # the user's last turn is left out because nobody answers it
+        ("labels", "<u4"),  # tokens that are trained
+        ("bytes", "<u4"),  # of its UTF-8 text
+        ("tokens", "<u4"),
+        ("offset", "<u8"),  # of its first token
+    ]
+)
+
+
+class Example(NamedTuple):
+    ids: np.ndarray
+    trained: np.ndarray
+    row: tuple  # of CONVERSATION, without its offset
+
+
+@dataclass(frozen=True, eq=False)
+class Conversations:
+    """Tokenized conversations, compact: 5 bytes a token and 34 a conversation. Those of a split share the tokens."""
+
+    ids: np.ndarray  # (tokens,) uint32, one conversation after the other
+    trained: np.ndarray  # (tokens,) bool: the assistant's text and its end-of-turn tokens
+    table: np.ndarray  # (conversations,) of CONVERSATION
+    files: Sequence[str]
+    languages: Sequence[str]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Input and labels, each (tokens - 1,) of int64: at every token the next one, or IGNORE."""
+        start = int(self.table["offset"][index])
+        stop = start + int(self.table["tokens"][index])
+        ids = torch.from_numpy(self.ids[start:stop].astype(np.int64))
+        return ids[:-1], ids[1:].where(torch.from_numpy(self.trained[start + 1 : stop]), IGNORE)
+
+    def place(self, index: int) -> str:
+        return place(self.files[self.table["file"][index]], self.table["number"][index])
+
+    def digest(self) -> str:
+        """Of tokens, of which are trained, and of where they stand: other conversations have another one."""
+        digest = hashlib.sha256()
+        for array in (self.ids, self.trained, self.table):
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()[:32]
+
+    def split(self, fraction: float, seed: int) -> tuple["Conversations", "Conversations"]:
+        """(training, held out): this fraction of each language is held out, at least one conversation of several."""
+        held_out = np.zeros(len(self), bool)
+        for number, language in enumerate(self.languages):
+            mine = np.flatnonzero(self.table["language"] == number)
+            count = round(fraction * len(mine))
+            if fraction > 0 and len(mine) > 1:
+                count = min(max(count, 1), len(mine) - 1)
+            held_out[random_numbers(seed, "held out", language).permutation(mine)[:count]] = True
+        if fraction > 0 and (held_out.all() or not held_out.any()):
+            raise UserError(f"--validation-fraction {fraction:g}: {len(self)} conversations cannot be split")
+        return tuple(replace(self, table=self.table[chosen]) for chosen in (~held_out, held_out))
+
+
+@dataclass
+class Report:
+    """What became of the conversations in the files. By language; `malformed` by kind: count, place of the first."""
+
+    found: Counter[str] = field(default_factory=Counter)
+    drawn: dict[str, int] = field(default_factory=dict)
+    cut: int = 0
+    unanswered: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    malformed: dict[str, list] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        drawn = (f"{count:,} of {self.found[name]:,} {name}".strip() for name, count in self.drawn.items())
+        lines = [f"{sum(self.drawn.values()):,} conversations: {', '.join(drawn)}"]
+        if self.cut:
+            lines.append(f"{self.cut:,} of them end early, with the last answer that fits into --seq-len")
+        if self.unanswered:
+            lines.append(f"{self.unanswered:,} of them without the last message, which has no answer")
+        lines += [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
+        lines += [f"skipped {count:,}: {kind} (first at {first})" for kind, (count, first) in self.malformed.items()]
+        return "\n".join(lines)
+
+
+def load_conversations(
+    paths: Sequence[str | Path],
+    format: ChatFormat,
+    seq_len: int,
+    languages: Sequence[str] | None = None,
+    samples: int | None = None,
+    seed: int = 0,
+    skip_malformed: bool = False,
+    progress: bool = False,
+) -> tuple[Conversations, Report]:
+    """Draw and tokenize conversations.
+
+    With `languages` (names, see `language_name`) equally many of each: of `samples` in all, the first ones get what
+    cannot be divided; without `samples`, as many as the rarest one has. Without `languages` all are one pool.
+
+    Raises UserError with file and line for a malformed record, unless `skip_malformed`; where there are too few; and
+    for a file that does not say the languages that are asked for.
+    """
+    files = [str(path) for path in paths]
+    report, found_languages = Report(), {name: number for number, name in enumerate(languages or [])}
+    if samples is not None and samples < len(found_languages):
+        raise UserError(f"--samples {samples} are fewer than the {len(found_languages)} languages")
+    pools = _pools(languages, samples, seed)
+    records = ((file, *record) for file, path in enumerate(files) for record in read_conversation_records(path))
+    for file, number, record in tqdm(records, unit=" conversations", desc="tokenizing", disable=not progress):
+        try:
+            language = read_language(record, number)
+            if languages and LANGUAGE not in record:
+                raise UserError(f"{place(files[file], number)}: no {LANGUAGE!r}, which --languages needs")
+            report.found[language or ""] += 1
+            pool = pools.get(language) if languages else pools[None]
+            if pool is None:
+                continue
+            messages = read_messages(record, number)
+        except MalformedError as error:
+            where = place(files[file], number)
+            if not skip_malformed:
+                raise UserError(f"{where}: {error}; --skip-malformed passes over such records") from None
+            report.malformed.setdefault(error.kind, [0, where])[0] += 1
+            continue
+        head = file, number, found_languages.setdefault(language or "", len(found_languages))
+        pool.offer(partial(make_example, format, messages, seq_len, head, report.dropped))
+
+    examples = sorted(_draw(pools, samples, report), key=lambda example: example.row)
+    conversations = _store(examples, files, list(found_languages))
+    counts = np.bincount(conversations.table["language"], minlength=len(found_languages))
+    report.drawn = {name: int(counts[number]) for name, number in found_languages.items()}
+    report.cut = int(conversations.table["is_cut"].sum())
+    report.unanswered = int(conversations.table["is_unanswered"].sum())
+    return conversations, report
+
+
+def make_example(
+    format: ChatFormat, messages: Messages, seq_len: int, head: tuple[int, int, int], dropped: Counter[str]
+) -> Example | None:
+    """A conversation up to its last whole assistant turn that fits; None, and a reason counted, where none does."""
+    following = [message["role"] for message in messages[1:]] + ["user"]
+    ends = [
+        number
+        for number, (message, next_role) in enumerate(zip(messages, following, strict=True), start=1)
+        if message["role"] == "assistant" and next_role != "assistant"
+    ]
+    if not ends:
+        dropped["no answer in it"] += 1
+        return None
+    # Encoded anew for every end: where Mistral's system message stands depends on it.
+    ids, trained = format.conversation(messages[: ends[-1]])
+    kept, is_cut = ends[-1], len(ids) > seq_len
+    if is_cut:
+        fitting = bisect_right(ends, seq_len, key=lambda end: len(format.conversation(messages[:end])[0]))
+        if fitting == 0:
+            dropped["no answer fits into --seq-len"] += 1
+            return None
+        kept = ends[fitting - 1]
+        ids, trained = format.conversation(messages[:kept])
+    is_unanswered = not is_cut and kept < len(messages)
+    row = (*head, is_cut, is_unanswered, sum(trained), text_bytes(messages[:kept]), len(ids))
+    return Example(np.array(ids, np.uint32), np.array(trained), row)
+
+
+class Pool:
+    """Draws `size` examples in one pass, or all: those with the smallest of random numbers.
+
+    An example is made only if it is among the smallest so far, so that of a large file little is tokenized.
+    """
+
+    def __init__(self, size: int | None, random: np.random.RandomState) -> None:
+        self.size, self.random = size, random
+        self.heap: list[tuple[float, int, Example]] = []  # the largest number first, as its negative
+        self.offered = self.refused = 0
+
+    def offer(self, make: Callable[[], Example | None]) -> None:
+        key = -self.random.random_sample()
+        self.offered += 1
+        is_full = self.size is not None and len(self.heap) >= self.size
+        if is_full and key < self.heap[0][0]:
+            return
+        example = make()
+        if example is None:
+            self.refused += 1
+            return
+        heapq.heappush(self.heap, (key, self.offered, example))
+        if is_full:
+            heapq.heappop(self.heap)
+
+    def draw(self, size: int) -> list[Example]:
+        """The `size` examples with the smallest numbers."""
+        return [example for *_, example in heapq.nlargest(size, self.heap)]
+
+
+def _pools(languages: Sequence[str] | None, samples: int | None, seed: int) -> dict[str | None, Pool]:
+    if not languages:
+        return {None: Pool(samples, random_numbers(seed, "draw"))}
+    each, rest = divmod(samples, len(languages)) if samples is not None else (None, 0)
+    sizes = [each if each is None else each + (number < rest) for number in range(len(languages))]
+    return {name: Pool(size, random_numbers(seed, "draw", name)) for name, size in zip(languages, sizes, strict=True)}
+
+
+def _draw(pools: dict[str | None, Pool], samples: int | None, report: Report) -> list[Example]:
+    """The examples of every pool; without `samples`, as many of each as the smallest has. UserError for too few."""
+    if any(len(pool.heap) < (pool.size or 1) for pool in pools.values()):
+        needed = (f"{pool.size or 1:,} {name or ''}".strip() for name, pool in pools.items())
+        usable = (f"{pool.offered - pool.refused:,} {name or ''}".strip() for name, pool in pools.items())
+        found = (f"{count:,} {name or 'of no language'}" for name, count in report.found.most_common(12))
+        raise UserError(
+            f"too few conversations: {' and '.join(needed)} needed, {' and '.join(usable)} usable"
+            + "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
+            + f"; in the files there are {', '.join(found) or 'none'}"
+        )
+    fewest = min(len(pool.heap) for pool in pools.values())
+    return [example for pool in pools.values() for example in pool.draw(pool.size or fewest)]
+
+
+def _store(examples: list[Example], files: list[str], languages: list[str]) -> Conversations:
+    lengths = np.array([len(example.ids) for example in examples], np.int64)
+    offsets = np.cumsum(lengths) - lengths
+    rows = [(*example.row, offset) for example, offset in zip(examples, offsets.tolist(), strict=True)]
+    return Conversations(
+        np.concatenate([example.ids for example in examples]),
+        np.concatenate([example.trained for example in examples]),
+        np.array(rows, CONVERSATION),
+        files,
+        languages,
+    )
+
+
+def random_numbers(seed: int, *purpose: str | int) -> np.random.RandomState:
+    """Random numbers for one purpose. RandomState, because numpy promises that its numbers never change."""
+    if not 0 <= seed < 2**32:
+        raise UserError(f"--seed {seed} is not from 0 to {2**32 - 1}")
+    numbers = [number for part in purpose for number in (part.encode() if isinstance(part, str) else [part])]
+    return np.random.RandomState([seed, *numbers])

@@ -1,0 +1,211 @@
+"""Token shards to training windows: the one stream of both languages, 9:1 by bytes, packed end to end.
+
+    windows = Windows(Mixture(target, source, target_fraction=0.9, seed=0, gigabytes=9), seq_len=4096)
+    tokens, labels = windows[0]
+
+The stream is the same for every `gigabytes`: a run takes a stretch of it, and a run that starts at the position
+that another one `consumed` takes none of its documents.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from elo.common.errors import UserError
+from elo.data.shards import TokenShard
+from elo.model.loss import IGNORE
+
+LANGUAGES = ("target", "source")
+BLOCK = 64  # documents of the stream for which there is one row of running totals
+
+
+class Mixture:
+    """A stretch of the one stream of documents that shards, fraction and seed determine.
+
+    Each language is shuffled on its own. A document with `before` bytes of its language ahead of it then stands at
+    the byte before / share of the stream, where `share` is its language's part of all bytes. So at any point the
+    bytes of a language are its share of the stream to within one document.
+
+    start, gigabytes: the stretch has the documents that stand at [start, start + gigabytes * 10^9). Without
+    `gigabytes` it goes on until one language is used up. A target_fraction of 1 needs no source.
+    Memory: 9 bytes a document of the stretch, and about 60 a document of the larger shard while it is shuffled.
+    Raises `UserError` if a shard has not enough text.
+    """
+
+    def __init__(
+        self,
+        target: TokenShard,
+        source: TokenShard | None,
+        target_fraction: float,
+        seed: int,
+        gigabytes: float | None = None,
+        start: int = 0,
+    ) -> None:
+        # An exact fraction: with floats the documents at the border of two stages could be in both or in neither.
+        fraction = Fraction(target_fraction).limit_denominator(100_000)
+        if not 0 < fraction <= 1:
+            raise UserError(f"--target-fraction {target_fraction} is not above 0 and at most 1")
+        if fraction < 1 and source is None:
+            raise UserError(f"--target-fraction {target_fraction} leaves a part for --source, which is not given")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"--seed {seed} is not from 0 to {2**32 - 1}")
+        self.shards = [target] if fraction == 1 else [target, source]
+        self.shares = [fraction, 1 - fraction][: len(self.shards)]
+        self.start = start
+        # Two runs with the same identity have the same stream.
+        self.identity: dict[str, Any] = {
+            "documents": [shard.digest for shard in self.shards],
+            "target_fraction": str(fraction),
+            "seed": seed,
+        }
+        end = self._end(gigabytes)
+
+        documents, keys, self.before = [], [], []
+        for language, (shard, share) in enumerate(zip(self.shards, self.shares, strict=True)):
+            order, before = _shuffled(shard, seed, language)
+            # Stands at or after `start` and before `end`.
+            low, high = np.searchsorted(before, [math.ceil(start * share), math.ceil(end * share)])
+            documents.append(order[low:high] * len(LANGUAGES) + language)
+            # before / share, with both languages' keys multiplied by the same number so that they are integers.
+            keys.append(before[low:high] * ((1 - share).numerator or 1))
+            self.before.append(int(before[low]) if low < high else 0)
+        # Of equal keys the target's comes first.
+        self.stream = np.concatenate(documents)[np.argsort(np.concatenate(keys), kind="stable")]
+        if not len(self.stream) and gigabytes != 0:
+            wanted = "no text is left" if gigabytes is None else f"--gb {gigabytes:g} is less than a document"
+            raise UserError(wanted + self._after())
+        self.totals = self._running_totals()
+        self.tokens = int(self.totals[0, -1])
+
+    def _end(self, gigabytes: float | None) -> int:
+        """The position in the stream, in bytes, at which this stretch ends."""
+        if gigabytes is None:
+            present = (math.floor(shard.bytes / share) for shard, share in zip(self.shards, self.shares, strict=True))
+            return max(self.start, min(present))
+        end = self.start + round(gigabytes * 10**9)
+        missing = [
+            f"{_gigabytes(end * share)} of {name} text are needed and {_gigabytes(shard.bytes)} are there"
+            for name, shard, share in zip(LANGUAGES, self.shards, self.shares, strict=False)
+            if end * share > shard.bytes
+        ]
+        if missing:
+            raise UserError(f"--gb {gigabytes:g}{self._after()}: " + "; ".join(missing))
+        return end
+
+    def _after(self) -> str:
+        return f" after the {_gigabytes(self.start)} of an earlier stage" if self.start else ""
+
+    def rows(self, entries: np.ndarray) -> np.ndarray:
+        """Of each entry of the stream (n, 5): tokens, target bytes and documents, source bytes and documents."""
+        rows = np.zeros((len(entries), 1 + 2 * len(LANGUAGES)), np.int64)
+        for language, shard in enumerate(self.shards):
+            mine = entries % len(LANGUAGES) == language
+            documents = shard.documents[entries[mine] // len(LANGUAGES)]
+            rows[mine, 0] = documents["tokens"]
+            rows[mine, 1 + 2 * language] = documents["bytes"]
+            rows[mine, 2 + 2 * language] = 1
+        return rows
+
+    def _running_totals(self) -> np.ndarray:
+        """(5, blocks + 1): the sums of `rows` before each block of the stream, and of all."""
+        sums = [np.zeros((1, 1 + 2 * len(LANGUAGES)), np.int64)]
+        step = BLOCK * 2**14  # a million documents at a time
+        for first in range(0, len(self.stream), step):
+            rows = self.rows(self.stream[first : first + step])
+            sums.append(np.add.reduceat(rows, np.arange(0, len(rows), BLOCK)))
+        return np.ascontiguousarray(np.cumsum(np.concatenate(sums), axis=0).T)
+
+    def find(self, token: int) -> tuple[int, np.ndarray]:
+        """The place in the stream of the document with this token, and the totals (as in `rows`) before it."""
+        block = int(np.searchsorted(self.totals[0], token, "right")) - 1
+        rows = self.rows(self.stream[block * BLOCK : (block + 1) * BLOCK])
+        ends = self.totals[0, block] + np.cumsum(rows[:, 0])
+        within = int(np.searchsorted(ends, token, "right"))
+        return block * BLOCK + within, self.totals[:, block] + rows[:within].sum(axis=0)
+
+    def document(self, place: int) -> tuple[int, TokenShard, int]:
+        """The language, the shard, and the document's number in it."""
+        number, language = divmod(int(self.stream[place]), len(LANGUAGES))
+        return language, self.shards[language], number
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens [start, stop) of the stream."""
+        place, totals = self.find(start)
+        parts, position = [], int(totals[0])
+        while position < stop:
+            _, shard, number = self.document(place)
+            offset, count = int(shard.documents["offset"][number]), int(shard.documents["tokens"][number])
+            parts.append(shard.tokens[offset + max(start - position, 0) : offset + min(stop - position, count)])
+            place, position = place + 1, position + count
+        return np.concatenate(parts)
+
+
+class Windows:
+    """The tokens of a mixture cut into windows of `seq_len`, whatever documents lie in them.
+
+    Window i has the tokens [i * seq_len, (i + 1) * seq_len) as input and as labels the tokens one further, so that
+    every token but the very first is predicted once. The last window is filled up with labels that do not count.
+    """
+
+    def __init__(self, mixture: Mixture, seq_len: int) -> None:
+        self.mixture, self.seq_len = mixture, seq_len
+        self.tokens = mixture.tokens
+
+    def __len__(self) -> int:
+        return math.ceil(max(self.tokens - 1, 0) / self.seq_len)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """Input and labels, each (seq_len,) of int64."""
+        tokens = self.mixture.read(*self._range(index)).astype(np.int64)
+        inputs = torch.zeros(self.seq_len, dtype=torch.long)
+        labels = torch.full((self.seq_len,), IGNORE)
+        inputs[: len(tokens) - 1] = torch.from_numpy(tokens[:-1])
+        labels[: len(tokens) - 1] = torch.from_numpy(tokens[1:])
+        return inputs, labels
+
+    def _range(self, index: int) -> tuple[int, int]:
+        """The tokens of the stream of which a window consists, the last label included."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"window {index} of {len(self)}")
+        return index * self.seq_len, min((index + 1) * self.seq_len + 1, self.tokens)
+
+    def label_count(self, start: int, stop: int) -> int:
+        """How many labels count in windows [start, stop)."""
+        return min(stop * self.seq_len, self.tokens - 1) - min(start * self.seq_len, self.tokens - 1)
+
+    def documents(self, index: int) -> list[str]:
+        """`file:line` of every document of which a part is in this window."""
+        first, stop = self._range(index)
+        places = range(self.mixture.find(first)[0], self.mixture.find(stop - 1)[0] + 1)
+        return [shard.place(number) for _, shard, number in map(self.mixture.document, places)]
+
+    def consumed(self, windows: int) -> dict[str, int]:
+        """What the first `windows` windows took, counting documents that they only began as whole.
+
+        `position` is where a following stage has to `start` to get none of these documents.
+        """
+        totals, position = np.zeros_like(self.mixture.totals[:, 0]), self.mixture.start
+        if windows:
+            place, before = self.mixture.find(self._range(windows - 1)[1] - 1)
+            totals = before + self.mixture.rows(self.mixture.stream[place : place + 1])[0]
+            language, *_ = self.mixture.document(place)
+            bytes_before = self.mixture.before[language] + int(before[1 + 2 * language])
+            position = math.floor(bytes_before / self.mixture.shares[language]) + 1
+        names = [f"{name}_{unit}" for name in LANGUAGES for unit in ("bytes", "documents")]
+        return dict(zip(names, map(int, totals[1:]), strict=True)) | {"position": position}
+
+
+def _shuffled(shard: TokenShard, seed: int, language: int) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of a shard in random order, and how many bytes of text come before each."""
+    # RandomState, because numpy promises that its numbers never change; a Generator's may with the next version.
+    order = np.random.RandomState([seed, language]).permutation(len(shard.documents))
+    sizes = np.array(shard.documents["bytes"])[order]
+    return order, np.cumsum(sizes, dtype=np.int64) - sizes
+
+
+def _gigabytes(size: Fraction | int) -> str:
+    return f"{float(size) / 1e9:.6g} GB"

@@ -1,0 +1,259 @@
+"""Token shards: the tokens of one language on disk, made once and memory-mapped.
+
+A shard is a directory of four files:
+- tokens.bin: every document as [BOS] tokens EOS, one after the other, as uint16 or uint32.
+- documents.bin: one `DOCUMENT` per document.
+- counts.bin: how often each token occurs, as int64.
+- meta.json: what the rest is. It is written last.
+
+Its name is a hash of what it was made from, so a changed input or tokenizer leads to another directory. It is
+built under another name and moved in by one rename: a run that is killed leaves nothing that could be taken for
+a shard, and of two runs that build the same one, the second takes the first's.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from elo.common.errors import UserError
+from elo.common.fields import read_json_object
+from elo.data.encoding import (
+    BATCH,
+    DOCUMENT,
+    Encoded,
+    Job,
+    encode,
+    encode_in_processes,
+    largest_token,
+    read_batches,
+    token_type_of,
+)
+from elo.text.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 2  # part of every shard's name: a new format is built anew
+FILES = ("tokens.bin", "documents.bin", "counts.bin")
+
+
+@dataclass(frozen=True, eq=False)
+class TokenShard:
+    """The tokens of one language. The arrays are mapped from disk, not read."""
+
+    tokens: np.ndarray  # (tokens,)
+    documents: np.ndarray  # (documents,) of DOCUMENT
+    counts: np.ndarray  # (vocabulary,): how often each token occurs
+    files: Sequence[str]
+    bytes: int  # of UTF-8 text
+    digest: str  # of tokens and documents: another text has another one
+    skipped: dict[str, list]  # kind of malformed record: [count, place of the first]
+
+    @classmethod
+    def open(cls, directory: Path, files: Sequence[str]) -> "TokenShard | None":
+        """The shard in `directory`, or None if there is none, or meta.json is damaged or does not fit the files."""
+        try:
+            meta = read_json_object(directory / "meta.json")
+            for name in FILES:
+                if (directory / name).stat().st_size != meta["sizes"][name]:
+                    return None
+            tokens = np.memmap(directory / "tokens.bin", {"<u2": "<u2", "<u4": "<u4"}[meta["token_type"]], "r")
+            documents = np.memmap(directory / "documents.bin", DOCUMENT, "r")
+            counts = np.fromfile(directory / "counts.bin", "<i8")
+            skipped = {kind: [int(count), str(place)] for kind, (count, place) in meta["skipped"].items()}
+            # asarray: the same mapped memory, without the slow indexing of np.memmap.
+            arrays = np.asarray(tokens), np.asarray(documents), counts
+            return cls(*arrays, files, int(meta["bytes"]), str(meta["digest"]), skipped)
+        except (UserError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError):
+            return None
+
+    def place(self, document: int) -> str:
+        """`file:line` of a document."""
+        entry = self.documents[document]
+        return f"{self.files[entry['file']]}:{entry['line']}"
+
+    def skipped_report(self) -> str:
+        """One line about the malformed records that were skipped; empty if there were none."""
+        kinds = [f"{count} x {kind} (first at {place})" for kind, (count, place) in self.skipped.items()]
+        total = sum(count for count, _ in self.skipped.values())
+        return f"skipped {total} malformed records: " + "; ".join(kinds) if kinds else ""
+
+
+def tokenize(
+    paths: Sequence[str | Path],
+    tokenizer_directory: str | Path,
+    cache: str | Path,
+    text_field: str = "text",
+    skip_malformed: bool = False,
+    workers: int | None = None,
+    progress: bool = True,
+) -> TokenShard:
+    """The token shard of one language's files, built under `cache` if it is not there yet.
+
+    `workers` is the number of processes (default: one per core); the result does not depend on it. Memory does
+    not grow with the corpus. With `progress`, a bar (on a terminal) and the report of skipped records go to stderr.
+
+    Raises `UserError`: with file and line for a malformed record, unless `skip_malformed`; for a file that is
+    damaged or changes meanwhile; for a corpus without a document; for a disk that is full.
+    """
+    tokenizer = load_tokenizer(tokenizer_directory)
+    files, cache = [str(path) for path in paths], Path(cache)
+    states = _states(files)
+    made_from = [FORMAT, tokenizer.fingerprint, tokenizer.bos_id, tokenizer.eos_id, text_field, skip_malformed]
+    key = hashlib.sha256(json.dumps([made_from, states]).encode()).hexdigest()[:32]
+    shard = TokenShard.open(cache / key, files)
+    if shard is None:
+        job = Job(str(tokenizer_directory), text_field)
+        sizes = [size for _, size, _ in states]
+        # Starting a process takes a second, in which one tokenizes a few megabytes.
+        workers = min(workers or len(os.sched_getaffinity(0)), math.ceil(sum(sizes) / (2 * BATCH)))
+        bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tokenizing", disable=None if progress else True)
+        try:
+            with bar, _building_directory(cache) as directory:
+                batches = read_batches(files, sizes, text_field)
+                if workers > 1:
+                    encoded = encode_in_processes(job, batches, workers)
+                else:
+                    encoded = (encode(tokenizer, job, batch) for batch in batches)
+                with contextlib.closing(encoded):
+                    _write(directory, tokenizer, files, skip_malformed, encoded, bar)
+                for old, new in zip(states, _states(files), strict=True):
+                    if old != new:
+                        raise UserError(f"{new[0]}: changed while it was read; start again when it is complete")
+                shard = _publish(directory, cache / key, files)
+        except OSError as error:
+            raise UserError(f"{cache}: cannot keep tokens there: {error.strerror or error}") from None
+    if progress and shard.skipped:
+        print(shard.skipped_report(), file=sys.stderr)
+    return shard
+
+
+def _states(files: Sequence[str]) -> list[tuple[str, int, int]]:
+    """What tells that a file is still the same: path, size and time of change."""
+    states = []
+    for file in files:
+        try:
+            status = os.stat(file)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read: {error.strerror}") from None
+        states.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+    return states
+
+
+def _write(
+    directory: Path,
+    tokenizer: Tokenizer,
+    files: Sequence[str],
+    skip_malformed: bool,
+    encoded: Iterable[Encoded],
+    bar: tqdm,
+) -> None:
+    """Write the four files of a shard. Only here do the batches come together, in order."""
+    token_type, counts = token_type_of(tokenizer), np.zeros(largest_token(tokenizer) + 1, "<i8")
+    tokens = documents = text_bytes = 0
+    skipped: dict[str, list] = {}
+    digests = hashlib.sha256(), hashlib.sha256()
+    with contextlib.ExitStack() as stack:
+        token_file, index, count_file = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
+        for batch in encoded:
+            for number, error in batch.malformed:
+                place = f"{files[number]}:{error.line}"
+                if not skip_malformed:
+                    raise UserError(f"{place}: {error}; --skip-malformed passes over such records")
+                skipped.setdefault(error.kind, [0, place])[0] += 1
+            batch.documents["offset"] += tokens
+            for file, digest, array in zip((token_file, index), digests, batch[:2], strict=True):
+                file.write(array.data)
+                digest.update(array.data)
+            tokens += len(batch.tokens)
+            counts += np.bincount(batch.tokens, minlength=len(counts))
+            documents += len(batch.documents)
+            text_bytes += int(batch.documents["bytes"].sum(dtype=np.int64))
+            bar.update(batch.read)
+        if not documents:
+            others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+            raise UserError(f"{files[0]}{others}: an empty corpus, there is no document in it")
+        count_file.write(counts.data)
+        for file in (token_file, index, count_file):
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure could leave meta.json beside less than it describes
+    meta = {
+        "token_type": token_type.str,
+        "tokens": tokens,
+        "documents": documents,
+        "bytes": text_bytes,
+        "digest": hashlib.sha256(digests[0].digest() + digests[1].digest()).hexdigest(),
+        "skipped": skipped,
+        "sizes": {name: (directory / name).stat().st_size for name in FILES},
+    }
+    with open(directory / "meta.json", "w") as file:
+        json.dump(meta, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+# ---- the cache: a shard is there completely or not at all
+
+
+@contextlib.contextmanager
+def _building_directory(cache: Path) -> Iterator[Path]:
+    """A directory to build a shard in, removed in the end if it was not moved away.
+
+    A killed run cannot remove its own. The next run does: the lock on a directory ends with the run that built
+    there, however it ended. Where the file system has no locks, such directories stay.
+    """
+    cache.mkdir(parents=True, exist_ok=True)
+    for leftover in cache.glob(".building-*"):
+        with contextlib.suppress(OSError), _locked(leftover) as is_ours:
+            is_new = time.time() - leftover.stat().st_mtime < 60  # perhaps made, but not locked yet
+            if is_ours and not is_new:
+                shutil.rmtree(leftover)
+    directory = cache / f".building-{os.getpid()}-{time.time_ns()}"
+    directory.mkdir()
+    with _locked(directory):
+        try:
+            yield directory
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(directory: Path) -> Iterator[bool]:
+    """Lock a directory for as long as this process lives; False if another one has it."""
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        is_ours = True
+    except OSError:
+        is_ours = False
+    try:
+        yield is_ours
+    finally:
+        os.close(handle)
+
+
+def _publish(built: Path, directory: Path, files: Sequence[str]) -> TokenShard:
+    """Move a shard to its place. If another run was faster, take the shard of that."""
+    shard = TokenShard.open(built, files)  # what is mapped stays so when it is moved
+    try:
+        os.rename(built, directory)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+        if first := TokenShard.open(directory, files):
+            return first
+        damaged = built.with_name(built.name + "-damaged")
+        os.rename(directory, damaged)
+        os.rename(built, directory)
+        shutil.rmtree(damaged, ignore_errors=True)
+    return shard

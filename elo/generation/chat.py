@@ -1,0 +1,142 @@
+"""Text from a model, token by token.
+
+With a terminal this is a chat: an empty line is ignored, Ctrl-C stops an answer, and Ctrl-D, or Ctrl-C where a message
+is expected, ends the chat. Messages may also come through a pipe, one a line. With --prompt there is one answer; with
+--raw the text is continued as it stands, without a chat format, as base models need it.
+"""
+
+import sys
+from collections.abc import Collection, Iterator
+
+from elo.common.options import Parser, not_negative, not_negative_int, positive, positive_int, share
+from elo.generation.engine import stream
+from elo.generation.sampling import GREEDY, Sampling
+from elo.model.cache import KVCache
+from elo.model.checkpoint import load_model
+from elo.model.decoder import CausalLM
+from elo.model.packed import pack_weights
+from elo.runs.devices import DTYPES, inference_device
+from elo.text.chat_format import ChatFormat, chat_format
+from elo.text.tokenizer import Tokenizer, load_tokenizer
+
+
+class Writer:
+    """Prompts' ids to answers on the terminal; the cache of one answer serves the next as far as the ids agree."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, max_new_tokens: int, sampling: Sampling) -> None:
+        self.model, self.tokenizer, self.max_new_tokens, self.sampling = model, tokenizer, max_new_tokens, sampling
+        embedding = model.model.embed_tokens.weight
+        self.cache = KVCache(model.config, 1, embedding.device, embedding.dtype)
+        self.ids: list[int] = []  # their beginning, or all of them, is in the cache
+        self.answers = 0
+
+    def answer(self, prompt: list[int], stops: Collection[int]) -> str:
+        """Write what the model says and return it. Ctrl-C stops it."""
+        agreeing = (number for number, (a, b) in enumerate(zip(self.ids, prompt, strict=False)) if a != b)
+        self.cache.truncate(min(next(agreeing, len(self.ids)), len(prompt) - 1))
+        self.ids = list(prompt)
+        decoder = self.tokenizer.stream_decoder()
+        steps = stream(
+            self.model, [prompt], [stops], self.max_new_tokens, self.sampling, names=[self.answers], cache=self.cache
+        )
+        self.answers += 1
+        token, interrupted = None, False
+        try:
+            for (token,) in steps:
+                self.ids.append(token)
+                print(decoder.push(token), end="", flush=True)
+        except KeyboardInterrupt:
+            interrupted = True
+        print(decoder.flush())
+        if not interrupted and not self.full and token not in stops:
+            note(f"cut off after {self.max_new_tokens} tokens: --max-new-tokens")
+        return self.tokenizer.decode(self.ids[len(prompt) :])
+
+    @property
+    def full(self) -> bool:
+        return len(self.ids) >= self.model.config.max_position_embeddings
+
+
+def chat(writer: Writer, format: ChatFormat, system: str | None) -> None:
+    """Answer messages until they end or the context is full."""
+    messages = [] if system is None else [{"role": "system", "content": system}]
+    context = writer.model.config.max_position_embeddings
+    for text in read_messages():
+        messages.append({"role": "user", "content": text})
+        prompt = format.prompt(messages)
+        if len(prompt) < context:
+            answer = writer.answer(prompt, format.stop_ids)
+            messages.append({"role": "assistant", "content": answer})
+        if len(prompt) >= context or writer.full:
+            return note(f"the conversation has filled the model's context of {context} tokens; start a new one")
+    return None
+
+
+def read_messages() -> Iterator[str]:
+    """The lines of stdin that are not empty."""
+    sys.stdin.reconfigure(errors="replace")
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            line = input("> " if terminal else "")
+        except EOFError:
+            return print() if terminal else None
+        if line.strip():
+            yield line
+
+
+def note(message: str) -> None:
+    print(f"[{message}]", file=sys.stderr, flush=True)
+
+
+def main() -> None:
+    parser = Parser(prog="python -m elo.generation", description=__doc__)
+    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint")
+    parser.add_argument("--prompt", metavar="TEXT", help="one message to answer (default: a chat)")
+    parser.add_argument("--raw", action="store_true", help="continue the text of --prompt, without a chat format")
+    parser.add_argument("--system", metavar="TEXT", help="the system message (default: the chat format's)")
+    parser.add_argument("--chat-format", metavar="NAME", help="instead of the checkpoint's")
+    group = parser.add_argument_group("sampling")
+    group.add_argument("--temperature", type=not_negative, default=GREEDY.temperature, help="0: greedy (%(default)s)")
+    group.add_argument(
+        "--top-k",
+        type=not_negative_int,
+        default=GREEDY.top_k,
+        metavar="K",
+        help="likeliest tokens; 0: all (%(default)s)",
+    )
+    group.add_argument(
+        "--top-p",
+        type=share,
+        default=GREEDY.top_p,
+        metavar="P",
+        help="likeliest tokens of this probability (%(default)s)",
+    )
+    group.add_argument(
+        "--repetition-penalty", type=positive, default=1.0, metavar="R", help="above 1: less (%(default)s)"
+    )
+    group.add_argument(
+        "--max-new-tokens", type=positive_int, default=1024, metavar="N", help="in an answer (%(default)s)"
+    )
+    group.add_argument("--seed", type=not_negative_int, default=0, help="of the random numbers (%(default)s)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+    arguments = parser.parse_args()
+    if arguments.raw and (arguments.prompt is None or arguments.system is not None or arguments.chat_format):
+        parser.error("--raw needs --prompt and takes neither --system nor --chat-format")
+
+    tokenizer = load_tokenizer(arguments.model)
+    format = None if arguments.raw else chat_format(arguments.model, tokenizer, arguments.chat_format)
+    model = pack_weights(load_model(arguments.model, inference_device(), DTYPES[arguments.dtype]))
+    sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
+    writer = Writer(model, tokenizer, arguments.max_new_tokens, sampling)
+    if format is None:
+        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+        writer.answer([*bos, *tokenizer.encode(arguments.prompt)], {tokenizer.eos_id})
+    elif arguments.prompt is None:
+        try:
+            chat(writer, format, arguments.system)
+        except KeyboardInterrupt:  # where a message was expected; the writer sees to its own
+            print()
+    else:
+        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+        writer.answer(format.prompt([*system, {"role": "user", "content": arguments.prompt}]), format.stop_ids)

@@ -1,0 +1,187 @@
+"""The decoder of Llama, Mistral and Qwen2: embedding, blocks, norm, head.
+
+Modules and parameters carry the names of the Hugging Face checkpoint. Nothing here knows of devices, processes or
+files; a model is built on the meta device and filled by `elo.model.checkpoint`.
+"""
+
+from functools import lru_cache, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from elo.cpu.attention import attention
+from elo.cpu.linear import Linear, trains
+from elo.model.cache import Extend, KVCache
+from elo.model.config import ModelConfig
+from elo.model.loss import linear_cross_entropy, softmax_
+from elo.model.rotary import rotary_table, rotate
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+class Attention(nn.Module):
+    """Causal self-attention with grouped queries: several query heads share one key-value head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.head_dim = config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+
+    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, (batch, heads, sequence, head_dim); keys and values, (batch, kv_heads, sequence, head_dim)."""
+        q, k, v = (
+            layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
+            for layer in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
+        q, k, v = self.project(x, cos, sin)
+        if extend is not None:
+            k, v = extend(k, v)
+            if x.shape[1] == 1:
+                # A single query sees all: those that share a key-value head can be its sequence, and no key is copied.
+                x = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, self.head_dim), k, v, attn_mask=mask)
+                return self.o_proj(x.flatten(1)[:, None])
+        return self.o_proj(attention(q, k, v, mask, trains(self)).transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    """One decoder layer; `layer` is its index in the model, from 0."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.sliding_window = config.sliding_windows[layer]
+        self.activation_checkpointing = False  # keep only a block's input, and compute the rest again for the backward
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
+        if self.activation_checkpointing and torch.is_grad_enabled():
+            return checkpoint(self._forward, x, cos, sin, mask, use_reentrant=False)
+        return self._forward(x, cos, sin, mask, extend)
+
+    def _forward(
+        self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, extend)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """What the checkpoint's names call `model`: everything but the head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.rope, self.head_dim = config.rope, config.head_dim
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = self.embed_tokens(tokens)  # (batch, sequence, hidden)
+        if cache is not None:
+            return self.norm(self._extend(x, cache))
+        length = tokens.shape[1]
+        cos, sin = rotary_table(self.rope, self.head_dim, length, x.device, x.dtype)
+        for block in self.layers:
+            window = block.sliding_window
+            cuts = window is not None and window < length
+            x = block(x, cos, sin, sliding_window_mask(length, window, x.device) if cuts else None)
+        return self.norm(x)
+
+    def _extend(self, x: Tensor, cache: KVCache) -> Tensor:
+        """The blocks on tokens that follow those in the cache."""
+        positions = cache.new_positions(x.shape[1])  # (batch, sequence)
+        table = rotary_table(self.rope, self.head_dim, cache.capacity, x.device, x.dtype)
+        cos, sin = (angles[positions][:, None] for angles in table)  # (batch, 1, sequence, head_dim / 2)
+        masks = {window: cache.mask(positions, window) for window in {block.sliding_window for block in self.layers}}
+        for layer, block in enumerate(self.layers):
+            x = block(x, cos, sin, masks[block.sliding_window], partial(cache.extend, layer, positions))
+        return x
+
+
+class CausalLM(nn.Module):
+    """A decoder with its head.
+
+    `forward(tokens)` gives logits of shape (batch, sequence, vocabulary) in the dtype of computation. With `labels`
+    of the tokens' shape (the next token at each position, or IGNORE) it gives the summed cross-entropy in nats as an
+    fp32 scalar, and tokens x vocabulary logits never exist (`elo.model.loss`).
+
+    With a cache, the tokens follow those in it and are added to it, and the logits are those of each row's last token
+    only, (batch, vocabulary). `lengths` is how many of a row's tokens are real, the others are padding at its end.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Transformer(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.softmax = softmax_  # of the loss
+        self.is_tied = config.tie_word_embeddings
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Let the head be the embedding if it is tied to it; again after `to_empty`, which parts them."""
+        if self.is_tied:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(
+        self,
+        tokens: Tensor,
+        labels: Tensor | None = None,
+        cache: KVCache | None = None,
+        lengths: list[int] | None = None,
+    ) -> Tensor:
+        hidden = self.model(tokens, cache)
+        if cache is not None:
+            lengths = lengths or [tokens.shape[1]] * tokens.shape[0]
+            cache.lengths = [held + new for held, new in zip(cache.lengths, lengths, strict=True)]
+            return self.lm_head(hidden[range(len(lengths)), [new - 1 for new in lengths]])
+        if labels is None:
+            return self.lm_head(hidden)
+        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.softmax)
+
+
+def build(config: ModelConfig) -> CausalLM:
+    """The model without memory, on the meta device."""
+    with torch.device("meta"):
+        return CausalLM(config)
+
+
+@lru_cache(maxsize=8)
+def sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:
+    """(length, length), True where a query may look: at itself and the window - 1 positions before it."""
+    with torch.inference_mode(False):
+        past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
+        return past.triu(1 - window)

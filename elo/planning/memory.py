@@ -1,0 +1,195 @@
+"""The bytes that a training step holds at its highest point in each process, counted on a model without memory.
+
+It follows `elo.runs.sharding` (fully_shard: trained weights in fp32 shards, frozen ones in the dtype of computation; a
+block's weights gathered while it is at work, the next one's on their way; gradients reduced in fp32), `elo.model.loss`
+(its tiles, and the gradient of a trained head in fp32) and what autograd keeps of `elo.model.decoder` without
+torch.compile, which keeps less.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from math import ceil
+
+from torch import nn
+
+from elo.common.chunks import even_chunk
+from elo.cpu.linear import ONEDNN
+from elo.model import loss
+from elo.model.decoder import Block, CausalLM
+from elo.planning.costs import is_trained, parameters
+from elo.runs.devices import DTYPES
+from elo.variants.lora import LoraLinear
+
+FP32 = 4  # bytes of trained weights, reduced gradients, optimizer state, softmax and loss
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The options of a run that decide on its memory."""
+
+    tokens: int  # at a time in a process: windows of a micro-batch times their length
+    micro_batches: int = 1  # a step
+    shard: int = 1  # processes that hold the model together
+    dtype: str = "bf16"
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
+    optimizer_in_backward: bool = False
+    device: str = "cuda"
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype].itemsize
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """What one process holds at a moment of a step."""
+
+    moment: str
+    weights: int  # shards of them
+    optimizer: int
+    gradients: int  # shards of them, and on their way to them
+    gathered: int  # whole weights
+    activations: int
+    loss: int  # its buffers, the gradients of head and hidden states
+    host: int = 0  # of weights, gradients and optimizer, with --cpu-offload
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, field.name) for field in fields(self)[1:-1])
+
+
+def peak_memory(model: CausalLM, setup: Setup) -> Bytes:
+    """The highest moment of a step, from the second one on: the first makes the optimizer's state.
+
+    model: see `costs.outline`.
+    """
+    return max(moments(model, setup), key=lambda moment: moment.total)
+
+
+def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
+    """The moments among which the highest one is."""
+    config, size, tokens = model.config, setup.itemsize, setup.tokens
+    block, count = model.model.layers[0], config.num_hidden_layers  # all blocks have the same sizes
+    root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head])  # shared out apart from blocks
+    root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
+    # What fully_shard computes with is a copy, except for frozen weights that a process has whole.
+    whole = setup.shard == 1 and not setup.cpu_offload
+    root_weights, block_weights = (size * parameters(module, trained=whole) for module in (root, block))
+    hidden = size * config.hidden_size * tokens
+    head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
+    head_gradient = size * head * head_is_trained
+
+    weights = sharded(root, setup) + count * sharded(block, setup)
+    root_shard, block_shard = (sharded(module, setup, trained=True) for module in (root, block))
+    all_shards = root_shard + count * block_shard
+
+    def moment(
+        name: str, gathered: int, gradients: int = 0, done: int = 0, activations: int = 0, loss: int = 0
+    ) -> Bytes:
+        """`gradients`: whole ones and buffers; `done`: the shards that are complete."""
+        held = all_shards if setup.micro_batches > 1 else 0 if setup.optimizer_in_backward else done
+        shards = weights, 2 * all_shards, held
+        if setup.cpu_offload:
+            return Bytes(name, 0, 0, gradients, gathered, activations, loss, sum(shards))
+        return Bytes(name, weights, 2 * all_shards, gradients + held, gathered, activations, loss)
+
+    # Forward pass and loss: all activations are there. The buffer in which the last block was gathered still is.
+    at_work = block_activations(block, setup)
+    kept = hidden if setup.activation_checkpointing else at_work  # of a block, until its backward pass
+    ahead = block_weights if setup.shard > 1 else 0
+    activations = count * kept + norm_bytes(model.model.norm, setup)
+    buffers = hidden + loss_buffers(model, setup)
+    yield moment("loss", root_weights + ahead, activations=activations + hidden, loss=buffers)
+    if head_is_trained:
+        # In fp32, multiplied by the loss's own gradient, and that in the dtype of computation.
+        buffers = 2 * hidden + 2 * FP32 * head + (head_gradient if size != FP32 else 0)
+        yield moment("gradient of the head", root_weights + ahead, activations=activations, loss=buffers)
+
+    # Backward pass, block by block, the next one gathered meanwhile.
+    trained = parameters(block, trained=True)
+    waiting = done = 0  # the buffer of gradients that are being reduced; the shards that are complete
+    for number in reversed(range(count)):
+        gathered = root_weights + block_weights + (ahead if number else 0)
+        before, name = number * kept, f"backward pass of block {number + 1}"
+        recomputed = at_work if setup.activation_checkpointing else 0
+        # The gradients of the block's output, of the two factors in the MLP, and of their product's weight.
+        inner = hidden + 2 * size * config.intermediate_size * tokens
+        gradients = waiting + size * parameters(block.mlp.down_proj, trained=True)
+        yield moment(name, gathered, gradients, done, before + kept + recomputed + inner, head_gradient)
+        gradients = waiting + size * trained
+        yield moment(f"end of the {name}", gathered, gradients, done, before + 4 * hidden, head_gradient)
+        gradients = FP32 * trained + max(size * trained, block_shard)
+        gathered -= block_weights
+        yield moment(f"reduction after the {name}", gathered, gradients, done, before + hidden, head_gradient)
+        waiting, done = FP32 * trained, done + block_shard
+
+    if root_is_trained:
+        gradients = waiting + size * embedding
+        yield moment("gradient of the embedding", root_weights, gradients, done, hidden, head_gradient)
+        gradients = FP32 * parameters(root) + max(root_weights, root_shard)
+        yield moment("reduction of the gradients of embedding and head", 0, gradients, done)
+    yield moment("optimizer", 0 if root_is_trained else root_weights, done=all_shards)
+
+
+def sharded(module: nn.Module, setup: Setup, trained: bool = False) -> int:
+    """Bytes of a shard of the weights, or of the gradients of those that are trained. Rows are dealt out: the first
+    process may have one more than others."""
+    return sum(
+        (FP32 if p.requires_grad else setup.itemsize) * ceil(p.shape[0] / setup.shard) * p[0].numel()
+        for p in module.parameters()
+        if p.requires_grad or not trained
+    )
+
+
+def block_activations(block: Block, setup: Setup) -> int:
+    """All that autograd keeps of a block."""
+    attention, mlp, size = block.self_attn, block.mlp, setup.itemsize
+    queries, keys, inner = (m.out_features for m in (attention.q_proj, attention.k_proj, mlp.gate_proj))
+    # A weight's gradient needs the input; what has the same input keeps it once.
+    inputs = [
+        linear.in_features
+        for linear in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
+        if linear.weight.requires_grad or isinstance(linear, LoraLinear)
+    ]
+    thin = [m.lora_A.out_features for m in block.modules() if isinstance(m, LoraLinear)]
+    # Queries, keys, values; gate, its SiLU, up. The result of attention is o_proj's input, on a CPU a copy of it.
+    elements = sum(inputs) + sum(thin) + queries + 2 * keys + 3 * inner
+    elements += queries if setup.device == "cpu" or not attention.o_proj.weight.requires_grad else 0
+    normalizer = FP32 * queries // attention.head_dim  # of softmax, a number a head
+    norms = norm_bytes(block.input_layernorm, setup) + norm_bytes(block.post_attention_layernorm, setup)
+    return (size * elements + normalizer) * setup.tokens + norms
+
+
+def norm_bytes(norm: nn.Module, setup: Setup) -> int:
+    """Its input. A CPU has no operator for it and keeps that in fp32, and what the weight is multiplied with."""
+    if setup.device == "cuda":
+        return setup.itemsize * norm.weight.numel() * setup.tokens
+    return FP32 * norm.weight.numel() * (1 + norm.weight.requires_grad) * setup.tokens
+
+
+def loss_buffers(model: CausalLM, setup: Setup) -> int:
+    """Of `loss.linear_cross_entropy` in its forward pass, without the gradient of the hidden states."""
+    vocabulary, width = model.lm_head.weight.shape
+    size, tokens, device = setup.itemsize, setup.tokens, setup.device
+    onednn = size == FP32 and device == "cpu" and ONEDNN  # it takes no transposed factor, but copies it
+    is_rounded = size != FP32
+
+    def block(rows: int, columns: int) -> int:
+        """Some rows of logits in fp32, where they are not so already; a compiled softmax has none of it."""
+        return even_chunk(rows, loss.BLOCK_BYTES[device] // (columns * FP32)) * columns * FP32 * is_rounded
+
+    if not model.lm_head.weight.requires_grad:
+        rows = even_chunk(tokens, loss.TILE_ROWS[device])
+        columns = even_chunk(vocabulary, loss.TILE_BYTES[device] // (rows * size), multiple=64)
+        tile = rows * columns * size
+        earlier = tile if columns < vocabulary else 0  # a tile goes when the next one is there
+        product = rows * width * (FP32 + size * is_rounded) + columns * width * FP32 * onednn
+        work = tile + max(earlier, block(rows, columns), product)
+        return rows * width * (size + FP32) + max(work, rows * width * 2 * FP32)
+    rows = even_chunk(tokens, loss.CHUNK_BYTES[device] // (vocabulary * size))
+    logits = rows * vocabulary * size
+    # The weight's gradient is summed in fp32: of most devices' fp32 factors in place, of others' apart.
+    product = vocabulary * width * size * (is_rounded or onednn)
+    work = max(logits if rows < tokens else 0, block(rows, vocabulary), product + logits * onednn)
+    return vocabulary * width * FP32 + logits + work

@@ -1,0 +1,71 @@
+"""Devices: everything that asks for CUDA."""
+
+import os
+import platform
+
+import torch
+from torch import Tensor
+
+from elo.common.errors import UserError
+from elo.cpu.memory import keep_freed_memory
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+def inference_device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def take_device(local_rank: int) -> torch.device:
+    """This process's GPU, or the CPU where there is none. Raises UserError if the node has fewer GPUs."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise UserError(f"--nproc_per_node is more than the {torch.cuda.device_count()} GPUs of this node")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def set_for_training(device: torch.device) -> None:
+    """What this process does from now on to compute the same numbers every time, and fast."""
+    if device.type == "cuda":
+        make_deterministic()
+    else:
+        keep_freed_memory()
+
+
+def make_deterministic() -> None:
+    """Let CUDA give the same numbers every time, without which no resumed run equals the uninterrupted one.
+
+    cuDNN's attention is ruled out by that, and the flash kernel takes its place: the backward pass of the former adds
+    in whatever order its blocks end.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a search for errors that costs time
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest point so far: of the GPU's allocator, or of the resident process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def random_state(device: torch.device) -> dict[str, Tensor]:
+    """Of torch's generators, which dropout draws from. Whatever else is random here is drawn from --seed anew."""
+    state = {"cpu": torch.get_rng_state()}
+    return state | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else state
+
+
+def set_random_state(device: torch.device, state: dict[str, Tensor]) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,239 @@
+"""A run's directory: run.json and metrics.jsonl from the start, states under checkpoints/, and at the end the model.
+
+The same command begins a run, goes on with one that was interrupted, and refuses to touch one that is finished.
+"""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from argparse import Namespace
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from elo.common.errors import EarlyExit, UserError
+from elo.common.fields import read_json_object, write_json
+from elo.common.files import read_file_lines
+from elo.common.options import Parser
+from elo.model.checkpoint import CONFIG, INDEX
+from elo.model.saving import ADAPTER_CONFIG, COMPANIONS, NOTES, SAVING, remove_model
+from elo.runs.devices import device_name
+from elo.runs.processes import World
+from elo.runs.signals import restarted
+
+RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
+LARGEST_METRICS, LONGEST_METRIC = 2**30, 2**16  # bytes of the file and of a line, which has some hundred
+FINISHED = (CONFIG, ADAPTER_CONFIG)  # written last: a model, or a LoRA adapter
+
+# Options that a run may go on with other values of.
+CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
+# Change nothing that is computed.
+WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"}
+# How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
+LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"}
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help=(
+        "go on with the interrupted run in --out: so it is anyway; succeeds if it is finished"))  # fmt: skip
+    group.add_argument("--restart", action="store_true", help="begin the interrupted run in --out anew")
+
+
+def option_values(arguments: Namespace) -> dict[str, Any]:
+    """The options of a run as JSON has them, without those that tell how it is called."""
+    values = json.loads(json.dumps(vars(arguments), default=str))
+    return {name: value for name, value in values.items() if name not in CALLS}
+
+
+def check_out(arguments: Namespace, world: World) -> bool:
+    """Before any work: whether the run in --out goes on (True) or one begins there. Collective.
+
+    Raises UserError if --out has what only --overwrite or --restart may replace, or a run with other options, and
+    EarlyExit if it has a finished one and --resume is given.
+    """
+    return world.on_rank_0(partial(_goes_on, arguments, world))
+
+
+def _goes_on(arguments: Namespace, world: World) -> bool:
+    out = arguments.out
+    for name in ("model", "elo", "after"):
+        other = getattr(arguments, name, None)
+        if other and Path(other).resolve() == out.resolve():
+            raise UserError(f"--out {out}: this is --{name}; give another directory")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out}: this is a file; give a directory")
+    if not (out / RUN).exists():
+        found = [
+            name for name in (*FINISHED, INDEX, METRICS, CHECKPOINTS, *COMPANIONS, *NOTES) if (out / name).exists()
+        ]
+        found += [path.name for path in out.glob("model*.safetensors")]
+        if found and not arguments.overwrite:
+            raise UserError(f"--out {out}: {found[0]} is there already; use --overwrite or give another directory")
+        return False
+    changed = _changed_options(arguments, world)
+    if any((out / name).exists() for name in FINISHED):
+        # torchrun restarts the whole command where a process failed after the work was done.
+        if not changed and (arguments.resume or restarted()):
+            raise EarlyExit(f"{out}: this run is finished")
+        if not arguments.overwrite:
+            what = f"a run with {changed}" if changed else "this run"
+            raise UserError(f"--out {out}: {what} is finished there; use --overwrite or give another directory")
+        return False
+    if changed and (arguments.overwrite or arguments.restart):
+        return False
+    if changed:
+        raise UserError(
+            f"--out {out}: the run there is to be resumed, but it has {changed}; "
+            "give the same options, or --restart to begin anew, or another directory"
+        )
+    return restarted() or not arguments.restart
+
+
+def _changed_options(arguments: Namespace, world: World) -> str:
+    """The options that an earlier run in --out had and this one has not; empty if there are none."""
+    before, now = read_run(arguments.out)["options"], option_values(arguments)
+    changed = [name for name in {**before, **now} if name not in CALLS and before.get(name) != now.get(name)]
+    for name in LAYOUT & set(changed):
+        world.say(f"{_option(name)} was {before.get(name)}: from here on numbers are the same within rounding only")
+    changed = [name for name in changed if name not in WATCHING | LAYOUT]
+    return ", ".join(f"{_option(name)} {before.get(name)} instead of {now.get(name)}" for name in changed)
+
+
+def read_run(out: Path) -> dict[str, Any]:
+    """run.json of a run that has begun, as `open_run` wrote it."""
+    run = read_json_object(out / RUN)
+    for name, kind in (("options", dict), ("data", dict), ("resumed", list)):
+        if not isinstance(run.get(name), kind):
+            raise UserError(f"{out / RUN}: no {name} of a run there; remove this file, and --overwrite begins anew")
+    return run
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def open_run(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any]) -> None:
+    """Make --out this run's directory and note in run.json the command, options, versions and machine. Collective.
+
+    data: what the run's numbers follow from besides its options, from a name to something that tells whether it is
+    still the same. Raises UserError if a run that goes on had other data.
+    """
+    world.wait()  # until every process has seen what is there
+    world.on_rank_0(partial(_open, arguments, world, goes_on, data))
+
+
+def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any]) -> None:
+    out, data = arguments.out, json.loads(json.dumps(data))
+    call = {
+        "command": sys.argv,
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "device": device_name(world.device),
+        "processes": world.size,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    try:
+        if goes_on:
+            run = read_run(out)
+            changed = [name for name, value in data.items() if run["data"].get(name) != value]
+            if changed:
+                raise UserError(
+                    f"--out {out}: since the run there began, its {' and '.join(changed)} changed; "
+                    "give it what it had, or --restart to begin anew"
+                )
+            run["resumed"].append(call)
+        else:
+            run = {**call, "options": option_values(arguments), "data": data, "resumed": []}
+            out.mkdir(parents=True, exist_ok=True)
+            clear(out)
+        for leftover in [*out.glob(f"{SAVING}*"), *out.glob(f"epoch-*/{SAVING}*")]:
+            shutil.rmtree(leftover)
+        write_json(out / (RUN + ".new"), run)
+        os.replace(out / (RUN + ".new"), out / RUN)
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror or error}") from None
+
+
+def clear(out: Path) -> None:
+    """Remove what a run leaves in its directory, but for run.json, and nothing else that may be there."""
+    remove_model(out)
+    for directory in [out / CHECKPOINTS, *out.glob("epoch-*")]:
+        shutil.rmtree(directory, ignore_errors=True)
+    (out / METRICS).unlink(missing_ok=True)
+
+
+def close_run(arguments: Namespace, world: World) -> None:
+    """After the model is written: the states go, unless --save-every asked for them."""
+    if world.rank == 0 and not getattr(arguments, "save_every", None):
+        shutil.rmtree(arguments.out / CHECKPOINTS, ignore_errors=True)
+
+
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl, without a last one that was cut short; empty if there is no such file."""
+    path = out / METRICS
+    if not path.exists():
+        return []
+    lines, before = [], 0
+    for number, line in enumerate(read_file_lines(path, LARGEST_METRICS, LONGEST_METRIC), start=1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            lines.append(json.loads(line))
+            names = ("loss", "grad_norm", "seconds", *(("epoch",) if "validation_loss" in lines[-1] else ()))
+            numbers = [lines[-1][name] for name in names] + [lines[-1].get("validation_loss", 0)]
+            # Not all steps: after a power failure lines may be missing that a state on the disk knows of.
+            is_right = isinstance(step := lines[-1]["step"], int) and step > before and all(map(is_number, numbers))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            is_right = False
+        if not is_right:
+            raise UserError(f"{path}:{number}: not a line of a run's metrics after step {before}; mend it")
+        before = step
+    return lines
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
+
+
+class Metrics:
+    """metrics.jsonl, a line a step, written by rank 0; on resuming, the lines after the resumed step go. Collective.
+
+    `before` are the last lines that stay, on every process.
+    """
+
+    REMEMBERED = 100
+
+    def __init__(self, out: Path, step: int, world: World) -> None:
+        self.path, self.file = out / METRICS, None
+        self.before = world.on_rank_0(partial(self._open, step)) if world.rank == 0 else world.on_rank_0(lambda: None)
+
+    def _open(self, step: int) -> list[dict[str, Any]]:
+        lines = read_metrics(self.path.parent)
+        kept = [line for line in lines if line["step"] <= step]
+        self.file = open(self.path, "ab")  # noqa: SIM115  closed by __exit__
+        # Cut, not written anew: a kill at this very moment loses nothing.
+        raw = read_file_lines(self.path, LARGEST_METRICS, LONGEST_METRIC)
+        self.file.truncate(sum(len(line) for line in islice(raw, len(kept))))
+        return kept[-self.REMEMBERED :]
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.file is not None:
+            self.file.close()
+
+    def write(self, line: dict[str, Any]) -> None:
+        if self.file is not None:
+            try:
+                self.file.write(json.dumps(line).encode() + b"\n")
+                self.file.flush()
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None

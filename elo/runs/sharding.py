@@ -1,0 +1,93 @@
+"""How a model is laid out over the processes: `fully_shard` always, also with one process.
+
+It carries the mixed precision, so that there is one path through the code.
+"""
+
+from argparse import BooleanOptionalAction, Namespace
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+
+from elo.common.errors import UserError
+from elo.common.options import Parser, positive_int
+from elo.model.decoder import CausalLM
+from elo.model.loss import softmax_to_compile_
+from elo.runs.devices import DTYPES, inference_device, set_for_training
+from elo.runs.processes import World
+
+
+@dataclass(frozen=True)
+class ParallelOptions:
+    """How a model is laid out over the processes and what is traded for memory."""
+
+    dtype: str
+    compile: bool
+    activation_checkpointing: bool = False
+    cpu_offload: bool = False
+    shard: int | None = None
+
+    @staticmethod
+    def add_arguments(parser: Parser) -> None:
+        group = parser.add_argument_group("computation and memory")
+        group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+        group.add_argument(
+            "--compile", action=BooleanOptionalAction, default=inference_device().type == "cuda", help=(
+            "blocks and softmax (default: on CUDA)"))  # fmt: skip
+        group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
+        group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
+        group.add_argument("--shard", type=positive_int, metavar="N", help=(
+            "shard over N processes and replicate such groups (default: shard over all)"))  # fmt: skip
+
+    @staticmethod
+    def from_arguments(arguments: Namespace, world: World) -> "ParallelOptions":
+        """Raises UserError if --shard does not divide the number of processes."""
+        if arguments.shard and world.size % arguments.shard:
+            raise UserError(f"--shard {arguments.shard} does not divide the {world.size} processes of this run")
+        return ParallelOptions(**{name: getattr(arguments, name) for name in ParallelOptions.__dataclass_fields__})
+
+
+def make_mesh(world: World, shard: int | None) -> DeviceMesh:
+    """Over all processes; with `shard`, groups of so many, neighbours by rank, that hold the model once each."""
+    if shard in (None, world.size):
+        return init_device_mesh(world.device.type, (world.size,))
+    return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> CausalLM:
+    """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
+
+    Trained parameters are held in fp32 and computed in `options.dtype`, gradients are reduced in fp32. Frozen ones
+    are held in that dtype as well: nothing is ever added to them. Where each process has the whole model, they are
+    left as they are: fully_shard would compute with a copy of them.
+    """
+    set_for_training(world.device)
+    dtype = DTYPES[options.dtype]
+    frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
+    for parameter in frozen:
+        parameter.data = parameter.data.to(dtype)
+    offload = CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if options.cpu_offload else OffloadPolicy()
+    shard = partial(
+        fully_shard,
+        mesh=make_mesh(world, options.shard),
+        mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32),
+        offload_policy=offload,
+        ignored_params=frozen if (options.shard or world.size) == 1 and not options.cpu_offload else None,
+    )
+    compiled = {"fullgraph": True, "options": {"deterministic": True}}  # kernels chosen by timing could change
+    if options.compile:
+        model.softmax = torch.compile(softmax_to_compile_, **compiled)
+    for block in model.model.layers:
+        block.activation_checkpointing = options.activation_checkpointing
+        if options.compile:
+            block.compile(**compiled)
+        shard(block)
+    shard(model)
+    if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
+        # A frozen embedding and head never change: gather them once and keep them.
+        model.set_reshard_after_backward(False, recurse=False)
+    model.to_empty(device="cpu" if options.cpu_offload else world.device)
+    model.tie_weights()
+    return model

@@ -1,0 +1,303 @@
+"""Resumable states of a run: OUT/checkpoints/step-N, written by torch.distributed.checkpoint while training goes on.
+
+A state has the trained parameters, the optimizer, the number of steps done, which is also the position in the data
+and in the schedule, and the random state of every process. Frozen parameters come from the base checkpoint again.
+
+Every process writes its shards into a file, with a checksum beside it; `.metadata` comes last, by rename. A directory
+without it was cut short. DCP unpickles without asking what; here nothing is but numbers and descriptions of tensors.
+"""
+
+import os
+import pickle
+import re
+import shutil
+import time
+import zlib
+from concurrent.futures import Future
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import Metadata, ReadItem
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+from elo.common.errors import EarlyExit, UserError
+from elo.common.options import Interval
+from elo.model.decoder import CausalLM
+from elo.runs.devices import random_state, set_random_state
+from elo.runs.processes import World
+
+TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+SUM = ".crc32"
+# What `.metadata` consists of, by module.
+DESCRIPTIONS = {
+    "pathlib": {"PosixPath"},
+    "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "uint8"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata",
+        "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
+    },
+}  # fmt: skip
+NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+
+
+class States:
+    """Saves and loads the states of a run in `directory`. All methods but `complete` are collective.
+
+    A state is copied to the host first and written by a thread then, at most one at a time. `every` says how often,
+    `keep` how many complete ones stay.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        model: CausalLM,
+        optimizers: list[torch.optim.Optimizer],
+        world: World,
+        every: Interval | None,
+        keep: int,
+    ) -> None:
+        self.directory, self.model, self.optimizers, self.world = directory, model, optimizers, world
+        self.every, self.keep = every, keep
+        self.saving: tuple[Path, Future] | None = None
+        self.saved_step = 0
+        self.saved_at = time.monotonic()
+
+    def __enter__(self) -> "States":
+        return self
+
+    def __exit__(self, kind: type | None, exception: BaseException | None, trace: object) -> None:
+        # Whatever ends the run, the state that is being written is worth the wait; but not for a process that is gone.
+        if self.saving is not None and not isinstance(exception, RuntimeError):
+            self.saving[1].exception()
+            self._remove_all_but_newest()
+
+    def complete(self) -> list[Path]:
+        """The complete states, oldest first."""
+        return sorted((path for path in self._all() if (path / ".metadata").exists()), key=_step_of)
+
+    def _all(self) -> list[Path]:
+        """With those that were cut short; without what somebody put there under another name, such as a copy."""
+        return [path for path in self.directory.glob("step-*") if NAME.fullmatch(path.name)]
+
+    def between_steps(self, step: int, is_last: bool) -> None:
+        """Save after `step` steps if that is due, or the run is asked to stop; then raise EarlyExit."""
+        is_due = self.every is not None and self.every.is_due(step - self.saved_step, time.monotonic() - self.saved_at)
+        # By one clock: that of rank 0. And every process has to see the end of a save at the same step.
+        stops, is_due, written = self.world.sum(
+            self.world.stop.requested,
+            is_due and self.world.rank == 0,
+            self.saving is not None and self.saving[1].done(),
+        )
+        if written == self.world.size:
+            self.finish_saving()
+        if (stops or is_due or is_last) and step != self.saved_step:
+            try:
+                self.save(step)
+                if stops or is_last:
+                    self.finish_saving()
+            except UserError as error:
+                if not is_last:
+                    raise
+                # The work is done: if there is room for the model, all is well.
+                self.world.say(f"{error}; the model itself may fit")
+        if stops:
+            self.finish_saving()
+            at = f"stopped after step {step}; the same command goes on from there"
+            raise EarlyExit(at if step else "stopped before the first step")
+
+    def save(self, step: int) -> None:
+        """Begin to save: returns when training may go on."""
+        self.finish_saving()
+        directory = self.directory / f"step-{step}"
+        state = self._state(step)
+        future = dcp.async_save(state, storage_writer=SummingWriter(directory), process_group=self.world.saving_group)
+        self.saving = directory, future
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+    def finish_saving(self) -> None:
+        """Wait for the state that is being written. Raises UserError if it could not be."""
+        if self.saving is None:
+            return
+        (directory, future), self.saving = self.saving, None
+        try:
+            future.result()
+        except CheckpointException as error:
+            if self.world.rank == 0:
+                remove_state(directory)
+            _raise_lost_connection(error)
+            before = self.complete()
+            raise UserError(
+                f"{directory}: the state cannot be saved: {_cause(error)}; "
+                f"the last saved state is {before[-1].name if before else 'none'}"
+            ) from None
+        self._remove_all_but_newest()
+
+    def _remove_all_but_newest(self) -> None:
+        if self.world.rank == 0 and self.directory.is_dir():
+            newest = self.complete()[-self.keep :]
+            for path in self._all():
+                if path not in newest:
+                    remove_state(path)
+
+    def load_newest(self) -> int:
+        """Restore the newest state and return its step, or 0 where there is none.
+
+        One that is damaged is renamed, and the one before it is taken. Raises UserError if none can be read.
+        """
+        directories = self.world.from_rank_0(self.complete())
+        damaged: list[tuple[Path, str]] = []
+        while directories:
+            directory = directories.pop()
+            damage = self._load(directory)
+            if damage is None:
+                break
+            self.world.say(f"{directory}: this state is damaged ({damage})")
+            damaged.append((directory, damage))
+        else:
+            if damaged:
+                directory, damage = damaged[0]
+                raise UserError(f"{directory}: the state is damaged ({damage}) and so are all; --restart begins anew")
+            return 0
+        if self.world.rank == 0:
+            for path, _ in damaged:
+                shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
+                os.rename(path, path.with_name(f"damaged-{path.name}"))
+        self._remove_all_but_newest()
+        self.saved_step = _step_of(directory)
+        self.world.say(f"going on from {directory}")
+        return self.saved_step
+
+    def _load(self, directory: Path) -> str | None:
+        """Restore a state. Returns what is wrong with it, if anything is."""
+        world = self.world
+        if wrong := wrong_files(directory, world):
+            return wrong[0]
+        state = self._state(_step_of(directory))
+        reader = StateReader(directory)
+        known = reader.read_metadata().state_dict_metadata
+        # Another number of processes has other random states, as it has other parts of a batch.
+        mine = {name: value for name, value in state["random"].items() if f"random.{name}" in known}
+        state["random"] = mine
+        try:
+            dcp.load(state, storage_reader=reader, planner=StatePlanner(), process_group=world.host_group)
+        except CheckpointException as error:
+            _raise_lost_connection(error)
+            return _cause(error)
+        set_state_dict(
+            self.model,
+            self.optimizers,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=TRAINED_ONLY,
+        )
+        if mine:
+            set_random_state(world.device, {name.split("-")[1]: value for name, value in mine.items()})
+        return None
+
+    def _state(self, step: int) -> dict[str, Any]:
+        """What there is now, as references: loading writes into them, and saving copies them first."""
+        model, optimizer = get_state_dict(self.model, self.optimizers, options=TRAINED_ONLY)
+        # Without the second name of a tied head: it is trained or frozen as the embedding.
+        model = {name: model[name] for name, _ in self.model.named_parameters() if name in model}
+        random = {f"{self.world.rank}-{name}": value for name, value in random_state(self.world.device).items()}
+        return {"model": model, "optimizer": optimizer, "random": random}
+
+
+class SummingWriter(dcp.FileSystemWriter):
+    """Leaves a checksum beside every file: DCP finds a file that was cut short, but not one that has changed."""
+
+    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
+        try:
+            future = super().write_data(plan, planner)
+        except RuntimeError as error:
+            # torch.save tells of a full disk only as "unexpected pos", raised while it handles the OSError.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
+        for name in sorted({result.storage_data.relative_path for result in future.wait()}):
+            with open(Path(self.path) / (name + SUM), "w") as file:
+                file.write(f"{checksum(Path(self.path) / name)}\n")
+                file.flush()
+                os.fsync(file.fileno())
+        return future
+
+
+class StateReader(dcp.FileSystemReader):
+    """Looks through `.metadata`, a pickle, before torch unpickles it: it may name nothing that could do harm."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with open(Path(self.path) / ".metadata", "rb") as file:
+            _Descriptions(file).load()
+        return super().read_metadata(*args, **kwargs)
+
+
+class _Descriptions(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if name not in DESCRIPTIONS.get(module, ()):
+            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no state")
+        return super().find_class(module, name)
+
+
+class StatePlanner(dcp.DefaultLoadPlanner):
+    """Looks through what is no tensor, such as the learning rate, in the same way."""
+
+    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
+        torch.load(value, weights_only=True)
+        value.seek(0)
+        super().load_bytes(read_item, value)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def wrong_files(directory: Path, world: World) -> list[str]:
+    """What is wrong with the files of a state, over all processes; each of them checks its part. Collective."""
+    wrong = []
+    for path in sorted(directory.glob(f"*{SUM}"))[world.rank :: world.size]:
+        file = path.with_suffix("")
+        try:
+            if checksum(file) != int(path.read_text()):
+                wrong.append(f"{file.name} has another checksum than when it was written")
+        except (OSError, ValueError) as error:
+            wrong.append(f"{file.name}: {error}")
+    try:
+        StateReader(directory).read_metadata()
+    except Exception as error:  # it is a pickle, and broken ones raise whatever they like
+        wrong.append(f".metadata cannot be read: {error}")
+    return [reason for part in world.gather(wrong) for reason in part]
+
+
+def remove_state(directory: Path) -> None:
+    """`.metadata` first, so that a part is never taken for the whole."""
+    (directory / ".metadata").unlink(missing_ok=True)
+    shutil.rmtree(directory, ignore_errors=True)
+
+
+def _step_of(directory: Path) -> int:
+    return int(directory.name.removeprefix("step-"))
+
+
+def _cause(error: CheckpointException) -> str:
+    """One of the processes' reasons, in a line."""
+    cause = next(iter(error.failures.values()))[0]
+    return (isinstance(cause, OSError) and cause.strerror) or str(cause).splitlines()[0]
+
+
+def _raise_lost_connection(error: CheckpointException) -> None:
+    """A process that is gone is nothing that is wrong with a state."""
+    for cause, _ in error.failures.values():
+        if isinstance(cause, dist.DistError) or "gloo" in str(cause):
+            raise RuntimeError(str(cause)) from error

@@ -1,0 +1,341 @@
+"""Byte-level BPE, the tokenizer of GPT-2, Llama 3, Qwen2 and SmolLM2, on tiktoken.
+
+A text is cut into pieces by a regular expression, and each piece, as UTF-8 bytes, is merged pair by pair into tokens.
+Hugging Face's tokenizer.json and tiktoken describe this differently:
+
+- tokenizer.json lists the pairs that may merge, in order of priority;
+- tiktoken merges ANY two neighbours whose bytes together are a token, the lowest id first, and takes a piece that is
+  a token as a whole without merging at all.
+
+`mergeable_ranks` decides whether, and with which tokens, the two give the same ids for every text.
+"""
+
+import base64
+import binascii
+import re
+import unicodedata
+from collections.abc import Container, Iterable
+from functools import cache, cached_property
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+
+from elo.common.errors import UserError
+
+# How each family cuts a text, in tiktoken's regular expressions.
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+QWEN2_PATTERN = LLAMA3_PATTERN.replace(r"\p{N}{1,3}", r"\p{N}")
+
+LONGEST_PATTERN = 4096  # characters; real ones have some hundred
+
+# Above every real id; see ByteLevelBPE.
+_NO_TOKEN = 1 << 31
+# tiktoken's encode_to_numpy takes twice as long without any special token, so it gets one. A text that holds it is
+# text like any other, since we never allow a special token.
+_NOT_SPECIAL = {"\0no special token\0": _NO_TOKEN + 256}
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """GPT-2's printable stand-ins for the 256 bytes, in which vocab.json and tokenizer.json write tokens."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+BYTE_ALPHABET = _byte_alphabet()
+
+
+def token_bytes(token: str) -> bytes | None:
+    """The bytes that a token of vocab.json stands for; None when it is not written in the byte alphabet."""
+    try:
+        return bytes(map(BYTE_ALPHABET.__getitem__, token))
+    except KeyError:
+        return None
+
+
+class ByteLevelBPE:
+    """Text to ids by `pattern` and `ranks` (token bytes -> id, which is also the merge priority).
+
+    Bytes without a token of their own vanish, as in Hugging Face tokenizers. `nfc`: texts are brought into Unicode's
+    composed normal form first (Qwen2). `source` is the file, for errors.
+    """
+
+    def __init__(self, ranks: dict[bytes, int], pattern: str, source: Path, nfc: bool = False) -> None:
+        # tiktoken needs all 256 bytes. SmolLM2 has 235: the others get ids that are never used.
+        self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
+        ranks = ranks | {bytes([byte]): _NO_TOKEN + byte for byte in self._missing}
+        self._pattern = pattern
+        self._nfc = nfc
+        self._source = source
+        # tiktoken gives up on a pattern that takes for ever. Python's `re` does not: there, only ours are tried.
+        self._foreign = pattern.endswith(_BETWEEN)
+        if self._foreign and self._missing:
+            raise UserError(
+                f"{source}: {len(self._missing)} of 256 bytes have no token, which is not supported together with a "
+                "Split pattern that no known family has"
+            )
+        try:
+            self.encoding = tiktoken.Encoding(
+                "elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=_NOT_SPECIAL
+            )
+        except ValueError as error:
+            raise UserError(f"{source}: cannot use the pattern {pattern!r:.300}: {error}") from error
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The ids of `texts`, which must be valid Unicode (no lone surrogates), as uint32."""
+        if self._nfc:
+            # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
+            # 100 combining marks that are newer than that stands among other marks.
+            texts = [t if unicodedata.is_normalized("NFC", t) else unicodedata.normalize("NFC", t) for t in texts]
+        return list(map(self._encode, texts))
+
+    def _encode(self, text: str) -> np.ndarray:
+        data = text.encode() if self._missing else b""
+        if len(data.translate(None, delete=self._missing)) == len(data):
+            try:
+                return self.encoding.encode_to_numpy(text, disallowed_special=())
+            except ValueError:  # its regex engine runs out of stack, as on a run of about 1,000,000 spaces
+                if self._foreign:
+                    raise UserError(
+                        f"{self._source}: its Split pattern cannot cut the text that begins with {text[:40]!r}"
+                    ) from None
+        return np.array(self._encode_pieces(text), np.uint32)
+
+    def merge(self, piece: bytes) -> list[int]:
+        """The ids of a piece, whatever the pattern says."""
+        return self.encoding._encode_single_piece(piece)
+
+    def _encode_pieces(self, text: str) -> list[int]:
+        """`_encode` with the pieces cut by Python's `re`: slower, but it has no limit, and a byte without a token can
+        be taken out of its piece before the merges, so that its neighbours meet."""
+        ids = []
+        for match in self._python_pattern.finditer(text):
+            piece = match.group().encode().translate(None, delete=self._missing)
+            if piece:
+                ids += self.merge(piece)
+        return ids
+
+    @cached_property
+    def _python_pattern(self) -> re.Pattern[str]:
+        return re.compile(_to_python(self._pattern))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Patterns
+
+
+# What a Split pattern may consist of: the constructs that mean the same in Oniguruma (Hugging Face tokenizers), in
+# fancy-regex (tiktoken) and, after `_to_python`, in Python's re. Properties are the general categories of Unicode.
+_PROPERTY = r"\\p\{[A-Z][a-z]?\}|\\[sS]"
+_BETWEEN = r"[\s\S])+"
+_ESCAPE = r"\\[rnt]|\\[!-/:-@\[-`{-~]"
+_PATTERN_PART = re.compile(
+    rf"""
+      (?P<set>\[\^?(?:{_PROPERTY}|{_ESCAPE}|(?!--|~~|&&)[^\\\[\]^])+\])
+    | (?P<property>{_PROPERTY})
+    | {_ESCAPE}
+    | \(\?i:(?:'s\|'t\|'re\|'ve\|'m\|'ll\|'d|\[sdmt\]\|ll\|ve\|re)\)   # Ignoring case differs for other letters.
+    | \(\?: | \(\?! | \) | \|
+    | (?:[?*+]\+? | \{{\d{{1,3}}(?:,\d{{0,3}})?\}}) (?![?*+{{])
+    | [^\\.^$()\[\]{{}}*+?|]
+    """,
+    re.VERBOSE,
+)
+
+
+def split_pattern(expression: str, source: Path) -> str:
+    """A tokenizer.json's Split (Isolated) expression as a tiktoken pattern. UserError where they could differ."""
+    if len(expression) > LONGEST_PATTERN:
+        raise UserError(f"{source}: a Split pattern of {len(expression):,} characters is not supported")
+    position = 0
+    while position < len(expression):
+        part = _PATTERN_PART.match(expression, position)
+        if part is None:
+            raise UserError(
+                f"{source}: the Split pattern uses {expression[position : position + 12]!r}, which may mean something "
+                "else in tiktoken's regular expressions"
+            )
+        position = part.end()
+    if expression in (GPT2_PATTERN, LLAMA3_PATTERN, QWEN2_PATTERN):
+        return expression
+    try:
+        # Which characters a property has cannot matter here: an expression that can match nothing matches "".
+        matches_nothing = re.match(re.sub(_PROPERTY, "x", expression), "")
+    except (re.error, OverflowError, RecursionError) as error:
+        raise UserError(f"{source}: the Split pattern {expression!r:.300} is not valid: {error}") from error
+    if matches_nothing:
+        raise UserError(
+            f"{source}: the Split pattern {expression!r:.300} can match an empty string, which is not supported"
+        )
+    # Split keeps the text between two matches as a piece; tiktoken would drop it.
+    return rf"{expression}|(?:(?!{expression}){_BETWEEN}"
+
+
+def _to_python(pattern: str) -> str:
+    """A tiktoken pattern for Python's re: \\p{..} and \\s become the characters that tiktoken takes them for."""
+
+    def spell(part: re.Match[str]) -> str:
+        if part["property"]:
+            return f"[{_characters(part['property'])}]"
+        if part["set"]:
+            return re.sub(_PROPERTY, lambda match: _characters(match.group()), part["set"])
+        return part.group()
+
+    return _PATTERN_PART.sub(spell, pattern)
+
+
+@cache
+def _characters(one_character: str) -> str:
+    """The characters that match in tiktoken, as ranges for a [set] of Python's re."""
+    single_bytes = {bytes([byte]): byte for byte in range(256)}
+    encoding = tiktoken.Encoding("elo", pat_str=one_character, mergeable_ranks=single_bytes, special_tokens={})
+    everything = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x110000)]))
+    # tiktoken drops what does not match.
+    codes = [ord(character) for character in bytes(encoding.encode_ordinary(everything)).decode()]
+    starts = [code for previous, code in zip([-2, *codes], codes, strict=False) if code != previous + 1]
+    ends = [code for code, following in zip(codes, [*codes[1:], -2], strict=False) if following != code + 1]
+    return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merges
+
+
+def mergeable_ranks(
+    vocab: dict[str, int],
+    merges: Iterable[tuple[str, str]],
+    source: Path,
+    ignore_merges: bool = False,
+    not_text: Container[str] = (),
+) -> dict[bytes, int]:
+    """The tokens (bytes -> id) with which tiktoken's rule gives the ids of the listed merges. UserError where none do.
+
+    `ignore_merges`: a piece that is in the vocabulary is one token, however its merges end (Llama 3).
+    `not_text`: the added tokens, which no piece may become by that rule.
+
+    Why it is exact: in a stretch of text that no merge has crossed the ends of, merging goes as if it stood alone. So
+    when neighbours x, y together have the bytes of a token t, then merging t's bytes alone arrives at [x, y] too, and
+    no other pair ever makes t. We keep the tokens that their own bytes merge into: for them that pair is listed. No
+    text merges into the others, so they are left out, or, with `ignore_merges`, checked not to be such a pair.
+    """
+    numbered = _numbered(vocab, merges, source)
+    bytes_of = {id: spelled for token, id in vocab.items() if (spelled := token_bytes(token))}
+    single = {id for id, spelled in bytes_of.items() if len(spelled) == 1}
+    if not single:
+        raise UserError(f"{source}: no token is written in the byte-level alphabet")
+    made = {id for _, _, id in numbered}
+    tokens = {spelled: id for id, spelled in bytes_of.items() if id in single or id in made}
+    if ignore_merges:
+        tokens |= {bytes_of[id]: id for token, id in vocab.items() if id in bytes_of and token not in not_text}
+        if _every_pair_is_listed(tokens, numbered):
+            return tokens
+
+    left = _first_parts(numbered, single)
+    ranks = {spelled: id for spelled, id in tokens.items() if id in single or id in left}
+    rest = {spelled: id for spelled, id in tokens.items() if spelled not in ranks}
+    if rest:
+        # Would the kept ones, after all, arrive at a pair that makes one of these?
+        bpe = ByteLevelBPE(ranks, GPT2_PATTERN, source)
+        late = {(x, y) for x, y, id in numbered if id not in left}
+        for spelled, id in rest.items():
+            end = bpe.merge(spelled)
+            if len(end) == 2 and (ignore_merges or tuple(end) in late):
+                why = "from a part with a larger id" if tuple(end) in late else "which is not a listed pair"
+                raise UserError(
+                    f"{source}: tiktoken cannot reproduce the merges: it would make token {id} ({spelled!r:.60}) of "
+                    f"tokens {end[0]} and {end[1]}, {why}"
+                )
+    return ranks | rest if ignore_merges else ranks
+
+
+def _numbered(vocab: dict[str, int], merges: Iterable[tuple[str, str]], source: Path) -> list[tuple[int, int, int]]:
+    """The merges as ids (left, right, made), checked to be in the order of the made ids."""
+    numbered = []
+    last = -1
+    for number, (x, y) in enumerate(merges, 1):
+        try:
+            made = vocab[x + y]
+            numbered.append((vocab[x], vocab[y], made))
+        except KeyError as error:
+            raise UserError(
+                f"{source}: merge {number} needs {error.args[0]!r}, which is not in the vocabulary"
+            ) from error
+        if made < last:
+            raise UserError(
+                f"{source}: merges out of id order: merge {number} makes token {made} after token {last}; tiktoken "
+                "merges in the order of the ids"
+            )
+        last = made
+    return numbered
+
+
+def _every_pair_is_listed(tokens: dict[bytes, int], merges: list[tuple[int, int, int]]) -> bool:
+    """Whether any two tokens that make a third are a listed merge, so that tiktoken's rule is no other one.
+
+    So it is in Llama 3's tokenizer.json, which was converted from tiktoken: about two merges for each token.
+    """
+    listed = {(x, y) for x, y, _ in merges}
+    for spelled in tokens:
+        for cut in range(1, len(spelled)):
+            x = tokens.get(spelled[:cut])
+            if x is not None and (y := tokens.get(spelled[cut:])) is not None and (x, y) not in listed:
+                return False
+    return True
+
+
+def _first_parts(merges: list[tuple[int, int, int]], single: set[int]) -> dict[int, int]:
+    """The tokens that their own bytes merge into, with the left part of their last merge. `single`: those of one byte.
+
+    Tokens arise in the order of their ids, each from smaller ones (a merge with a larger part is passed over). So two
+    parts x, y arise and meet unless, before, something merges across the boundary between them. Which two tokens are
+    at the boundary is known for every moment: going back in time from [x, y], always the later of the two is undone.
+    """
+    left: dict[int, int] = {}
+    right: dict[int, int] = {}
+    made_from: dict[tuple[int, int], int] = {}
+    for x, y, made in merges:
+        if not ((x in left or x in single) and (y in left or y in single)):
+            continue
+        at_left, at_right = x, y
+        while True:
+            undone_left, undone_right = right.get(at_left), left.get(at_right)
+            # These two were neighbours until the later one's id; of equal merges the leftmost is first, hence + 1.
+            if undone_left is not None and (undone_right is None or at_left > at_right):
+                until, at_left = at_left, undone_left
+            elif undone_right is not None:
+                until, at_right = at_right + 1, undone_right
+            else:
+                left[made], right[made] = x, y
+                made_from[x, y] = made
+                break
+            if made_from.get((at_left, at_right), until) < until:
+                break
+    return left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tiktoken's own format
+
+
+def read_tiktoken(data: bytes, source: Path) -> dict[bytes, int]:
+    """Llama 3's tokenizer.model: a line `base64 rank` for each token. UserError names the line."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(data.splitlines(), 1):
+        try:
+            token, rank = line.split()
+            token = base64.b64decode(token, validate=True)
+            if int(rank) != number - 1 or token in ranks or not token:
+                raise ValueError("tokens are numbered from 0 and differ")
+        except (ValueError, binascii.Error) as error:
+            raise UserError(
+                f"{source}, line {number}: not `base64 rank` as in Llama 3's tokenizer.model: {error}"
+            ) from error
+        ranks[token] = number - 1
+    if any(bytes([byte]) not in ranks for byte in range(256)):
+        raise UserError(f"{source}: the file is not complete: it lacks tokens for single bytes")
+    return ranks

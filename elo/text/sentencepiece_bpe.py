@@ -1,0 +1,118 @@
+"""SentencePiece, the tokenizer of Llama 2 and Mistral."""
+
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import sentencepiece
+
+from elo.common.errors import UserError
+
+# The last field of a piece in sentencepiece_model.proto, `Type type = 3`, with the values 4 and 3.
+_USER_DEFINED, _CONTROL = b"\x18\x04", b"\x18\x03"
+
+
+class SentencePieceModel:
+    """A tokenizer.model. `source` is the file, for errors; UserError if it is not one.
+
+    text: piece -> id of what texts are made of. control: piece -> id of the control tokens, the unknown token, and the
+    user-defined symbols, as far as they are not text. bytes_of: id -> what it decodes to. starts_with_space: the ids
+    that lose their space when they come first, because encoding put it there. bos, eos: pieces, None without one.
+    """
+
+    def __init__(self, data: bytes, source: Path) -> None:
+        self._data = data
+        self._source = source
+        self._processor = self._load()
+        try:
+            self._read_pieces()
+            self.forbid(self.control.values())
+        # ValueError: a piece that is not UTF-8, a byte piece that is not <0x..>. The others: no unknown token, or
+        # messages that SentencePiece, but not `_protobuf_fields`, can make something of.
+        except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{source}: a damaged SentencePiece model: {error}") from error
+
+    def _load(self) -> sentencepiece.SentencePieceProcessor:
+        processor = sentencepiece.SentencePieceProcessor()
+        try:
+            processor.LoadFromSerializedProto(self._data)
+        except (RuntimeError, ValueError) as error:  # ValueError: a complaint about a piece that is not UTF-8
+            raise UserError(f"{self._source}: not a SentencePiece model: {error}") from error
+        return processor
+
+    def _read_pieces(self) -> None:
+        processor = self._processor
+        pieces = [processor.id_to_piece(id) for id in range(processor.get_piece_size())]
+        self._user_defined = dict(_user_defined_symbols(self._data))
+
+        def is_text(id: int) -> bool:
+            if pieces[id] in self._user_defined:
+                # SentencePiece finds these in any text. Mistral's [REFERENCE_DOC_0] is text, <|im_end|> is not.
+                return not re.fullmatch(r"<\|.*\|>", pieces[id])
+            return not (processor.is_control(id) or processor.is_unknown(id))
+
+        self.size = len(pieces)
+        self.text = {piece: id for id, piece in enumerate(pieces) if is_text(id)}
+        self.control = {piece: id for id, piece in enumerate(pieces) if piece not in self.text}
+        self.bytes_of = {id: piece.replace("▁", " ").encode() for piece, id in self.text.items()}
+        self.bytes_of |= {id: bytes([int(pieces[id][3:-1], 16)]) for id in self.bytes_of if processor.is_byte(id)}
+        self.bytes_of[processor.unk_id()] = processor.decode([processor.unk_id()]).encode()
+        spaced = [id for piece, id in self.text.items() if piece.startswith("▁")]
+        # Whether this model puts a space before a text shows in what it decodes.
+        removed = processor.decode(spaced[:1]).encode() != b"".join(self.bytes_of[id] for id in spaced[:1])
+        self.starts_with_space = frozenset(spaced if removed else [])
+        self.bos = pieces[processor.bos_id()] if processor.bos_id() >= 0 else None
+        self.eos = pieces[processor.eos_id()] if processor.eos_id() >= 0 else None
+
+    def forbid(self, ids: Iterable[int]) -> None:
+        """No text may become one of these user-defined symbols: from now on they are control tokens."""
+        ids = set(ids)
+        all_pieces = self.text | self.control
+        data = self._data
+        for symbol, message in self._user_defined.items():
+            if all_pieces[symbol] in ids:
+                if not message.endswith(_USER_DEFINED):
+                    raise UserError(f"{self._source}: the piece {symbol!r} is not as SentencePiece writes it")
+                data = data.replace(message, message.removesuffix(_USER_DEFINED) + _CONTROL)
+                self.bytes_of.pop(all_pieces[symbol], None)
+        if data != self._data:
+            self._data = data
+            self._processor = self._load()
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        return [np.array(self._processor.encode(text), np.uint32) for text in texts]
+
+
+def _user_defined_symbols(model: bytes) -> Iterator[tuple[str, bytes]]:
+    """Text and message of the user-defined symbols in a ModelProto, whose field 1 are the pieces:
+    message SentencePiece { string piece = 1; float score = 2; Type type = 3; }"""
+    for number, message in _protobuf_fields(model):
+        if number == 1:
+            fields = dict(_protobuf_fields(message))
+            if fields.get(3) == _USER_DEFINED[1]:
+                yield fields.get(1, b"").decode(), message
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message that is known to be valid."""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value
+
+    at = 0
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        length = {1: 8, 5: 4}.get(wire_type) or varint()
+        yield number, message[at : at + length]
+        at += length

@@ -1,0 +1,344 @@
+"""The tokenizer of a Hugging Face checkpoint directory, on tiktoken and sentencepiece.
+
+    tokenizer = load_tokenizer("models/Llama-3.1-8B")
+    ids = tokenizer.encode_document("Text.")    # [128000, 1199, 13, 128001]
+
+Text never becomes a special token: `encode("<|im_end|>")` are the ids of these ten characters. Special tokens are added
+by code, with the ids in `special_tokens`. So the ids are those of Hugging Face's tokenizer without its added tokens, of
+`sp.encode` in SentencePiece, and of `encode_ordinary` in tiktoken.
+"""
+
+import codecs
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elo.common.errors import UserError
+from elo.text.byte_level_bpe import (
+    BYTE_ALPHABET,
+    GPT2_PATTERN,
+    LLAMA3_PATTERN,
+    QWEN2_PATTERN,
+    ByteLevelBPE,
+    mergeable_ranks,
+    read_tiktoken,
+    token_bytes,
+)
+from elo.text.sentencepiece_bpe import SentencePieceModel
+from elo.text.tokenizer_files import (
+    AddedToken,
+    TokenizerFiles,
+    field,
+    has_byte_level,
+    is_nfc,
+    read_added_tokens,
+    read_merges_txt,
+    read_pair,
+    read_pattern,
+    read_template_bos,
+    read_vocabulary,
+    token_text,
+)
+
+# SentencePiece, or Llama 3's lines of `base64 rank`; the content tells which.
+MODEL_FILES = ("tokenizer.model", "tokenizer.model.v3", "original/tokenizer.model")
+
+# What pretraining puts after a document. Not `eos_token`: in an instruct checkpoint that ends a turn of a chat.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
+
+
+def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tokenizer":
+    """The tokenizer of a checkpoint directory. UserError naming the file when it cannot be represented exactly.
+
+    With the number of the model's `embeddings` also if it makes tokens for which there is none.
+
+    The first of these that is there:
+    1. tokenizer.json, if it is a byte-level BPE (Llama 3, Qwen2, SmolLM2);
+    2. tokenizer.model, tokenizer.model.v3 or original/tokenizer.model: SentencePiece (Llama 2, Mistral, whose
+       tokenizer.json restates it) or Llama 3's own format;
+    3. vocab.json with merges.txt, of a tokenizer_class that tells how to cut text (Qwen2, GPT-2).
+
+    Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json together.
+    """
+    files = TokenizerFiles(Path(directory))
+    tokenizer_json = files.json("tokenizer.json")
+    if tokenizer_json is not None and has_byte_level(tokenizer_json):
+        tokenizer = _from_tokenizer_json(files, tokenizer_json)
+    elif name := next((name for name in MODEL_FILES if files.read(name) is not None), None):
+        # A SentencePiece model starts with a protobuf tag that no line of base64 starts with.
+        kind = _from_sentencepiece if files.read(name)[:1] == b"\n" else _from_llama3_model
+        tokenizer = kind(files, name)
+    elif tokenizer_json is not None:
+        pre_tokenizer = tokenizer_json.get("pre_tokenizer") or {}
+        raise UserError(
+            f"{files.path('tokenizer.json')}: not a byte-level BPE (pre_tokenizer: {pre_tokenizer!r:.100}). If it "
+            "restates a SentencePiece model (Llama 2, Mistral), its file tokenizer.model is needed next to it"
+        )
+    elif files.read("vocab.json") is not None and files.read("merges.txt") is not None:
+        tokenizer = _from_vocab_json(files)
+    else:
+        raise UserError(
+            f"{directory}: no tokenizer here; looked for tokenizer.json, {', '.join(MODEL_FILES)}, and vocab.json with "
+            "merges.txt"
+        )
+    tokenizer.fingerprint = files.fingerprint()
+    if embeddings is not None:
+        # Fine-tunes may add a padding token without a row for it; it is never made from text.
+        beyond = sum(number >= embeddings for number in tokenizer.special_tokens.values())
+        used = max(tokenizer.bos_id or 0, tokenizer.eos_id)
+        if tokenizer.vocab_size - beyond > embeddings or used >= embeddings:
+            raise UserError(
+                f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {embeddings}; "
+                "they do not belong together"
+            )
+    return tokenizer
+
+
+class Tokenizer:
+    """Text to ids and back; made by `load_tokenizer`. Can be pickled.
+
+    vocab_size: 1 + the largest id. special_tokens: text -> id of all added and control tokens. bos_id and eos_id: what
+    the family puts before (None: nothing) and after a document in pretraining. fingerprint: SHA-256 (hex) of the files.
+    """
+
+    bos_id: int | None
+    eos_id: int
+    fingerprint: str
+
+    def __init__(
+        self,
+        model: ByteLevelBPE | SentencePieceModel,
+        bytes_of: dict[int, bytes],
+        added: dict[str, AddedToken],
+        starts_with_space: frozenset[int] = frozenset(),
+    ) -> None:
+        """`bytes_of`: what the ids of ordinary tokens decode to. `starts_with_space`: see `StreamDecoder`."""
+        self.model = model
+        self.special_tokens = {text: token.id for text, token in added.items()}
+        self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
+        # Of the added tokens only those that are not special are text: Qwen's <tool_call> is what a model writes.
+        text_tokens = {token.id: text.encode(errors="replace") for text, token in added.items() if not token.special}
+        self._bytes_of = text_tokens | bytes_of
+        self._starts_with_space = starts_with_space
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, never one of a special token. UserError for lone surrogates: they are not Unicode text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts, in this thread."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The same as arrays of uint32: 4 bytes a token, and no list of Python's integers on the way from tiktoken."""
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
+                ) from error
+        return self.model.encode_arrays(texts)
+
+    def encode_document(self, text: str) -> list[int]:
+        """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return [*bos, *self.encode(text), self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; the inverse of `encode`. Special and unknown ids give nothing, broken UTF-8 U+FFFD."""
+        stream = self.stream_decoder()
+        return "".join([*map(stream.push, ids), stream.flush()])
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder that takes one id at a time."""
+        return StreamDecoder(self._bytes_of, self._starts_with_space)
+
+
+class StreamDecoder:
+    """`push` returns the characters that an id completes, `flush` what is left at the end; together: `decode`.
+
+    `starts_with_space`: SentencePiece puts a space before a text, so one is taken off these if they come first.
+    """
+
+    def __init__(self, bytes_of: dict[int, bytes], starts_with_space: frozenset[int]) -> None:
+        self._bytes_of = bytes_of
+        self._starts_with_space = starts_with_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True
+
+    def push(self, id: int) -> str:
+        data = self._bytes_of.get(int(id), b"")
+        if self._at_start and data:
+            self._at_start = False
+            if int(id) in self._starts_with_space:
+                data = data[1:]
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Byte-level BPE: Llama 3, Qwen2, SmolLM2
+
+
+def _from_tokenizer_json(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
+    source = files.path("tokenizer.json")
+    model = field(content, "model", dict, source, {})
+    for option, supported in (
+        ("type", ("BPE", None)),
+        ("dropout", (None, 0)),
+        ("continuing_subword_prefix", (None, "")),
+        ("end_of_word_suffix", (None, "")),
+    ):
+        if model.get(option) not in supported:
+            raise UserError(f"{source}: {option} = {model[option]!r:.100} in the model is not supported")
+    ignore_merges = field(model, "ignore_merges", bool, source, False)
+    nfc = is_nfc(field(content, "normalizer", dict, source, {}), source)
+    pattern = read_pattern(field(content, "pre_tokenizer", dict, source, {}), source)
+    vocab = read_vocabulary(field(model, "vocab", dict, source, {}), source)
+    merges = [read_pair(merge, source) for merge in field(model, "merges", list, source, [])]
+    if model.get("unk_token") or model.get("byte_fallback") or ignore_merges:
+        missing = [byte for byte in BYTE_ALPHABET if byte not in vocab]
+        if missing:
+            raise UserError(
+                f"{source}: {len(missing)} of 256 bytes have no token, which is not supported together with unk_token, "
+                "byte_fallback or ignore_merges"
+            )
+    added = read_added_tokens(files, vocab)
+    tokenizer = _byte_level(vocab, merges, pattern, nfc, added, source, ignore_merges)
+    bos = read_template_bos(field(content, "post_processor", dict, source, {}), source)
+    return _with_document_ends(tokenizer, files, bos or _config_bos(files))
+
+
+def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
+    source = files.path("vocab.json")
+    # These two files do not tell how a text is cut.
+    kind = files.config.get("tokenizer_class") or (files.json("config.json") or {}).get("model_type")
+    match str(kind).lower().removesuffix("fast").removesuffix("tokenizer"):
+        case "qwen2":
+            pattern, nfc = QWEN2_PATTERN, True
+        case "gpt2":
+            pattern, nfc = GPT2_PATTERN, False
+        case _:
+            raise UserError(
+                f"{source}: without a tokenizer.json, the tokenizer_class in tokenizer_config.json must be "
+                f"Qwen2Tokenizer or GPT2Tokenizer; it is {kind!r:.100}"
+            )
+    vocab = read_vocabulary(files.json("vocab.json") or {}, source)
+    merges = read_merges_txt(files.read("merges.txt") or b"", files.path("merges.txt"))
+    tokenizer = _byte_level(vocab, merges, pattern, nfc, read_added_tokens(files, vocab), files.path("merges.txt"))
+    return _with_document_ends(tokenizer, files, _config_bos(files))
+
+
+def _byte_level(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    pattern: str,
+    nfc: bool,
+    added: dict[str, AddedToken],
+    source: Path,
+    ignore_merges: bool = False,
+) -> Tokenizer:
+    ranks = mergeable_ranks(vocab, merges, source, ignore_merges, not_text=added)
+    bytes_of = {id: spelled for spelled, id in ranks.items()}
+    for token, id in vocab.items():
+        if id not in bytes_of and token not in added:
+            # No text becomes this token, but a model might say it.
+            bytes_of[id] = token_bytes(token) or token.encode(errors="replace")
+    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added)
+
+
+def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
+    ranks = read_tiktoken(files.read(name) or b"", files.path(name))
+    added = read_added_tokens(files, {}) or _llama3_added_tokens(len(ranks))
+    bpe = ByteLevelBPE(ranks, LLAMA3_PATTERN, files.path(name))
+    tokenizer = Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added)
+    return _with_document_ends(tokenizer, files, "<|begin_of_text|>")
+
+
+def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
+    """The 256 tokens that Llama 3.1 counts on from the last of its tokenizer.model, which does not name them."""
+    named = {
+        0: "begin_of_text",
+        1: "end_of_text",
+        4: "finetune_right_pad_id",
+        6: "start_header_id",
+        7: "end_header_id",
+        8: "eom_id",
+        9: "eot_id",
+        10: "python_tag",
+    }
+    reserved = (f"reserved_special_token_{number}" for number in range(256))
+    return {
+        f"<|{named.get(index) or next(reserved)}|>": AddedToken(first + index, special=True) for index in range(256)
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SentencePiece: Llama 2, Mistral
+
+
+def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
+    model = SentencePieceModel(files.read(name) or b"", files.path(name))
+    _check_restated(model, files, files.path(name))
+    added = read_added_tokens(files, model.text)
+    model.forbid(token.id for token in added.values() if token.special)
+    # A fine-tune may have renamed a control token ([control_8] -> <|im_start|>): then only the new name counts.
+    renamed = {token.id for token in added.values()}
+    added |= {piece: AddedToken(id, special=True) for piece, id in model.control.items() if id not in renamed}
+
+    tokenizer = Tokenizer(model, model.bytes_of, added, model.starts_with_space)
+    add_bos = field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), True)
+    return _with_document_ends(tokenizer, files, model.bos if add_bos else None, model.eos)
+
+
+def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Path) -> None:
+    """UserError when tokenizer.json has another vocabulary, as when only that file was extended."""
+    path = files.path("tokenizer.json")
+    restated = field(files.json("tokenizer.json") or {}, "model", dict, path, {})
+    vocab = field(restated, "vocab", (dict, list), path, {})
+    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of the ids
+        vocab = {str(entry[0]): id for id, entry in enumerate(vocab) if isinstance(entry, list) and entry}
+    read_vocabulary(vocab, path)
+    added = read_added_tokens(files, {})
+    piece_of = {id: piece for piece, id in model.text.items()}
+    for token, id in vocab.items():
+        extends = id >= model.size and token not in added
+        if extends or model.text.get(token, id) != id or piece_of.get(id, token) != token:
+            raise UserError(
+                f"{path}: its token {id}, {token!r}, is not in {source}: one of the two is of another model"
+            )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documents
+
+
+def _config_bos(files: TokenizerFiles) -> str | None:
+    """The BOS that tokenizer_config.json asks to put before a text."""
+    if field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), False):
+        return token_text(files.config.get("bos_token"))
+    return None
+
+
+def _with_document_ends(
+    tokenizer: Tokenizer, files: TokenizerFiles, bos: str | None, eos: str | None = None
+) -> Tokenizer:
+    """Set bos_id and eos_id. `eos`: the token that the tokenizer's model itself names."""
+    special = tokenizer.special_tokens
+    candidates = [eos, *END_OF_DOCUMENT, token_text(files.config.get("eos_token"))]
+    eos = next((text for text in candidates if text in special), None)
+    if eos is None:
+        raise UserError(
+            f"{files.directory}: no token ends a document: none of {', '.join(END_OF_DOCUMENT)} and no eos_token of "
+            "tokenizer_config.json is among the added tokens"
+        )
+    if bos is not None and bos not in special:
+        raise UserError(f"{files.directory}: the BOS token {bos!r:.100} is not among the added tokens")
+    tokenizer.bos_id = None if bos is None else special[bos]
+    tokenizer.eos_id = special[eos]
+    return tokenizer

@@ -1,0 +1,118 @@
+"""The loss over the tokens that the training data uses, instead of over the whole vocabulary (`--active-vocabulary`).
+
+With two layers the frozen head is most of the computation, and a language uses a part of the vocabulary. Here the head
+has only the rows of tokens that occur; they are counted while the texts are tokenized. What is computed differs from
+the whole loss by the softmax's terms of the other tokens: the loss in metrics.jsonl is lower by -log(1 - p), where p is
+the probability that the whole head gives to them. They never come next, and nothing teaches the layers so either.
+
+With `--active-vocabulary-coverage` the rarest of the tokens that occur share one row, the mean of theirs by count.
+
+Only the head is narrower, and only while training: inputs are embedded as ever, and the checkpoint that is written has
+the whole head of the base.
+"""
+
+import math
+from argparse import ArgumentTypeError, Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from elo.common.errors import UserError
+from elo.common.options import Parser
+from elo.cpu.linear import Linear
+from elo.data.shards import TokenShard
+from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, local_rows
+from elo.model.decoder import CausalLM
+
+BLOCK = 8192  # rows of the base's head in memory at a time
+
+
+def add_arguments(parser: Parser) -> None:
+    group = parser.add_argument_group("active vocabulary (with --method elo)")
+    group.add_argument(
+        "--active-vocabulary", action="store_true", help="compute the loss over the tokens that the texts use"
+    )
+    group.add_argument("--active-vocabulary-coverage", type=_coverage, metavar="C", help=(
+        "over the most frequent ones, up to this part of the text, as 0.9999; the rest shares a row"))  # fmt: skip
+
+
+def is_wanted(arguments: Namespace) -> bool:
+    """Raises UserError for a method that has no frozen head, or many layers beside it."""
+    names = [name for name in ("active_vocabulary", "active_vocabulary_coverage") if getattr(arguments, name)]
+    if names and arguments.method != "elo":
+        raise UserError(f"--{names[0].replace('_', '-')} goes with --method elo, not with {arguments.method}")
+    return bool(names)
+
+
+@dataclass(frozen=True)
+class ActiveVocabulary:
+    """Which row of the narrow head each token has."""
+
+    row_of: Tensor  # (vocabulary,), -1 for a token that does not occur
+    weight: Tensor  # (vocabulary,) fp64: the token's part of its row, 1 unless it shares it
+    kept: int  # rows of one token; one more is shared if sharing is not 0
+    sharing: int  # tokens that share it
+    coverage: float  # the part of the text that the kept ones are
+
+    @staticmethod
+    def of(shards: Sequence[TokenShard], vocab_size: int, coverage: float | None) -> "ActiveVocabulary":
+        """The tokens of the shards' texts, of which a run may take a part only; without `coverage` all are kept."""
+        counts = np.zeros(vocab_size, np.int64)
+        for shard in shards:
+            counts[: len(shard.counts)] += shard.counts
+        occurring = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]  # the most frequent first
+        covered = np.cumsum(counts[occurring])
+        kept = int(np.searchsorted(covered, math.ceil((coverage or 1) * covered[-1]))) + 1
+        row_of, weight = np.full(vocab_size, -1), np.zeros(vocab_size)
+        row_of[np.sort(occurring[:kept])] = np.arange(kept)
+        weight[occurring[:kept]] = 1
+        rest = occurring[kept:]
+        row_of[rest] = kept
+        weight[rest] = counts[rest] / max(1, covered[-1] - covered[kept - 1])
+        share = float(covered[kept - 1] / covered[-1])
+        return ActiveVocabulary(torch.from_numpy(row_of), torch.from_numpy(weight), kept, len(rest), share)
+
+    def __str__(self) -> str:
+        shared = f"; {self.sharing:,} more share a row" if self.sharing else ""
+        size = f"{self.kept:,} of {len(self.row_of):,} tokens"
+        return f"active vocabulary: {size}, {self.coverage:.4%} of the text{shared}"
+
+    def notes(self) -> dict[str, float]:
+        """For elo.json."""
+        return {"kept": self.kept, "sharing": self.sharing, "of": len(self.row_of), "coverage": self.coverage}
+
+    def narrow(self, model: CausalLM) -> None:
+        """Give a model that has no memory yet a frozen head of these rows, not tied to its embedding."""
+        rows = self.kept + bool(self.sharing)
+        model.lm_head = Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
+        model.is_tied = False
+
+    @torch.no_grad()
+    def load_into(self, model: CausalLM, base: Checkpoint, source: Callable[[str], str]) -> None:
+        """`Checkpoint.load_into`, with the head's rows gathered; each process keeps only its part of them."""
+        base.load_into(model, lambda name: None if name == HEAD else source(name))
+        name = EMBEDDING if base.config.tie_word_embeddings else HEAD
+        head = model.lm_head.weight
+        start, stop = local_rows(head)
+        gathered = torch.zeros(stop - start, head.shape[1])
+        is_mine = (self.row_of >= start) & (self.row_of < stop)
+        for first in range(0, len(self.row_of), BLOCK):
+            tokens = first + is_mine[first : first + BLOCK].nonzero().flatten()
+            if len(tokens):
+                rows = base.rows(name, first, min(first + BLOCK, len(self.row_of)))[tokens - first]
+                gathered.index_add_(0, self.row_of[tokens] - start, (rows * self.weight[tokens, None]).float())
+        (head.to_local() if isinstance(head, DTensor) else head).copy_(gathered)
+
+
+def _coverage(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
+    return value

@@ -1,0 +1,184 @@
+"""Figures of results: a radar and bars of scores, curves of runs, bars and lines of speed.
+
+What a PATH is shows in its content, and all of one call must be of one kind:
+- JSON of `eval score`: for each benchmark a radar of the categories, a polygon a model, and bars of first turn, second
+  turn and average;
+- the directory of a run (OUT, with metrics.jsonl): loss, tokens a second and memory over the tokens, a curve a run;
+- JSON of `benchmarks.training_step`: tokens a second and memory of each implementation, and hours over
+  gigabytes where it has them.
+
+--json writes what was drawn.
+"""
+
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from elo.common.errors import UserError
+from elo.common.fields import read_json_object, write_json
+from elo.common.options import Parser
+from eval.jsonl import read_lines
+from eval.judged.benchmarks import short_category
+
+Data = dict[str, Any]
+KINDS = (
+    "JSON of eval score ('models'), JSON of benchmarks.training_step ('rows'), or the directory of a run "
+    "(with metrics.jsonl) is what can be drawn"
+)
+TITLES = {"mt_bench": "MT-Bench", "japanese_mt_bench": "Japanese MT-Bench", "logickor": "LogicKor"}
+TURNS = ("first", "second", "average")
+ENDINGS = (".png", ".pdf", ".svg")
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="results, see above")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"the figure, {', '.join(ENDINGS)}")
+    parser.add_argument("--title", metavar="TEXT", help="of the figure")
+
+
+def main(arguments: Namespace) -> None:
+    check_ending("--out", arguments.out)
+    data = collect(arguments.paths)
+    # Only here is matplotlib needed.
+    from eval.figures import charts
+
+    charts.draw(data, arguments.out, arguments.title)
+    print(arguments.out)
+    if arguments.json:
+        write_json(Path(arguments.json), data)
+
+
+def check_ending(option: str, path: Path) -> None:
+    if path.suffix.lower() not in ENDINGS:
+        raise UserError(f"{option} {path}: a figure's name ends in {', '.join(ENDINGS)}")
+
+
+def collect(paths: Sequence[Path]) -> Data:
+    """What is to be drawn: {"kind": "scores", "runs" or "speed", and the series}."""
+    found = [_recognize(path) for path in paths]
+    kinds = dict.fromkeys(kind for kind, _ in found)
+    if len(kinds) > 1:
+        raise UserError(f"{paths[0]}, ...: one figure shows one kind of results, not {' and '.join(kinds)}")
+    (kind,) = kinds
+    join: Callable[[Sequence[Path], Sequence[Data]], Data] = {"scores": scores, "runs": runs, "speed": speed}[kind]
+    return {"kind": kind, **join(paths, [content for _, content in found])}
+
+
+def _recognize(path: Path) -> tuple[str, Data]:
+    if path.is_dir():
+        if not (path / "metrics.jsonl").is_file():
+            raise UserError(f"{path}: no metrics.jsonl is here; {KINDS}")
+        return "runs", {"lines": read_lines(path / "metrics.jsonl", torn=True)}
+    content = read_json_object(path)
+    if isinstance(content.get("models"), dict):
+        return "scores", content
+    if isinstance(content.get("rows"), list):
+        return "speed", content
+    raise UserError(f"{path}: {KINDS}")
+
+
+def _number(value: object, where: str) -> float | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise UserError(f"{where}: {value!r:.60} is not a number")
+    return float(value) if -1e300 < value < 1e300 else None
+
+
+def scores(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
+    """{"benchmarks": {title: {"categories": [...], "models": {name: {"first", ..., "categories": [mean, ...]}}}}}.
+
+    Files of one benchmark share a panel.
+    """
+    benchmarks: dict[str, Data] = {}
+    file_of: dict[tuple[str, str], Path] = {}
+    for path, content in zip(paths, contents, strict=True):
+        bench = content.get("bench")
+        title = TITLES.get(bench, bench) if isinstance(bench, str) else path.stem
+        models = benchmarks.setdefault(title, {})
+        if not content["models"]:
+            raise UserError(f"{path}: no models")
+        for name, figures in content["models"].items():
+            if file_of.setdefault((title, name), path) != path:
+                raise UserError(f"{path}: {title} of {name} is in {file_of[title, name]} too")
+            if not isinstance(figures, dict) or not isinstance(figures.get("categories", {}), dict):
+                raise UserError(f"{path}: models.{name} must have figures, as eval score writes them")
+            where = f"{path}: models.{name}"
+            models[name] = {turn: _number(figures.get(turn), where) for turn in TURNS}
+            means = {}
+            for category, values in figures.get("categories", {}).items():
+                mean = values.get("average") if isinstance(values, dict) else values
+                means[short_category(category)] = _number(mean, f"{where}.{category}")
+            models[name]["categories"] = means
+    for title, models in benchmarks.items():
+        categories = list(dict.fromkeys(category for model in models.values() for category in model["categories"]))
+        for model in models.values():
+            model["categories"] = [model["categories"].get(category) for category in categories]
+        benchmarks[title] = {"categories": categories, "models": models}
+    return {"benchmarks": benchmarks}
+
+
+def runs(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
+    """{"runs": {name: {"tokens", "loss", "tokens_per_second", "memory_bytes": a list each}}}."""
+    series: dict[str, Data] = {}
+    for path, content in zip(paths, contents, strict=True):
+        lines = content["lines"]
+        if not lines:
+            raise UserError(f"{path / 'metrics.jsonl'}: no step was written yet")
+        name = path.resolve().name if path.resolve().name not in series else str(path)
+        series[name] = {
+            field: [_number(line.record.get(field), f"{line.where}: {field}") for line in lines]
+            for field in ("tokens", "loss", "tokens_per_second", "memory_bytes")
+        }
+        if any(tokens is None for tokens in series[name]["tokens"]):
+            raise UserError(f"{path / 'metrics.jsonl'}: a step without its tokens")
+    return {"runs": series}
+
+
+def speed(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
+    """{"bars": {implementation: {dtype: {figure: value}}}, "figure3": hours over gigabytes, or null}."""
+    bars: dict[str, dict[str, Data]] = {}
+    figure3 = None
+    for path, content in zip(paths, contents, strict=True):
+        for number, row in enumerate(content["rows"]):
+            where = f"{path}: rows[{number}]"
+            if not isinstance(row, dict):
+                raise UserError(f"{where} must be an object")
+            method, implementation = str(row.get("method", "")), str(row.get("implementation", ""))
+            label = method if method == implementation else f"{method} ({implementation})"
+            fields = ("tokens_per_second", "slowest", "fastest", "memory_bytes")
+            figures = {field: _number(row.get(field), f"{where}.{field}") for field in fields}
+            if figures["tokens_per_second"] is None:
+                raise UserError(f"{where}: no tokens_per_second")
+            label = f"{label}, {path.stem}" if len(paths) > 1 else label
+            bars.setdefault(label, {})[str(row.get("dtype", ""))] = figures
+        if content.get("figure3") is not None:
+            if figure3 is not None:
+                raise UserError(f"{path}: another file has a figure3 too; draw one at a time")
+            figure3 = hours(content["figure3"], f"{path}: figure3")
+    if not bars and figure3 is None:
+        raise UserError(f"{paths[0]}: no rows")
+    return {"bars": bars, "figure3": figure3}
+
+
+def hours(content: object, where: str) -> Data:
+    """{"gigabytes": [...], "hours": {method: [...]}, "paper": {method: [hours or null, ...]}}, checked.
+
+    The paper's hours may be fewer: null, or a shorter list, where it gives none.
+    """
+    if not isinstance(content, dict) or not isinstance(content.get("gigabytes"), list):
+        raise UserError(f"{where}: gigabytes must be a list")
+    gigabytes = [_number(value, f"{where}.gigabytes") for value in content["gigabytes"]]
+    checked: Data = {"gigabytes": gigabytes}
+    for name in ("hours", "paper"):
+        lines = content.get(name) or {}
+        if not isinstance(lines, dict) or not all(isinstance(values, list) for values in lines.values()):
+            raise UserError(f"{where}.{name} must be an object of lists")
+        checked[name] = {}
+        for method, values in lines.items():
+            if len(values) > len(gigabytes) or (name == "hours" and len(values) < len(gigabytes)):
+                raise UserError(f"{where}.{name}.{method}: {len(values)} hours for {len(gigabytes)} gigabytes")
+            numbers = [_number(value, f"{where}.{name}.{method}") for value in values]
+            checked[name][method] = numbers + [None] * (len(gigabytes) - len(numbers))
+    return checked

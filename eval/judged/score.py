@@ -1,0 +1,212 @@
+"""Scores from judgments: first turn, second turn and average, of each category and all, for any number of models.
+
+Reads FastChat's model_judgment files (those published for MT-Bench and Japanese MT-Bench, and what `eval judge`
+writes) and LogicKor's evaluated ones, and gives what their own scripts give: FastChat's average is over all judgments
+of both turns, LogicKor's is the mean of its two turns. A judgment without a rating has the score -1; it is left out,
+and counted.
+"""
+
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from elo.common.errors import UserError
+from elo.common.fields import write_json
+from elo.common.options import Parser
+from eval.jsonl import Line, read_lines
+from eval.judged.benchmarks import BENCHMARKS, model_of, question_id, read_questions, short_category
+from eval.judged.judge_prompts import UNPARSED
+from eval.tables import table
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument(
+        "files", nargs="+", type=Path, metavar="PATH", help="files of judgments, or directories of them"
+    )
+    parser.add_argument(
+        "--bench-dir",
+        type=Path,
+        metavar="DIR",
+        help="its question.jsonl tells the categories, as FastChat's files do not",
+    )
+
+
+def main(arguments: Namespace) -> None:
+    judgments = read_judgments(arguments.files)
+    bench = next((judgment.bench for judgment in judgments if judgment.bench), None)
+    if arguments.bench_dir is not None:
+        benchmark = BENCHMARKS.get(bench, BENCHMARKS["mt_bench"])
+        categories = {question.id: question.category for question in read_questions(benchmark, arguments.bench_dir)}
+        judgments = [with_category(judgment, categories, arguments.bench_dir) for judgment in judgments]
+    models = score(judgments)
+    print(score_table(models))
+    for name, figures in models.items():
+        if figures["unparsed"]:
+            print(f"{name}: {figures['unparsed']} judgments have no rating and count for nothing", file=sys.stderr)
+    if len({figures["judgments"] for figures in models.values()}) > 1:
+        print("the models have not as many judgments each: their scores are of different questions", file=sys.stderr)
+    if not all(judgment.category for judgment in judgments):
+        print("the files do not tell the categories: --bench-dir", file=sys.stderr)
+    if arguments.json:
+        write_json(Path(arguments.json), {"bench": bench, "models": models})
+
+
+class Judgment(NamedTuple):
+    """One turn of one answer. bench, category: None where the file does not tell; score: None without a rating."""
+
+    bench: str | None
+    model: str
+    judge: str
+    question: int | str
+    category: str | None
+    turn: int
+    score: float | None
+
+
+# ---- reading
+
+
+def read_judgments(paths: Sequence[Path]) -> list[Judgment]:
+    """The judgments of files, of one benchmark. Of several in a file on the same turn the last counts."""
+    judgments: dict[tuple[Any, ...], Judgment] = {}
+    file_of: dict[tuple[Any, ...], Path] = {}
+    for path in _files(paths):
+        for line in read_lines(path, torn=True):
+            for judgment in _judgments(path, line):
+                key = (judgment.judge, judgment.model, judgment.question, judgment.turn)
+                if file_of.setdefault(key, path) != path:
+                    raise UserError(
+                        f"{line.where}: question {judgment.question}, turn {judgment.turn} of {judgment.model} is "
+                        f"judged in {file_of[key]} too; score one benchmark at a time, each file once"
+                    )
+                judgments[key] = judgment
+    if not judgments:
+        raise UserError(f"{paths[0]}: no judgments")
+    benches = {judgment.bench for judgment in judgments.values()} - {None}
+    if len(benches) > 1:
+        raise UserError(f"{paths[0]}, ...: of {' and '.join(sorted(benches))}; score one benchmark at a time")
+    return list(judgments.values())
+
+
+def _files(paths: Sequence[Path]) -> list[Path]:
+    """The files of a directory are those in its model_judgment, or else all below it."""
+    files: dict[Path, Path] = {}
+    for path in paths:
+        found = [path]
+        if path.is_dir():
+            inner = path / "model_judgment"
+            found = sorted((inner if inner.is_dir() else path).rglob("*.jsonl"))
+            if not found:
+                raise UserError(f"{path}: no .jsonl file is here")
+        files.update((file.resolve(), file) for file in found)
+    return list(files.values())
+
+
+def _judgments(path: Path, line: Line) -> list[Judgment]:
+    """What one line tells: a turn in FastChat's format, both turns in LogicKor's."""
+    record, where = line.record, line.where
+    category = record.get("category")
+    if category is not None and not isinstance(category, str):
+        raise UserError(f"{where}: category must be a text, not {category!r:.60}")
+    if "query_single" in record:
+        name = model_of(path, record)
+        question = question_id(record.get("id"), where)
+        turns = [record["query_single"], record.get("query_multi")]
+        if not all(isinstance(turn, dict) for turn in turns):
+            raise UserError(f"{where}: query_single and query_multi must both have a judge_score")
+        scores = [_score(turn.get("judge_score"), "judge_score", where) for turn in turns]
+        return [
+            Judgment("logickor", name, "", question, category, turn, score)
+            for turn, score in enumerate(scores, start=1)
+        ]
+    if "choices" in record or "outputs" in record:
+        raise UserError(f"{where}: an answer that nobody has judged; python -m eval judge does that")
+    if "model_1" in record:
+        raise UserError(f"{where}: a comparison of two models; only judgments of single answers have scores")
+    for name in ("question_id", "model", "judge", "score", "turn"):
+        if name not in record:
+            raise UserError(f"{where}: no {name!r}: neither FastChat's model_judgment nor LogicKor's evaluated")
+    judge, turn = record["judge"], record["turn"]
+    if not isinstance(judge, list) or not judge or turn not in (1, 2):
+        raise UserError(f"{where}: judge must be the judge and its prompt, and turn 1 or 2")
+    score = _score(record["score"], "score", where)
+    question = question_id(record["question_id"], where)
+    return [Judgment(_bench(record, where), str(record["model"]), str(judge[0]), question, category, turn, score)]
+
+
+def _bench(record: Mapping[str, Any], where: str) -> str | None:
+    bench = record.get("bench")
+    if not isinstance(bench, str | None):
+        raise UserError(f"{where}: bench must be a text, not {bench!r:.60}")
+    return bench
+
+
+def _score(value: object, name: str, where: str) -> float | None:
+    if value is None or value == UNPARSED:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 < value < 1e9:
+        raise UserError(f"{where}: {name} must be a number, not {value!r:.60}")
+    return value
+
+
+def with_category(judgment: Judgment, categories: Mapping[int | str, str], directory: Path) -> Judgment:
+    if judgment.question not in categories:
+        raise UserError(f"{directory}: question {judgment.question}, which is judged, is not here")
+    return judgment._replace(category=categories[judgment.question])
+
+
+# ---- counting
+
+
+def score(judgments: Sequence[Judgment]) -> dict[str, dict[str, Any]]:
+    """Figures by model, the best first; the judge is part of the name where there are several."""
+    several = len({judgment.judge for judgment in judgments}) > 1
+    groups: dict[str, list[Judgment]] = {}
+    for judgment in judgments:
+        name = f"{judgment.model} ({judgment.judge})" if several else judgment.model
+        groups.setdefault(name, []).append(judgment)
+    models = {}
+    for name, group in groups.items():
+        # In the order of the questions; that of the judgments is by chance.
+        group.sort(key=lambda judgment: (isinstance(judgment.question, str), judgment.question))
+        named = dict.fromkeys(judgment.category for judgment in group if judgment.category is not None)
+        categories = {category: figures([j for j in group if j.category == category]) for category in named}
+        models[name] = {**figures(group), "categories": categories}
+    return dict(sorted(models.items(), key=lambda item: -(item[1]["average"] or 0)))
+
+
+def figures(judgments: Sequence[Judgment]) -> dict[str, Any]:
+    """Means of the first turn, of the second and of both, None where there is nothing, and how many there are."""
+    turns = [[j.score for j in judgments if j.turn == turn and j.score is not None] for turn in (1, 2)]
+    first, second = map(mean, turns)
+    average = mean(turns[0] + turns[1])
+    if judgments[0].bench == "logickor" and first is not None and second is not None:
+        average = (first + second) / 2
+    return {
+        "first": first,
+        "second": second,
+        "average": average,
+        "judgments": len(judgments),
+        "unparsed": len(judgments) - len(turns[0]) - len(turns[1]),
+    }
+
+
+def mean(values: Sequence[float]) -> float | None:
+    return math.fsum(values) / len(values) if values else None
+
+
+def score_table(models: Mapping[str, dict[str, Any]]) -> str:
+    """Three rows a model, a column a category."""
+    named = list(dict.fromkeys(category for figures in models.values() for category in figures["categories"]))
+    rows = [["model", "turn", "all", *map(short_category, named), "judgments", "unparsed"]]
+    for name, model in models.items():
+        of_categories = [model["categories"].get(category, {}) for category in named]
+        for turn in ("first", "second", "average"):
+            values = [figures.get(turn) for figures in (model, *of_categories)]
+            cells = ["-" if value is None else f"{value:.2f}" for value in values]
+            counts = [str(model["judgments"]), str(model["unparsed"])] if turn == "average" else ["", ""]
+            rows.append([name if turn == "first" else "", turn, *cells, *counts])
+    return table(rows, names=2)

@@ -1,0 +1,189 @@
+"""MMLU, KoBEST and MARC-ja: which choice does the model find likeliest? Scores are those of lm-eval 0.4.13.
+
+Tasks are mmlu, mmlu_stem (humanities, social_sciences, other), mmlu_SUBJECT, kobest, kobest_boolq (copa, wic,
+hellaswag, sentineg) and marc_ja. Their files, as published or as the Parquet files of cais/mmlu and skt/kobest_v1:
+
+    mmlu/{dev,test}/SUBJECT_{dev,test}.csv          or mmlu/SUBJECT/{dev,test}-00000-of-00001.parquet
+    kobest/{boolq,copa,wic,hellaswag,sentineg}/{train,test}.{jsonl,tsv,parquet}
+    marc_ja/{train,valid}-v1.0.json
+
+With --samples a run that was stopped goes on where it was. Under torchrun the questions are divided over the processes.
+"""
+
+import math
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+from tqdm import tqdm
+
+from elo.common.errors import UserError
+from elo.common.fields import write_json
+from elo.common.options import Parser, not_negative_int, positive_int
+from elo.model.checkpoint import Checkpoint, load_model
+from elo.model.config import ModelConfig
+from elo.model.packed import pack_weights
+from elo.runs.devices import DTYPES
+from elo.runs.processes import World, process_group
+from elo.text.tokenizer import Tokenizer, load_tokenizer
+from eval import tasks as benchmarks
+from eval.jsonl import digest
+from eval.likelihood.loglikelihood import Batch, ContextError, Scorer, encode, make_batches
+from eval.likelihood.metrics import METRICS, Sample, figures, weighted
+from eval.likelihood.samples import SamplesFile
+from eval.records import note
+from eval.tasks import Group, Question, Task
+
+Scores = dict[tuple[str, int], list[float]]  # task and index of a question to the log-likelihoods of its choices
+
+
+def add_arguments(parser: Parser) -> None:
+    parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint")
+    parser.add_argument("--tasks", required=True, metavar="NAME,...", help="such as mmlu,kobest_copa,marc_ja")
+    parser.add_argument("--data", required=True, type=Path, metavar="DIR", help="the benchmarks' files")
+    parser.add_argument(
+        "--shots", type=not_negative_int, metavar="N", help="examples before a question (mmlu 5, kobest 0, marc_ja 3)"
+    )
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first questions of each task")
+    parser.add_argument("--samples", type=Path, metavar="FILE", help="write each question's result here as it comes")
+    parser.add_argument(
+        "--batch-tokens", type=positive_int, default=8192, metavar="N", help="in a batch, for memory (%(default)s)"
+    )
+
+
+def main(arguments: Namespace) -> None:
+    if arguments.samples and arguments.samples.is_dir():
+        raise UserError(f"--samples {arguments.samples}: this is a directory; give a file")
+    tasks, groups = select(arguments.tasks, arguments.data)
+    questions = {task.name: task.questions(arguments.data, arguments.shots, arguments.limit) for task in tasks}
+    tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
+    with process_group() as world, ExitStack() as stack:
+        model = load_model(arguments.model, world.device, DTYPES[arguments.dtype])
+        done: Scores = {}
+        samples = None
+        if arguments.samples:
+            made_with = digest(Checkpoint(arguments.model).fingerprint(), tokenizer.fingerprint, arguments.dtype)
+            samples = SamplesFile(arguments.samples, made_with, questions)
+            done = world.from_rank_0(samples.read() if world.rank == 0 else None)
+        scorer = Scorer(pack_weights(model))
+        out = stack.enter_context(samples.open()) if samples and world.rank == 0 else None
+        total = sum(map(len, questions.values()))
+        bar = stack.enter_context(tqdm(total=total, initial=len(done), unit="question", disable=world.rank > 0))
+        for task in tasks:
+            bar.set_description(task.name)
+            finished = {index for name, index in done if name == task.name}
+            batches = prepare(task, questions[task.name], finished, tokenizer, scorer, arguments.batch_tokens)
+            for index, values in score(batches, scorer, task, questions[task.name], world):
+                if index in finished:
+                    continue  # its batch was cut short in the middle of writing
+                done[task.name, index] = values
+                if out:
+                    out.write(samples.line(task.name, index, values))
+                    out.flush()
+                bar.update()
+        bar.close()
+        if world.rank == 0:
+            results = summarize(tasks, groups, questions, done)
+            report(results, {entry.name: entry.metrics for entry in (*tasks, *groups)})
+            if arguments.json:
+                write_json(Path(arguments.json), {"results": results})
+
+
+def select(names: str, data: Path) -> tuple[list[Task], list[Group]]:
+    """The tasks that a comma-separated list names, and the groups to report.
+
+    A group is of those of its tasks whose files are there; which are not is said on stderr.
+    """
+    tasks, groups = benchmarks.load()
+    chosen = list(dict.fromkeys(name.strip() for name in names.split(",") if name.strip()))
+    unknown = [name for name in chosen if name not in tasks and name not in groups]
+    if unknown or not chosen:
+        known = [*groups, *(name for name in tasks if not name.startswith("mmlu_"))]
+        problem = f"there is no {unknown[0]!r}" if unknown else "no task is named"
+        raise UserError(f"--tasks: {problem}; there are {', '.join(known)}, and mmlu_SUBJECT for each subject")
+    if not data.is_dir():
+        raise UserError(f"--data {data}: no such directory")
+    selected: dict[str, Task] = {}
+    for name in chosen:
+        members = [tasks[leaf] for leaf in benchmarks.leaves(name, groups)]
+        found = members if name in tasks else [task for task in members if task.found(data)]
+        if not found:
+            raise UserError(f"--data {data}: no file of {name}, such as {data / members[0].test[0]}.*")
+        if missing := [task.name for task in members if task not in found]:
+            shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
+            note(f"{name}: {len(found)} of {len(members)} tasks; no files of {shown}")
+        selected |= {task.name: task for task in found}
+    reported = {
+        group.name: group
+        for group in benchmarks.within(chosen, groups)
+        if any(leaf in selected for leaf in benchmarks.leaves(group.name, groups))
+    }
+    return list(selected.values()), list(reported.values())
+
+
+def prepare(
+    task: Task, questions: Sequence[Question], finished: set[int], tokenizer: Tokenizer, scorer: Scorer, tokens: int
+) -> list[Batch]:
+    """The batches that have a question which is not finished."""
+    if len(finished) == len(questions):
+        return []
+    texts = [(question.context, [task.delimiter + choice for choice in question.choices]) for question in questions]
+    try:
+        encoded = encode(tokenizer, texts, scorer.model.config.max_position_embeddings)
+    except ContextError as error:
+        raise UserError(f"{task.name}, {error}") from None
+    batches = make_batches(encoded, tokens)
+    return [batch for batch in batches if any(row.question not in finished for row in batch.rows)]
+
+
+def score(
+    batches: Sequence[Batch], scorer: Scorer, task: Task, questions: Sequence[Question], world: World
+) -> Iterator[tuple[int, list[float]]]:
+    """The index of each question and its choices' log-likelihoods, as soon as all of them are there."""
+    parts: dict[int, dict[int, float]] = defaultdict(dict)
+    for start in range(0, len(batches), world.size):
+        mine = batches[start + world.rank : start + world.rank + 1] if start + world.rank < len(batches) else []
+        for scored in world.gather([result for batch in mine for result in scorer.score(batch)]):
+            for index, choice, value in scored:
+                if not math.isfinite(value):
+                    raise UserError(f"{task.name}, question {index}: the model's logits are not finite numbers")
+                parts[index][choice] = value
+                if len(parts[index]) == len(questions[index].choices):
+                    yield index, [value for _, value in sorted(parts.pop(index).items())]
+
+
+def summarize(
+    tasks: Sequence[Task], groups: Sequence[Group], questions: dict[str, list[Question]], done: Scores
+) -> dict[str, dict[str, float]]:
+    """The figures of every task, then of every group, whose figures are of the tasks for which a metric counts."""
+    results: dict[str, dict[str, float]] = {}
+    for task in tasks:
+        results[task.name] = figures(
+            [
+                Sample(question.gold, done[task.name, index], [len(choice) for choice in question.choices])
+                for index, question in enumerate(questions[task.name])
+            ]
+        )
+    all_groups = benchmarks.load()[1]
+    for group in groups:
+        members = set(benchmarks.leaves(group.name, all_groups))
+        inside = [task for task in tasks if task.name in members]
+        counted = {
+            metric: [results[task.name] for task in inside if metric in task.metrics] for metric in group.metrics
+        }
+        results[group.name] = {
+            **{metric: weighted(of_tasks, metric) for metric, of_tasks in counted.items() if of_tasks},
+            "n": sum(results[task.name]["n"] for task in inside),
+        }
+    return results
+
+
+def report(results: dict[str, dict[str, float]], metrics: dict[str, tuple[str, ...]]) -> None:
+    """The table of what counts."""
+    width = max(map(len, results))
+    print(f"{'task':<{width}} {'n':>6} " + " ".join(f"{metric:>8}" for metric in METRICS))
+    for name, figures_ in results.items():
+        cells = (f"{figures_[m]:8.4f}" if m in metrics[name] and m in figures_ else " " * 8 for m in METRICS)
+        print(f"{name:<{width}} {figures_['n']:6} " + " ".join(cells))

@@ -1,0 +1,348 @@
+"""`python -m eval choice`: file formats, continued runs, several processes, mistakes."""
+
+import csv
+import json
+import shutil
+import sys
+
+import families
+import pyarrow
+import pyarrow.parquet
+import pytest
+from forking import fork_group
+from small_tokenizer import write_tokenizer
+
+from elo.common.errors import exit_status
+from eval import __main__ as evaluation
+from eval import tasks as benchmarks
+from eval.likelihood import loglikelihood
+from eval.likelihood.metrics import macro_f1
+from examples import questions
+
+TASKS = "mmlu,kobest,marc_ja"
+# The columns of SKT-LSL/KoBEST_datarepo's files, those that are not used among them.
+UPSTREAM = {
+    "boolq": ("BoolQ", ["ID", "Text", "Question", "Answer"]),
+    "copa": ("COPA", ["ID", "sentence", "question", "1", "2", "Answer"]),
+    "wic": ("WiC", ["ID", "Target", "SENTENCE1", "Dictionary 1", "Link 1", "SENTENCE2", "Link2", "ANSWER"]),
+    "hellaswag": ("HellaSwag", ["ID", "context", "choice1", "choice2", "choice3", "choice4", "label"]),
+    "sentineg": ("SentiNeg", ["ID", "Label_origin", "Text_origin", "Label", "Text", "Category_neg"]),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    """A random model and the sample questions."""
+    root = tmp_path_factory.mktemp("choice")
+    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400, max_position_embeddings=1024)
+    families.write("small", root / "model")
+    write_tokenizer(root / "model")
+    questions.write(root / "data")
+    return root
+
+
+def run(monkeypatch, root, *words):
+    words = ["--model", root / "model", "--dtype", "fp32", "--batch-tokens", 600, *words]
+    monkeypatch.setattr(sys, "argv", ["eval", "choice", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(evaluation.main)
+    return exit_.value.code
+
+
+@pytest.fixture(scope="module")
+def finished(root):
+    """The samples and the result of a whole run."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        files = ["--samples", root / "samples.jsonl", "--json", root / "result.json"]
+        assert run(monkeypatch, root, "--data", root / "data", "--tasks", TASKS, *files) == 0
+    return (root / "samples.jsonl").read_text(), json.loads((root / "result.json").read_text())
+
+
+def by_question(text):
+    """(task, index) -> its sample; each is there once"""
+    samples = [json.loads(line) for line in text.splitlines()]
+    found = {(sample["task"], sample["index"]): sample for sample in samples}
+    assert len(found) == len(samples)
+    return found
+
+
+# ---- files
+
+
+def write_tsv(path, columns, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        csv.writer(file, delimiter="\t").writerows([columns, *rows])
+
+
+def as_upstream(name, record, number):
+    """A row of the upstream TSV file."""
+    match name:
+        case "boolq":
+            return [number, record["paragraph"], record["question"], str(bool(record["label"]))]
+        case "copa":
+            return [number, *list(record.values())[:-1], record["label"] + 1]
+        case "wic":
+            word, first, second, label = record.values()
+            return [number, word, first, 1, "link", second, "link", str(bool(label))]
+        case "hellaswag":
+            return [number, *record.values()]
+        case "sentineg":
+            return [number, 1 - record["label"], "다른 문장", record["label"], record["sentence"], 1]
+
+
+def test_kobest_as_upstream_tsv(root, tmp_path, capsys):
+    for name, split, records in questions.kobest_rows():
+        folder, columns = UPSTREAM[name]
+        rows = [as_upstream(name, record, number) for number, record in enumerate(records)]
+        incomplete = ["", *rows[0][1:]]
+        write_tsv(tmp_path / "kobest" / folder / f"{split}.tsv", columns, [rows[0], incomplete, *rows[1:]])
+    for task in benchmarks.load()[0].values():
+        if task.name.startswith("kobest"):
+            assert task.questions(tmp_path, shots=2) == task.questions(root / "data", shots=2)
+    assert "boolq/test.tsv:3: passed over, since a cell is empty".lower() in capsys.readouterr().err.lower()
+
+
+@pytest.mark.parametrize("layout", ["test-{}-of-00002.parquet", "test/{}.parquet"])
+def test_parquet_as_on_hugging_face(root, tmp_path, layout):
+    """cais/mmlu and skt/kobest_v1; files in shards."""
+
+    def write(folder, split, records):
+        for shard, part in enumerate((records[:2], records[2:])):
+            path = folder / layout.replace("test", split).format(f"{shard:05}")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            pyarrow.parquet.write_table(
+                pyarrow.Table.from_pylist(part, pyarrow.Table.from_pylist(records).schema), path
+            )
+
+    for subject, split, rows in questions.mmlu_rows():
+        records = [
+            {"question": question, "subject": subject, "choices": choices, "answer": "ABCD".index(answer)}
+            for question, *choices, answer in rows
+        ]
+        write(tmp_path / "mmlu" / subject, split, records)
+    for name, split, records in questions.kobest_rows():
+        write(tmp_path / "kobest" / name, split, records)
+    for task in benchmarks.load()[0].values():
+        if task.found(root / "data") and task.name != "marc_ja":
+            assert task.questions(tmp_path, shots=2) == task.questions(root / "data", shots=2)
+
+
+# ---- runs
+
+
+def test_a_context_is_computed_once(root, finished, monkeypatch):
+    """The tokens that go through the model are those of the shared prefix, each context and each choice."""
+    tokens = []
+    forward = loglikelihood.Scorer.score
+
+    def score(self, batch):
+        tokens.append(len(batch.shared) + sum(len(row.tokens) for row in batch.rows))
+        return forward(self, batch)
+
+    monkeypatch.setattr(loglikelihood.Scorer, "score", score)
+    words = ["--data", root / "data", "--tasks", "mmlu_abstract_algebra", "--batch-tokens", 10_000]
+    assert run(monkeypatch, root, *words) == 0
+    (task,) = [task for task in benchmarks.load()[0].values() if task.name == "mmlu_abstract_algebra"]
+    asked = task.questions(root / "data")
+    from elo.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(root / "model")
+    lengths = [len(tokenizer.encode(question.context)) for question in asked]
+    assert sum(tokens) < 1.7 * max(lengths)  # 4 questions with 5 examples each
+
+
+def test_batches_do_not_change_results(root, finished, tmp_path, monkeypatch):
+    words = ["--data", root / "data", "--tasks", TASKS, "--samples", tmp_path / "samples.jsonl", "--batch-tokens", 1]
+    assert run(monkeypatch, root, *words) == 0
+    one_by_one = by_question((tmp_path / "samples.jsonl").read_text())
+    for key, sample in by_question(finished[0]).items():
+        assert sample["loglikelihoods"] == pytest.approx(one_by_one[key]["loglikelihoods"], abs=1e-3, rel=0)
+
+
+def test_a_killed_run_continues(root, finished, tmp_path, monkeypatch, capfd):
+    """Killed between two batches and, later, in the middle of writing; nothing is asked twice or changes."""
+    words = ["--data", root / "data", "--tasks", TASKS, "--samples", tmp_path / "samples.jsonl"]
+    words += ["--json", tmp_path / "result.json"]
+    forward, calls = loglikelihood.Scorer.score, []
+
+    def dies(self, batch):
+        calls.append(batch)
+        if len(calls) == 5:
+            raise MemoryError
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(loglikelihood.Scorer, "score", dies)
+        patch.setattr(sys, "argv", ["eval", "choice", "--model", str(root / "model"), "--dtype", "fp32"])
+        patch.setattr(sys, "argv", [*sys.argv, "--batch-tokens", "600", *map(str, words)])
+        evaluation.main()
+    some = (tmp_path / "samples.jsonl").read_text()
+    assert 0 < some.count("\n") < finished[0].count("\n")
+
+    torn = finished[0][: finished[0].index("kobest_hellaswag") + 40]
+    assert torn.count("\n") > some.count("\n")
+    (tmp_path / "samples.jsonl").write_text(torn)
+    assert run(monkeypatch, root, *words) == 0
+    text = (tmp_path / "samples.jsonl").read_text()
+    assert text.startswith(torn[: torn.rindex("\n") + 1])
+    assert by_question(text) == by_question(finished[0])
+    assert json.loads((tmp_path / "result.json").read_text()) == finished[1]
+
+    monkeypatch.setattr(loglikelihood.Scorer, "score", None)  # all is there: the model is not asked at all
+    capfd.readouterr()
+    assert run(monkeypatch, root, *words) == 0
+    assert f"{finished[1]['results']['kobest']['f1']:.4f}" in capfd.readouterr().out
+
+
+def test_results_of_another_model_data_or_shots_are_refused(root, finished, tmp_path, monkeypatch, capfd):
+    samples = tmp_path / "samples.jsonl"
+    words = ["--data", root / "data", "--tasks", "kobest_copa", "--samples", samples]
+
+    def refused(*words):
+        samples.write_text(finished[0])
+        assert run(monkeypatch, root, *words) == 2
+        assert samples.read_text() == finished[0]
+        return capfd.readouterr().err
+
+    assert "samples.jsonl:1: a result of another model or --dtype" in refused(*words, "--dtype", "bf16")
+    assert "a result of other data or another --shots" in refused(*words, "--shots", 1)
+    other = shutil.copytree(root / "model", tmp_path / "other")
+    families.write("small", other, seed=1)
+    assert "samples.jsonl:1: a result of another model or --dtype" in refused(*words, "--model", other)
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    path = data / "kobest" / "copa" / "test.jsonl"
+    path.write_text(path.read_text().replace("강물이 불어났다.", "강물이 늘었다."))
+    assert "a result of other data or another --shots" in refused("--data", data, *words[2:])
+
+    samples.write_text("precious notes")
+    assert run(monkeypatch, root, *words) == 2
+    assert samples.read_text() == "precious notes"
+
+
+def test_several_processes_give_the_same(root, finished, tmp_path):
+    """Two processes continue what one has begun."""
+    begun = "".join(finished[0].splitlines(keepends=True)[:7]) + '{"task": "mmlu_'
+    (tmp_path / "samples.jsonl").write_text(begun)
+    words = ["choice", "--model", root / "model", "--data", root / "data", "--tasks", TASKS, "--dtype", "fp32"]
+    words += ["--samples", tmp_path / "samples.jsonl", "--json", tmp_path / "result.json", "--batch-tokens", "600"]
+    pair = fork_group(2, "eval.__main__", words)
+    said = [process.communicate() for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], said
+    samples = by_question((tmp_path / "samples.jsonl").read_text())
+    expected = by_question(finished[0])
+    assert samples.keys() == expected.keys()
+    for key, sample in samples.items():
+        assert sample["loglikelihoods"] == pytest.approx(expected[key]["loglikelihoods"], abs=1e-4, rel=0)
+    assert json.loads((tmp_path / "result.json").read_text()) == finished[1]
+    assert "".join(output for output, _ in said).count("marc_ja") == 1
+
+
+def test_limit_takes_the_first_questions(root, finished, tmp_path, monkeypatch):
+    files = ["--samples", tmp_path / "samples.jsonl", "--json", tmp_path / "result.json"]
+    words = ["--data", root / "data", "--tasks", "kobest,marc_ja,mmlu_sociology", *files]
+    assert run(monkeypatch, root, *words, "--limit", 2) == 0
+    results = json.loads((tmp_path / "result.json").read_text())["results"]
+    assert {name: result["n"] for name, result in results.items()} == {
+        **dict.fromkeys(["marc_ja", "mmlu_sociology", *(f"kobest_{name}" for name in questions.KOBEST)], 2),
+        "kobest": 10,
+    }
+    expected = by_question(finished[0])
+    for key, sample in by_question((tmp_path / "samples.jsonl").read_text()).items():
+        assert sample["loglikelihoods"] == pytest.approx(expected[key]["loglikelihoods"], abs=1e-3, rel=0)
+    # A longer run takes over what a shorter one has found.
+    assert run(monkeypatch, root, *words) == 0
+    assert len(by_question((tmp_path / "samples.jsonl").read_text())) == sum(
+        results["n"]
+        for name, results in finished[1]["results"].items()
+        if name in ("kobest", "marc_ja", "mmlu_sociology")
+    )
+
+
+def test_macro_f1_by_hand():
+    # Class 0: 1 hit, 1 missed, 0 wrong; class 1: 1 hit, 0 missed, 1 wrong; class 2: predicted once, never right.
+    assert macro_f1([0, 0, 1], [0, 1, 1]) == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert macro_f1([0, 0], [0, 2]) == pytest.approx((2 / 3 + 0) / 2)
+
+
+# ---- mistakes
+
+
+def replace(path, old, new):
+    def change(data):
+        text = (data / path).read_text()
+        assert old in text
+        (data / path).write_text(text.replace(old, new, 1))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            replace("kobest/boolq/test.jsonl", '"paragraph"', '"passage"'),
+            "boolq/test.jsonl:1: no column 'paragraph' or 'Text'; it has 'passage', 'question', 'label'",
+        ),
+        (
+            replace("kobest/boolq/test.jsonl", '"label": 0', '"label": 2'),
+            "boolq/test.jsonl:2: the label 'label' is 2; it should be one of False, True (or 0 to 1)",
+        ),
+        (replace("kobest/copa/test.jsonl", "결과", "끝"), "copa/test.jsonl:1: 'question' must be 원인 (cause) or 결과"),
+        (replace("kobest/copa/test.jsonl", "강물이 불어났다.", ""), "copa/test.jsonl:1: a choice is empty"),
+        (replace("kobest/wic/test.jsonl", '{"word"', '{"word'), "wic/test.jsonl:1: not a line of JSON"),
+        (replace("kobest/wic/test.jsonl", '"배"', "7"), "wic/test.jsonl:1: 'word' must be text, not 7"),
+        (
+            replace("marc_ja/valid-v1.0.json", "positive", "neutral"),
+            "valid-v1.0.json:1: the label 'label' is 'neutral'; it should be one of positive, negative",
+        ),
+        (
+            replace("mmlu/test/virology_test.csv", ",C\n", ",E\n"),
+            "virology_test.csv:1: the label 'answer' is 'E'; it should be one of A, B, C, D",
+        ),
+        (replace("mmlu/dev/virology_dev.csv", ",a few", ""), "virology_dev.csv:1: 5 columns instead of 6 (question, A"),
+        (lambda data: (data / "mmlu/test/virology_test.csv").write_text(""), "virology_test.csv: it has no records"),
+        (lambda data: (data / "mmlu/dev/virology_dev.csv").unlink(), "virology_dev.*: not found; mmlu_virology needs"),
+        (
+            lambda data: (data / "kobest/wic/test.tsv").write_text("ID\n1\n"),
+            "wic/test.jsonl and",
+        ),
+        (lambda data: (data / "kobest/wic/test.jsonl").write_bytes(b'{"word": "\xff"}'), "wic/test.jsonl:1: not UTF-8"),
+        (
+            lambda data: (data / "kobest/wic/test.jsonl").rename(data / "kobest/wic/test.parquet"),
+            "wic/test.parquet: damaged or incomplete",
+        ),
+        (lambda data: shutil.rmtree(data / "kobest"), "no file of kobest, such as "),
+    ],
+)
+def test_bad_data_is_one_line(root, tmp_path, change, message, monkeypatch, capfd):
+    data = shutil.copytree(root / "data", tmp_path / "data")
+    change(data)
+    assert run(monkeypatch, root, "--data", data, "--tasks", "mmlu_virology,kobest,marc_ja") == 2
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--tasks", "kobest_boolk"], "--tasks: there is no 'kobest_boolk'; there are "),
+        (["--tasks", ","], "--tasks: no task is named"),
+        (["--tasks", "kobest", "--shots", "90"], "boolq/train.jsonl: 6 records are too few for 90 examples"),
+        (["--tasks", "kobest", "--shots", "-1"], "--shots: '-1' is not a whole number"),
+        (["--tasks", "kobest", "--data", "absent"], "--data absent: no such directory"),
+        (["--tasks", "kobest", "--samples", "."], "--samples .: this is a directory"),
+        (["--tasks", "kobest", "--json", "absent/result.json"], "--json absent/result.json: its directory"),
+    ],
+)
+def test_mistakes_are_one_line(root, words, message, monkeypatch, capfd):
+    assert run(monkeypatch, root, "--data", root / "data", *words) == 2
+    (error,) = capfd.readouterr().err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_missing_subjects_are_named(root, finished, monkeypatch, capfd):
+    assert run(monkeypatch, root, "--data", root / "data", "--tasks", "mmlu", "--limit", 1) == 0
+    assert "mmlu: 6 of 57 tasks; no files of mmlu_anatomy, " in capfd.readouterr().err

@@ -1,0 +1,99 @@
+"""config.json in both dialects, and what is refused by name."""
+
+import json
+
+import families
+import pytest
+from transformers import AutoConfig
+
+from elo.common.errors import UserError
+from elo.model.config import ModelConfig
+
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
+QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+
+
+@pytest.mark.parametrize("fields", [LLAMA, MISTRAL, QWEN2], ids=lambda fields: fields["model_type"])
+def test_missing_fields_take_the_defaults_of_transformers(fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    ours, theirs = ModelConfig.load(tmp_path), AutoConfig.from_pretrained(tmp_path)
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps tie_word_embeddings"
+    )
+    for name in names.split():
+        assert getattr(ours, name) == getattr(theirs, name), name
+    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
+    assert ours.rope.theta == theirs.rope_parameters["rope_theta"] == 10000.0
+    assert set(ours.sliding_windows) == {4096 if fields is MISTRAL else None}
+
+
+def test_both_dialects_say_the_same():
+    rope = families.LLAMA3_ROPE
+    old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+    new = {**LLAMA, "rope_parameters": {**rope, "rope_theta": 5e5}}
+    assert ModelConfig.from_json(old) == ModelConfig.from_json(new)
+    oldest = {**LLAMA, "rope_scaling": {"type": "linear", "factor": 2.0}}
+    assert ModelConfig.from_json(oldest).rope.type == "linear"
+
+
+def test_sliding_windows_by_layer():
+    def windows(fields):
+        return ModelConfig.from_json({**fields, "num_hidden_layers": 4}).sliding_windows
+
+    assert windows({**MISTRAL, "sliding_window": None}) == (None,) * 4
+    assert windows({**MISTRAL, "sliding_window": 9}) == (9,) * 4
+    qwen = {**QWEN2, "sliding_window": 9, "max_window_layers": 3}
+    assert windows(qwen) == (None,) * 4
+    assert windows({**qwen, "use_sliding_window": True}) == (None, None, None, 9)
+    types = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    assert windows({**qwen, "use_sliding_window": True, "layer_types": types}) == (9, None, None, 9)
+
+
+REFUSED = [
+    ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, "GPT2LMHeadModel"),
+    ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification"),
+    ({}, "architecture None"),
+    ({"model_type": "gemma2"}, "gemma2"),
+    ({**LLAMA, "model_type": "qwen2"}, "qwen2"),
+    ({**LLAMA, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
+    ({**LLAMA, "attention_bias": True}, "attention_bias"),
+    ({**LLAMA, "mlp_bias": True}, "mlp_bias"),
+    ({**LLAMA, "attention_dropout": 0.1}, "attention_dropout"),
+    ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config"),
+    ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+    ({**LLAMA, "logit_scale": 0.1}, "logit_scale"),
+    ({**LLAMA, "sliding_window": 128}, "sliding_window"),
+    ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'dynamic'"),
+    ({**LLAMA, "rope_parameters": {"rope_type": "longrope"}}, "'longrope'"),
+    ({**LLAMA, "rope_parameters": {"rope_type": "linear"}}, "factor must be a number above 0"),
+    ({**LLAMA, "rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
+    ({**LLAMA, "hidden_size": "4096"}, "hidden_size must be a whole number"),
+    ({**LLAMA, "hidden_size": -1}, "not -1"),
+    ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers"),
+    ({**LLAMA, "rms_norm_eps": float("nan")}, "rms_norm_eps"),
+    ({**LLAMA, "num_key_value_heads": 5}, "not a multiple of num_key_value_heads = 5"),
+    ({**LLAMA, "hidden_size": 4095}, "not a multiple of num_attention_heads"),
+    ({**LLAMA, "head_dim": 3}, "head_dim = 3 is odd"),
+    ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types"),
+]
+
+
+@pytest.mark.parametrize(("fields", "named"), REFUSED, ids=[named for _, named in REFUSED])
+def test_refused_by_name(fields, named):
+    with pytest.raises(UserError) as error:
+        ModelConfig.from_json(fields, "DIR/config.json")
+    assert named in str(error.value)
+    assert str(error.value).startswith("DIR/config.json: ")
+
+
+def test_config_file_errors(tmp_path):
+    with pytest.raises(UserError, match="config.json: not found"):
+        ModelConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text('{"hidden_size": 4')
+    with pytest.raises(UserError, match="config.json: not valid JSON"):
+        ModelConfig.load(tmp_path)
+    (tmp_path / "config.json").write_text("[1]")
+    with pytest.raises(UserError, match="must be a JSON object"):
+        ModelConfig.load(tmp_path)

@@ -1,0 +1,274 @@
+"""`elo.planning` says beforehand what a run takes; here it is held against runs."""
+
+import json
+import math
+import re
+import sys
+
+import families
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+import elo.cpu.attention
+from benchmarks import planning_checks, planning_paper
+from elo.common.errors import exit_status
+from elo.cpu import linear
+from elo.model.config import ModelConfig
+from elo.model.rotary import rotary_table
+from elo.planning import plan as planning
+from elo.planning.costs import METHODS, count_flops, outline, parameters
+from elo.planning.memory import Setup, block_activations
+from elo.planning.plan import flops_per_token
+from elo.variants.lora import LoraOptions
+
+SEQ_LEN = 32
+
+
+def family(variant, **changes):
+    architecture, config = families.VARIANTS[variant]()
+    return ModelConfig.from_json({**config.to_dict(), "architectures": [architecture.__name__], **changes})
+
+
+# ---- FLOPs, against torch's count of real steps
+
+# The counter does not know oneDNN's products, nor attention on a CPU, nor products that are added in place.
+FORMULAS = {
+    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
+    torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * math.prod(a) * b[1],
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
+        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
+    ),
+}
+
+
+def counted(model):
+    """torch's FLOPs of a step, a token: (attention, everything else)."""
+    model.to_empty(device="cpu").tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    tokens = torch.randint(0, 300, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+        model(tokens, tokens).backward()
+    counts = counter.get_flop_counts()["Global"]
+    attention = sum(count for op, count in counts.items() if "dot_product" in str(op))
+    return attention / tokens.numel(), (sum(counts.values()) - attention) / tokens.numel()
+
+
+@pytest.fixture(autouse=True)
+def torch_attention(monkeypatch):
+    """As on a GPU: the counter cannot tell the products of our own attention for CPUs from the others."""
+
+    def attention(*qkv):
+        return torch.nn.functional.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+
+    monkeypatch.setattr(elo.cpu.attention._CausalAttention, "apply", attention)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "variant", ["llama2", "llama3", "smollm2", "mistral-v0.1", "mistral-nemo", "qwen2", "qwen2.5-tied"]
+)
+def test_flops(variant, method):
+    model = outline(family(variant), method)
+    planned = count_flops(model, SEQ_LEN)
+    attention, rest = counted(model)
+    assert planned.total - planned.attention == pytest.approx(rest, rel=1e-9)
+    # torch counts the whole square of tokens, also where only the past is computed: (n + 1) / 2 of its n columns.
+    share = 1 if variant == "mistral-v0.1" else (SEQ_LEN + 1) / (2 * SEQ_LEN)  # there a window cuts: see count_flops
+    assert planned.attention == pytest.approx(attention * share, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_flops_of_activation_checkpointing(method, monkeypatch):
+    # F.linear, as on a GPU: the product of our own function for CPUs is recomputed although nothing needs it.
+    monkeypatch.setattr(linear, "ONEDNN", False)
+    model = outline(family("llama3"), method)
+    planned = count_flops(model, SEQ_LEN, activation_checkpointing=True)
+    for block in model.model.layers:
+        block.activation_checkpointing = True
+    attention, rest = counted(model)
+    assert planned.total - planned.attention == pytest.approx(rest, rel=1e-9)
+    assert planned.attention == pytest.approx(attention * (SEQ_LEN + 1) / (2 * SEQ_LEN), rel=1e-9)
+    assert planned.recomputed > 0
+
+
+def test_flops_of_options():
+    config = family("llama3")
+    layer_and_head = [flops_per_token(config, "elo", SEQ_LEN, layers=layers) for layers in ((1,), (1, 4), (1, 2, 4))]
+    assert layer_and_head[2] - layer_and_head[1] == layer_and_head[1] - layer_and_head[0] > 0
+    thick = outline(config, "lora", adapters=LoraOptions(lora_rank=20))
+    assert flops_per_token(config, "lora", SEQ_LEN, rank=20) == count_flops(thick, SEQ_LEN).total
+    attention, rest = counted(thick)
+    assert count_flops(thick, SEQ_LEN).total == pytest.approx(rest + attention * (SEQ_LEN + 1) / (2 * SEQ_LEN))
+
+
+# ---- parameters
+
+
+@pytest.mark.parametrize("model", planning_paper.PUBLIC)
+def test_parameters_are_those_published(model):
+    assert parameters(outline(planning_paper.config(model), "full")) == planning_paper.PUBLIC[model][1]
+
+
+def test_parameters_of_methods():
+    config = planning_paper.config("Llama-3.1-8B")
+    layer, vocabulary = 218_112_000, 128256 * 4096
+    elo = outline(config, "elo", (1, 16, 32))
+    assert parameters(elo, trained=True) == 3 * layer
+    assert parameters(elo) == 3 * layer + 2 * vocabulary + 4096
+    lora = outline(config, "lora", adapters=LoraOptions(lora_rank=16))
+    widths = 2 * (4096 + 4096) + 2 * (4096 + 1024) + 3 * (4096 + 14336)  # q, o; k, v; gate, up, down
+    assert parameters(lora, trained=True) == 32 * 16 * widths
+
+
+# ---- memory, against that of real steps
+
+
+@pytest.mark.parametrize(
+    ("method", "setup"),
+    [
+        ("elo", Setup(1024, dtype="fp32", device="cpu")),
+        ("full", Setup(512, dtype="fp32", device="cpu", activation_checkpointing=True)),
+    ],
+)
+def test_peak_memory(method, setup):
+    """Two of the cases of docs/planning.md, with a smaller model."""
+    fields = planning_paper.PUBLIC["Llama-3.1-8B"][0]
+    small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
+    fields = {**fields, **small, "vocab_size": 16384, "num_key_value_heads": 2}
+    planned = planning_checks.planned(fields, method, setup).total
+    assert planned == pytest.approx(planning_checks.measure(fields, method, setup), rel=0.1)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("method", METHODS)
+def test_activations_are_what_autograd_keeps(method, dtype):
+    config = family("qwen2")
+    model = outline(config, method).to(planning.DTYPES[dtype]).to_empty(device="cpu")
+    block = model.model.layers[-1]
+    weights = {parameter.untyped_storage().data_ptr() for parameter in block.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage, storage.nbytes()
+        return tensor
+
+    table = rotary_table(config.rope, config.head_dim, SEQ_LEN, torch.device("cpu"), planning.DTYPES[dtype])
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        x = torch.zeros(2, SEQ_LEN, config.hidden_size, dtype=table[0].dtype, requires_grad=True)
+        result = block(x, *table, None)
+    assert result.requires_grad
+    found = sum(size for _, size in kept.values()) - sum(tensor.nbytes for tensor in table)
+    planned = block_activations(block, Setup(2 * SEQ_LEN, dtype=dtype, device="cpu"))
+    assert planned == pytest.approx(found, rel=0.01)  # two numbers a token of the norms are not counted
+
+
+# ---- the command
+
+
+def write_config(directory, model="Llama-3.1-8B"):
+    (directory / "config.json").write_text(json.dumps(planning_paper.PUBLIC[model][0]))
+    return ["--model", str(directory / "config.json")]
+
+
+def run(monkeypatch, capsys, *options):
+    """(status, stdout, stderr)"""
+    monkeypatch.setattr(sys, "argv", ["planning", *options])
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(planning.main)
+    return exit_.value.code, *capsys.readouterr()
+
+
+def test_hours(tmp_path, monkeypatch, capsys):
+    """Table 1 of the paper: ELO on 2.5 * 10^9 tokens took 1.5 hours of 8 H100, with the utilization it implies."""
+    result = tmp_path / "plan.json"
+    options = ["--gb", "9", "--bytes-per-token", "3.6", "--utilization", "0.283", "--json", str(result)]
+    status, out, _ = run(monkeypatch, capsys, *write_config(tmp_path), "--method", "elo", *options)
+    assert status == 0
+    (plan,) = json.loads(result.read_text())["plans"]
+    assert plan["hours"] == pytest.approx(1.5, rel=0.01)
+    by_hand = 2.5e9 * plan["flops"]["total"] / (8 * 989e12 * 0.283) / 3600
+    assert plan["hours"] == pytest.approx(by_hand, rel=1e-9)
+    assert f"{by_hand:.2f} for 2.50 * 10^9 tokens" in out
+    assert plan["trained"] == 2 * 218_112_000
+
+
+def test_windows_that_are_empty_cost_time(tmp_path, monkeypatch, capsys):
+    hours = []
+    for gpus in ("64", "96"):  # of 64 windows a step
+        result = tmp_path / "plan.json"
+        options = ["--gpus", gpus, "--seq-len", "8192", "--method", "elo", "--json", str(result)]
+        assert run(monkeypatch, capsys, *write_config(tmp_path), *options)[0] == 0
+        hours.append(json.loads(result.read_text())["plans"][0]["hours_per_billion_tokens"])
+    assert hours[0] == pytest.approx(hours[1])
+
+
+def test_table_of_all_stages(tmp_path, monkeypatch, capsys):
+    status, out, _ = run(monkeypatch, capsys, *write_config(tmp_path, "Llama-3-70B"), "--tokens", "1e9")
+    assert status == 0
+    lines = {line[:22].strip(): line[22:] for line in out.splitlines()[2:]}
+    assert list(lines) == [*(f"train.py --method {method}" for method in METHODS), "align.py", "sft.py"]
+    assert "does not fit" not in lines["train.py --method elo"]
+    assert "does not fit; would with: --activation-checkpointing" in lines["train.py --method lora"]
+
+
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("Llama-3.1-8B", "--stage align --gpu A100-40GB"),
+        ("Llama-3.1-8B", "--method full --gpu A100-40GB --seq-len 4096 --batch-tokens 131072"),
+        ("Llama-3.1-8B", "--stage sft --gpu RTX-4090"),
+        ("Llama-3.1-8B", "--method full --gpus 16 --shard 4"),
+        ("Llama-3-70B", "--method lora"),
+        ("Llama-3-70B", "--stage align"),
+    ],
+)
+def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, capsys):
+    base = [*write_config(tmp_path, model), *options.split()]
+    status, out, error = run(monkeypatch, capsys, *base)
+    assert (status, out) == (2, "")
+    (line,) = error.splitlines()
+    for way in line.split("it would fit with ")[1].split(", or "):
+        words = re.sub(r"\(.*?\)|--clip 0", "", way).split()
+        changed = list(base)
+        if "GPUs" in words:
+            words = ["--gpus", *words[:1], *words[2:]]
+        if "no" in words:
+            words = words[2:]
+            place = changed.index("--shard")
+            del changed[place : place + 2]
+        for name, value in (("--micro-batch", "4"), ("--micro-batch-tokens", "8192")):
+            assert name not in words or int(words[words.index(name) + 1]) < int(value)
+        assert run(monkeypatch, capsys, *changed, *words)[0] == 0, way
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--model nowhere", "--model nowhere: not found"),
+        ("--stage align --method lora", "--method lora is an option of train.py"),
+        ("--stage sft --layers 1,2", "--layers 1,2: only train.py --method elo"),
+        ("--layers 1,99", "--layers 1,99: there is no layer 99"),
+        ("--gpus 8 --shard 3", "--shard 3 does not divide the 8 GPUs"),
+        ("--gb 9", "--gb needs --bytes-per-token"),
+        ("--bytes-per-token 3", "--bytes-per-token goes with --gb"),
+        ("--gb 9 --bytes-per-token 3 --tokens 5", "--tokens and --gb say the same"),
+        ("--dtype fp32", "--dtype fp32: the GPUs' peaks are known here for bf16"),
+        ("--gpu-memory 64", "a kind that is not in the table needs both"),
+        ("--utilization 0", "--utilization 0: such a run never ends"),
+        ("--seq-len 3000", "--batch-tokens 524288 is not a multiple of --seq-len 3000"),
+        ("--seq-len 262144", "--seq-len 262144: the model has 131072 positions"),
+        ("--json nowhere/plan.json", "--json nowhere/plan.json: its directory does not exist"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, tmp_path, monkeypatch, capsys):
+    base = [] if "--model" in options else write_config(tmp_path)
+    status, out, error = run(monkeypatch, capsys, *base, *options.split())
+    assert (status, out) == (2, "")
+    assert error.startswith("error: ")
+    assert message in error
+    assert len(error.splitlines()) == 1

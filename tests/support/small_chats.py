@@ -1,0 +1,36 @@
+"""Conversations in ShareGPT's form, and a chat format on a small tokenizer."""
+
+import json
+
+import tokenizers
+from small_tokenizer import write_tokenizer
+
+from elo.text.chat_format import chat_format
+from elo.text.tokenizer import load_tokenizer
+
+
+def chatml(directory):
+    """ChatML without a default system message, on a tokenizer of 402 tokens."""
+    write_tokenizer(directory)
+    path = str(directory / "tokenizer.json")
+    tokenizer = tokenizers.Tokenizer.from_file(path)
+    tokenizer.add_special_tokens(["<|im_start|>", "<|im_end|>"])
+    tokenizer.save(path)
+    return chat_format(directory, load_tokenizer(directory), "chatml")
+
+
+def chat(*texts, system=None):
+    """Messages in turn the user's and the assistant's."""
+    head = [] if system is None else [{"role": "system", "content": system}]
+    return head + [{"role": ("user", "assistant")[number % 2], "content": text} for number, text in enumerate(texts)]
+
+
+def sharegpt(messages, **fields):
+    names = {"user": "human", "assistant": "gpt", "system": "system"}
+    turns = [{"from": names[message["role"]], "value": message["content"]} for message in messages]
+    return {"conversations": turns, **fields}
+
+
+def write_lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
