@@ -13,7 +13,6 @@ a shard, and of two runs that build the same one, the second takes the first's.
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -45,6 +44,8 @@ from elo.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2  # part of every shard's name: a new format is built anew
 FILES = ("tokens.bin", "documents.bin", "counts.bin")
+BUILDING = ".building-"  # starts the name of a directory in which a shard is being built
+ABANDONED = 24 * 3600  # seconds without a change, after which nobody builds there any more
 
 
 @dataclass(frozen=True, eq=False)
@@ -207,39 +208,46 @@ def _write(
 
 @contextlib.contextmanager
 def _building_directory(cache: Path) -> Iterator[Path]:
-    """A directory to build a shard in, removed in the end if it was not moved away.
+    """A directory of this process alone to build a shard in, removed in the end if it was not moved away.
 
-    A killed run cannot remove its own. The next run does: the lock on a directory ends with the run that built
-    there, however it ended. Where the file system has no locks, such directories stay.
+    A killed run cannot remove its own. The next run does, where that is known: of its own machine it sees the
+    processes; what another machine does it can tell from the files only, and takes a day of silence for an end. Locks
+    would not do: many cluster file systems keep them within a machine.
     """
     cache.mkdir(parents=True, exist_ok=True)
-    for leftover in cache.glob(".building-*"):
-        with contextlib.suppress(OSError), _locked(leftover) as is_ours:
-            is_new = time.time() - leftover.stat().st_mtime < 60  # perhaps made, but not locked yet
-            if is_ours and not is_new:
-                shutil.rmtree(leftover)
-    directory = cache / f".building-{os.getpid()}-{time.time_ns()}"
+    directory = cache / f"{BUILDING}{_machine()}-{os.getpid()}-{time.time_ns()}"
     directory.mkdir()
-    with _locked(directory):
-        try:
-            yield directory
-        finally:
-            shutil.rmtree(directory, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(directory: Path) -> Iterator[bool]:
-    """Lock a directory for as long as this process lives; False if another one has it."""
-    handle = os.open(directory, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        is_ours = True
-    except OSError:
-        is_ours = False
-    try:
-        yield is_ours
+        now = directory.stat().st_mtime  # by the file system's clock, which may be another than ours
+        for leftover in cache.glob(f"{BUILDING}*"):
+            with contextlib.suppress(OSError):  # another run has removed or moved it
+                if leftover != directory and _is_abandoned(leftover, now):
+                    shutil.rmtree(leftover)
+        yield directory
     finally:
-        os.close(handle)
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _machine() -> str:
+    """Names what process numbers are good for: this machine since it was started, or this container of it."""
+    try:
+        names = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+        return hashlib.sha256(names.encode()).hexdigest()[:16]
+    except OSError:
+        return "unknown"
+
+
+def _is_abandoned(directory: Path, now: float) -> bool:
+    machine, process, *_ = [*directory.name.removeprefix(BUILDING).split("-"), ""]
+    if machine != _machine() or machine == "unknown":
+        return now - max(path.stat().st_mtime for path in [directory, *directory.iterdir()]) > ABANDONED
+    try:
+        os.kill(int(process), 0)  # sends nothing
+    except ProcessLookupError:
+        return True
+    except (PermissionError, ValueError, OverflowError):  # somebody else's, or no process of ours
+        pass
+    return False
 
 
 def _publish(built: Path, directory: Path, files: Sequence[str]) -> TokenShard:

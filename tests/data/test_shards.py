@@ -251,7 +251,7 @@ def start(tmp_path, tokenizer, path, before="", workers=1):
     arguments = [str(path)], str(tokenizer), str(tmp_path / "cache")
     code = f"""
 {before}
-from elo.shards import tokenize
+from elo.data.shards import tokenize
 print(tokenize(*{arguments!r}, workers={workers}, progress=False).bytes)
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -292,13 +292,7 @@ def test_a_killed_run_leaves_no_processes_and_no_shard(tmp_path, build, tokenize
     wait_for(lambda: not any(process.is_running() for process in processes))
     (leftover,) = (tmp_path / "cache").iterdir()
     assert leftover.name.startswith(".building-")
-
-    small = write_json_lines(tmp_path / "small.jsonl", TEXTS)
-    build(small)
-    assert leftover.exists()  # only just made: its run may be about to lock it
-    os.utime(leftover, (0, 0))
-    small.write_text('{"text": "changed"}')
-    build(small)
+    build(write_json_lines(tmp_path / "small.jsonl", TEXTS))
     assert not leftover.exists()
 
 
@@ -308,6 +302,33 @@ def test_the_directory_of_a_living_run_is_left_alone(tmp_path, build):
         build(write_json_lines(tmp_path / "a.jsonl", TEXTS))
         assert directory.exists()
     assert not directory.exists()
+
+
+@pytest.mark.parametrize("name", ["0123456789abcdef-{}-7", "unknown-{}-7", "{}-7", "x"])
+def test_the_directory_of_a_run_on_another_machine_is_left_alone(tmp_path, build, name):
+    """There its process has any number, and its locks would mean nothing here."""
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    building = tmp_path / "cache" / f".building-{name.format(gone.pid)}"
+    building.mkdir(parents=True)
+    (building / "tokens.bin").write_text("tokens")
+    os.utime(building, (0, 0))  # made long ago, and still written to
+    build(write_json_lines(tmp_path / "a.jsonl", TEXTS))
+    assert building.exists()
+    os.utime(building / "tokens.bin", (0, time.time() - 23 * 3600))
+    build(write_json_lines(tmp_path / "b.jsonl", TEXTS))
+    assert building.exists()
+    os.utime(building / "tokens.bin", (0, time.time() - 25 * 3600))
+    build(write_json_lines(tmp_path / "c.jsonl", TEXTS))
+    assert not building.exists()
+
+
+def test_the_clock_is_the_file_systems(tmp_path, build, monkeypatch):
+    building = tmp_path / "cache" / ".building-0123456789abcdef-1-7"
+    building.mkdir(parents=True)
+    monkeypatch.setattr(time, "time", lambda: 1e10)  # ours goes centuries ahead of it
+    build(write_json_lines(tmp_path / "a.jsonl", TEXTS))
+    assert building.exists()
 
 
 def test_ctrl_c_ends_everything(tmp_path, tokenizer, long_file):
