@@ -3,25 +3,22 @@
 A state has the trained parameters, the optimizer, the number of steps done, which is also the position in the data
 and in the schedule, and the random state of every process. Frozen parameters come from the base checkpoint again.
 
-Every process writes its shards into a file, with a checksum beside it; `.metadata` comes last, by rename. A directory
-without it was cut short. DCP unpickles without asking what; here nothing is but numbers and descriptions of tensors.
+One that is damaged is passed over for the one before it. One that is as it was written and still cannot be read is
+another version's: it is worth keeping, and the run does not go on without it.
 """
 
 import os
-import pickle
+import platform
 import re
 import shutil
 import time
-import zlib
 from concurrent.futures import Future
-from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import Metadata, ReadItem
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
@@ -30,20 +27,9 @@ from elo.common.options import Interval
 from elo.model.decoder import CausalLM
 from elo.runs.devices import random_state, set_random_state
 from elo.runs.processes import World
+from elo.runs.state_files import METADATA, StatePlanner, StateReader, SummingWriter, check_files, remove_state
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
-SUM = ".crc32"
-# What `.metadata` consists of, by module.
-DESCRIPTIONS = {
-    "pathlib": {"PosixPath"},
-    "torch": {"Size", "float64", "float32", "bfloat16", "float16", "int64", "uint8"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "Metadata", "MetadataIndex", "StorageMeta", "BytesStorageMetadata", "ChunkStorageMetadata",
-        "TensorStorageMetadata", "TensorProperties", "_MEM_FORMAT_ENCODING",
-    },
-}  # fmt: skip
 NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 
 
@@ -80,7 +66,7 @@ class States:
 
     def complete(self) -> list[Path]:
         """The complete states, oldest first."""
-        return sorted((path for path in self._all() if (path / ".metadata").exists()), key=_step_of)
+        return sorted((path for path in self._all() if (path / METADATA).exists()), key=_step_of)
 
     def _all(self) -> list[Path]:
         """With those that were cut short; without what somebody put there under another name, such as a copy."""
@@ -149,7 +135,8 @@ class States:
     def load_newest(self) -> int:
         """Restore the newest state and return its step, or 0 where there is none.
 
-        One that is damaged is renamed, and the one before it is taken. Raises UserError if none can be read.
+        One that is damaged is renamed, and the one before it is taken. Raises UserError if none can be read, or one
+        that is whole cannot be read by this version.
         """
         directories = self.world.from_rank_0(self.complete())
         damaged: list[tuple[Path, str]] = []
@@ -177,10 +164,13 @@ class States:
     def _load(self, directory: Path) -> str | None:
         """Restore a state. Returns what is wrong with it, if anything is."""
         world = self.world
-        if wrong := wrong_files(directory, world):
-            return wrong[0]
-        state = self._state(_step_of(directory))
         reader = StateReader(directory)
+        damaged, unknown = check_files(reader, world)
+        if damaged:
+            return damaged[0]
+        if unknown:
+            raise _another_versions(directory, unknown[0])
+        state = self._state(_step_of(directory))
         known = reader.read_metadata().state_dict_metadata
         # Another number of processes has other random states, as it has other parts of a batch.
         mine = {name: value for name, value in state["random"].items() if f"random.{name}" in known}
@@ -189,7 +179,9 @@ class States:
             dcp.load(state, storage_reader=reader, planner=StatePlanner(), process_group=world.host_group)
         except CheckpointException as error:
             _raise_lost_connection(error)
-            return _cause(error)
+            if any(isinstance(cause, OSError) for cause, _ in error.failures.values()):
+                return _cause(error)
+            raise _another_versions(directory, _cause(error)) from None
         set_state_dict(
             self.model,
             self.optimizers,
@@ -210,80 +202,12 @@ class States:
         return {"model": model, "optimizer": optimizer, "random": random}
 
 
-class SummingWriter(dcp.FileSystemWriter):
-    """Leaves a checksum beside every file: DCP finds a file that was cut short, but not one that has changed."""
-
-    def write_data(self, plan: dcp.SavePlan, planner: dcp.SavePlanner) -> torch.futures.Future:
-        try:
-            future = super().write_data(plan, planner)
-        except RuntimeError as error:
-            # torch.save tells of a full disk only as "unexpected pos", raised while it handles the OSError.
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from None
-            raise
-        for name in sorted({result.storage_data.relative_path for result in future.wait()}):
-            with open(Path(self.path) / (name + SUM), "w") as file:
-                file.write(f"{checksum(Path(self.path) / name)}\n")
-                file.flush()
-                os.fsync(file.fileno())
-        return future
-
-
-class StateReader(dcp.FileSystemReader):
-    """Looks through `.metadata`, a pickle, before torch unpickles it: it may name nothing that could do harm."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        with open(Path(self.path) / ".metadata", "rb") as file:
-            _Descriptions(file).load()
-        return super().read_metadata(*args, **kwargs)
-
-
-class _Descriptions(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if name not in DESCRIPTIONS.get(module, ()):
-            raise pickle.UnpicklingError(f"it names {module}.{name}, which describes no state")
-        return super().find_class(module, name)
-
-
-class StatePlanner(dcp.DefaultLoadPlanner):
-    """Looks through what is no tensor, such as the learning rate, in the same way."""
-
-    def load_bytes(self, read_item: ReadItem, value: BytesIO) -> None:
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with open(path, "rb") as file:
-        while block := file.read(2**22):
-            value = zlib.crc32(block, value)
-    return value
-
-
-def wrong_files(directory: Path, world: World) -> list[str]:
-    """What is wrong with the files of a state, over all processes; each of them checks its part. Collective."""
-    wrong = []
-    for path in sorted(directory.glob(f"*{SUM}"))[world.rank :: world.size]:
-        file = path.with_suffix("")
-        try:
-            if checksum(file) != int(path.read_text()):
-                wrong.append(f"{file.name} has another checksum than when it was written")
-        except (OSError, ValueError) as error:
-            wrong.append(f"{file.name}: {error}")
-    try:
-        StateReader(directory).read_metadata()
-    except Exception as error:  # it is a pickle, and broken ones raise whatever they like
-        wrong.append(f".metadata cannot be read: {error}")
-    return [reason for part in world.gather(wrong) for reason in part]
-
-
-def remove_state(directory: Path) -> None:
-    """`.metadata` first, so that a part is never taken for the whole."""
-    (directory / ".metadata").unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
+def _another_versions(directory: Path, reason: str) -> UserError:
+    return UserError(
+        f"{directory}: this state is as it was written, but Python {platform.python_version()} with torch "
+        f"{torch.__version__} cannot read it ({reason}); go on with the versions that wrote it, which run.json names, "
+        "or move it away to go on from the state before it"
+    )
 
 
 def _step_of(directory: Path) -> int:
