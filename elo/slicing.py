@@ -39,15 +39,7 @@ def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:
 
 def detach(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
     """The configuration of the model that has only these layers: a valid checkpoint of the same architecture."""
-    fields = {**config.json, "num_hidden_layers": len(layers)}
-    windows = [config.sliding_windows[number - 1] for number in layers]
-    # Qwen2 tells by a layer's index whether it has a sliding window, and a slice renumbers the layers.
-    if any(windows) and config.architecture == "Qwen2ForCausalLM":
-        fields["layer_types"] = ["sliding_attention" if window else "full_attention" for window in windows]
-        fields["max_window_layers"] = windows.count(None)
-    elif fields.get("layer_types") is not None:
-        fields["layer_types"] = [fields["layer_types"][number - 1] for number in layers]
-    return ModelConfig.from_json(fields)
+    return ModelConfig.from_json(config.architecture.renumbered(config.json, config.sliding_windows, layers))
 
 
 def base_name(name: str, layers: tuple[int, ...]) -> str:

@@ -1,6 +1,7 @@
 """Detached layers: their numbers, their checkpoint, and their logits against transformers."""
 
 import copy
+import json
 
 import families
 import pytest
@@ -49,7 +50,25 @@ def test_layer_mistakes_state_the_number_of_layers(layers, problem):
     ids=str,
 )
 def test_slice_equals_the_same_slice_in_transformers(variant, layers, tmp_path):
-    base = Checkpoint(families.write(variant, tmp_path / "base"))
+    families.write(variant, tmp_path / "base")
+    check_slice(layers, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("variant", "layers"),
+    [("qwen2-sliding", (1, 4)), ("qwen2-sliding", (4,)), ("qwen3-bias-sliding", (1, 3, 4))],
+    ids=str,
+)
+def test_windows_of_a_slice_whose_base_has_no_layer_types(variant, layers, tmp_path):
+    """As transformers 4 wrote it: a layer's index alone tells whether it has a window."""
+    path = families.write(variant, tmp_path / "base") / "config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in fields.items() if name != "layer_types"}))
+    check_slice(layers, tmp_path)
+
+
+def check_slice(layers, tmp_path):
+    base = Checkpoint(tmp_path / "base")
     ours = build(detach(base.config, layers)).to_empty(device="cpu")
     ours.tie_weights()
     base.load_into(ours, lambda name: base_name(name, layers))

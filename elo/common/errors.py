@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import NoReturn
 
 LONGEST = 2000  # characters of a message; the values in it come from files, which may hold megabytes
@@ -32,12 +33,19 @@ class EarlyExit(BaseException):  # noqa: N818  not an error, so that nothing tha
     at_once = False
 
 
-def message_line(error: Exception) -> str:
+def message_line(error: Exception | str) -> str:
     """The message in one line, cut if it is long, with escapes for what a terminal could not show or would obey."""
     line = " ".join(str(error).split())
     if not line.isprintable():
         line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} [...] {line[-480:]}"
+
+
+@cache
+def note(message: str) -> None:
+    """A line on stderr that ends nothing: once, however many processes and places have it to say."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        print("note: " + message_line(message), file=sys.stderr, flush=True)
 
 
 def exit_status(main: Callable[[], None]) -> NoReturn:

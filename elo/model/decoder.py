@@ -30,7 +30,12 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Causal self-attention with grouped queries: several query heads share one key-value head."""
+    """Causal self-attention with grouped queries: several query heads share one key-value head.
+
+    queries   1 2 3   4 5 6        num_attention_heads = 6
+               \\|/     \\|/
+    keys        1       2          num_key_value_heads = 2; likewise the values
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,18 +45,23 @@ class Attention(nn.Module):
         self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
         self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
         self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=False)
+        self.o_proj = Linear(queries, config.hidden_size, bias=config.o_bias)
+        # Of each head by itself, as Qwen3 has them.
+        has_norms, eps = config.architecture.query_key_norm, config.rms_norm_eps
+        self.q_norm = RMSNorm(config.head_dim, eps) if has_norms else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, eps) if has_norms else nn.Identity()
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, (batch, heads, sequence, head_dim); keys and values, (batch, kv_heads, sequence, head_dim)."""
         q, k, v = (
             layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
             for layer in (self.q_proj, self.k_proj, self.v_proj)
         )
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
+        return q, k, v
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
-        q, k, v = self.project(x, cos, sin)
+        q, k, v = self.project(x)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if extend is not None:
             k, v = extend(k, v)
             if x.shape[1] == 1:
@@ -75,7 +85,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer; `layer` is its index in the model, from 0."""
+    """One decoder layer; `layer` is its index in the model, from 0.
+
+    x --+-- input_layernorm -- self_attn --(+)--+-- post_attention_layernorm -- mlp --(+)--> x
+        |                                   |   |                                      |
+        +-----------------------------------+   +--------------------------------------+
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 from elo.cpu.linear import MKLDNN
 from elo.cpu.memory import keep_freed_memory
 from elo.model.decoder import MLP, Attention, CausalLM
-from elo.model.rotary import rotate
 
 
 class PackedLinear(nn.Module):
@@ -28,7 +27,7 @@ class PackedLinear(nn.Module):
 
 
 class PackedAttention(Attention):
-    """Queries, keys and values are one product, and queries and keys are rotated together: fewer, larger operations."""
+    """Queries, keys and values are one product; all else is the decoder's."""
 
     def __init__(self, attention: Attention) -> None:
         nn.Module.__init__(self)  # not Attention's, which makes layers
@@ -36,12 +35,10 @@ class PackedAttention(Attention):
         layers = attention.q_proj, attention.k_proj, attention.v_proj
         self.heads = [layer.out_features // self.head_dim for layer in layers]
         self.qkv_proj, self.o_proj = PackedLinear(*layers), PackedLinear(attention.o_proj)
+        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
 
-    def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.heads
-        qk, values = self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2).split((q + k, v), 1)
-        queries, keys = rotate(qk, cos, sin).split((q, k), 1)
-        return queries, keys, values
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2).split(self.heads, 1)
 
 
 class PackedMLP(nn.Module):
@@ -69,6 +66,10 @@ def pack_weights(model: CausalLM) -> CausalLM:
     if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return model
     for block in model.model.layers:
-        block.self_attn, block.mlp = PackedAttention(block.self_attn), PackedMLP(block.mlp)
+        # What these do not know stays as it is.
+        if type(block.self_attn) is Attention:
+            block.self_attn = PackedAttention(block.self_attn)
+        if type(block.mlp) is MLP:
+            block.mlp = PackedMLP(block.mlp)
     model.lm_head = PackedLinear(model.lm_head)
     return model

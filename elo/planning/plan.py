@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.fields import read_json_object, write_json
+from elo.common.fields import write_json
 from elo.common.options import Parser, positive, positive_int, share
 from elo.model.config import ModelConfig
 from elo.planning.budget import GIB, GPUS, MOST_GPUS, Plan, Run, make_plan
@@ -67,14 +67,6 @@ def parse_arguments() -> Namespace:
     for name in ("activation-checkpointing", "cpu-offload", "optimizer-in-backward"):
         group.add_argument(f"--{name}", action="store_true")
     return parser.parse_args()
-
-
-def open_config(path: Path) -> ModelConfig:
-    if path.is_dir():
-        return ModelConfig.load(path)
-    if not path.exists():
-        raise UserError(f"--model {path}: not found; give a checkpoint's directory or its config.json")
-    return ModelConfig.from_json(read_json_object(path), str(path))
 
 
 def planned_runs(arguments: Namespace) -> list[Run]:
@@ -208,7 +200,9 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.json and not arguments.json.absolute().parent.is_dir():
         raise UserError(f"--json {arguments.json}: its directory does not exist")
-    config = open_config(arguments.model)
+    if not arguments.model.exists():
+        raise UserError(f"--model {arguments.model}: not found; give a checkpoint's directory or its config.json")
+    config = ModelConfig.load(arguments.model)
     if arguments.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
     layers = parse_layers(arguments.layers or "1,-1", config.num_hidden_layers)

@@ -7,14 +7,16 @@ import pytest
 from transformers import AutoConfig
 
 from elo.common.errors import UserError
+from elo.model.architectures import ARCHITECTURES
 from elo.model.config import ModelConfig
 
 LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
 MISTRAL = {"architectures": ["MistralForCausalLM"], "model_type": "mistral"}
 QWEN2 = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
+EVERY = [{"architectures": [known.name], "model_type": known.model_type} for known in ARCHITECTURES]
 
 
-@pytest.mark.parametrize("fields", [LLAMA, MISTRAL, QWEN2], ids=lambda fields: fields["model_type"])
+@pytest.mark.parametrize("fields", EVERY, ids=lambda fields: fields["model_type"])
 def test_missing_fields_take_the_defaults_of_transformers(fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(fields))
     ours, theirs = ModelConfig.load(tmp_path), AutoConfig.from_pretrained(tmp_path)
@@ -24,9 +26,9 @@ def test_missing_fields_take_the_defaults_of_transformers(fields, tmp_path):
     )
     for name in names.split():
         assert getattr(ours, name) == getattr(theirs, name), name
-    assert ours.head_dim == theirs.hidden_size // theirs.num_attention_heads
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     assert ours.rope.theta == theirs.rope_parameters["rope_theta"] == 10000.0
-    assert set(ours.sliding_windows) == {4096 if fields is MISTRAL else None}
+    assert set(ours.sliding_windows) == {4096 if fields["model_type"] == "mistral" else None}
 
 
 def test_both_dialects_say_the_same():
@@ -58,7 +60,10 @@ REFUSED = [
     ({"model_type": "gemma2"}, "gemma2"),
     ({**LLAMA, "model_type": "qwen2"}, "qwen2"),
     ({**LLAMA, "hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-    ({**LLAMA, "attention_bias": True}, "attention_bias"),
+    ({**MISTRAL, "attention_bias": True}, "attention_bias"),
+    ({**QWEN2, "attention_bias": True}, "attention_bias"),
+    ({**LLAMA, "is_causal": False}, "is_causal = False"),
+    ({**LLAMA, "use_bidirectional_attention": True}, "use_bidirectional_attention"),
     ({**LLAMA, "mlp_bias": True}, "mlp_bias"),
     ({**LLAMA, "attention_dropout": 0.1}, "attention_dropout"),
     ({**LLAMA, "quantization_config": {"bits": 4}}, "quantization_config"),
@@ -86,6 +91,24 @@ def test_refused_by_name(fields, named):
         ModelConfig.from_json(fields, "DIR/config.json")
     assert named in str(error.value)
     assert str(error.value).startswith("DIR/config.json: ")
+
+
+@pytest.mark.parametrize("fields", EVERY, ids=lambda fields: fields["model_type"])
+def test_what_transformers_writes_is_known(fields, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    AutoConfig.from_pretrained(tmp_path).save_pretrained(tmp_path)
+    ModelConfig.load(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+def test_unknown_fields_are_named_once(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps({**LLAMA, "warp_factor": 9, "a\x1b[2J": 1, "use_cache": True}))
+    for _ in range(2):
+        ModelConfig.load(tmp_path)
+    said = capsys.readouterr().err
+    assert said == (
+        f"note: {tmp_path}/config.json: a\\x1b[2J, warp_factor: not known here, and taken to change no logits\n"
+    )
 
 
 def test_config_file_errors(tmp_path):

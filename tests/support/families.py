@@ -10,6 +10,8 @@ from transformers import (
     MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers import logging as transformers_logging
 
@@ -38,6 +40,10 @@ def qwen2(**fields):
     return Qwen2ForCausalLM, Qwen2Config(**{**SMALL, **fields})
 
 
+def qwen3(**fields):
+    return Qwen3ForCausalLM, Qwen3Config(**{**SMALL, "head_dim": 16, **fields})
+
+
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "rope_theta": 500000.0,
@@ -64,6 +70,12 @@ VARIANTS = {
     "qwen2.5-tied": lambda: qwen2(tie_word_embeddings=True),
     "qwen2-sliding": lambda: qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen2-yarn": lambda: qwen2(rope_parameters=YARN),
+    "qwen3": lambda: qwen3(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen3-tied": lambda: qwen3(tie_word_embeddings=True),
+    "qwen3-bias-sliding": lambda: qwen3(
+        attention_bias=True, use_sliding_window=True, sliding_window=5, max_window_layers=1
+    ),
+    "llama-bias": lambda: llama(attention_bias=True),
 }
 
 
