@@ -7,6 +7,7 @@ not 0, decay moves the matrices by percents, and a batch is several micro-batche
 
 import json
 import math
+from itertools import combinations
 from pathlib import Path
 
 import families
@@ -142,6 +143,24 @@ def their_elo():
     return model
 
 
+def active_ids():
+    return sorted({token for rows in text_steps() for ids, labels in rows for token in (*ids[:1], *labels)})
+
+
+def their_active():
+    """The same, with a head of its own that has the rows of tokens in the texts only."""
+    model, ids = their_elo(), active_ids()
+    head = torch.nn.Linear(model.config.hidden_size, len(ids), bias=False).requires_grad_(False)
+    head.weight.data = model.lm_head.weight.data[ids]
+    model.lm_head = head
+    return model
+
+
+def active_steps():
+    row = {id: row for row, id in enumerate(active_ids())}
+    return [[(ids, [row[label] for label in labels]) for ids, labels in rows] for rows in text_steps()]
+
+
 def their_lora():
     """Adapters begin with random numbers, which the project writes in peft's own format."""
     assert run_here(f"train {PRETRAINING} --method lora --max-steps 0", "initial") == 0
@@ -163,6 +182,7 @@ CASES = {
     "full": (f"train {PRETRAINING} --method full", their_full, text_steps, 3.5),
     "full, in backward": (f"train {PRETRAINING} --method full --optimizer-in-backward", their_full, text_steps, 0),
     "elo": (f"train {PRETRAINING} --layers 1,4", their_elo, text_steps, 2.5),
+    "active vocabulary": (f"train {PRETRAINING} --active-vocabulary", their_active, active_steps, 2.5),
     "lora": (f"train {PRETRAINING} --method lora", their_lora, text_steps, 1.7),
     "align": (f"align {PRETRAINING} --elo elo", their_aligned, text_steps, 3.0),
     "sft": (f"sft {TUNING}", their_full, chat_steps, 3.5),
@@ -189,3 +209,19 @@ def test_training_equals_transformers_with_plain_adamw(base, case):
             change = (parameter - before[name]).norm()
             # A bias of keys moves all scores of a query nearly alike: its gradient is little more than rounding.
             assert (mine - parameter).norm() < (1e-2 if "k_proj.bias" in name else 2e-5) * change, name
+
+
+def test_the_held_out_loss_is_the_mean_over_all_labels(base):
+    """Of two batches of unequally many; which conversations are held out is for the seed to say."""
+    options = "--validation-fraction 0.45 --epochs 1 --batch-conversations 3 --keep every"
+    assert run_here(f"sft {TUNING} {options}") == 0
+    model, counts = their_model("out"), []
+    for ids, labels in chat_steps()[0]:
+        logits = model(torch.tensor([ids])).logits[0]
+        loss = F.cross_entropy(logits, torch.tensor(labels), reduction="sum").item()
+        counts.append((loss, sum(label != IGNORE for label in labels)))
+    means = [sum(loss for loss, _ in held) / sum(n for _, n in held) for held in combinations(counts, 4)]
+    found = lines(Path("out"))[-1]["validation_loss"]
+    assert min(abs(mean / found - 1) for mean in means) < 1e-6
+    trained = sum(n for _, n in counts) - lines(Path("out"))[-1]["tokens"]
+    assert trained in {sum(n for _, n in held) for held in combinations(counts, 4)}

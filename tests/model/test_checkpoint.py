@@ -210,3 +210,39 @@ def test_metadata_for_other_readers(tmp_path):
     export(tmp_path / "out", load_model(base, "cpu", torch.float32), Checkpoint(base))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+
+
+def test_a_fingerprint_is_of_all_tensors_and_of_the_configuration(tmp_path):
+    """Of a small file to the last number."""
+    base = families.write("qwen2", tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    before = Checkpoint(base).fingerprint()
+    found = {before}
+    for name in tensors:
+        changed = {**tensors, name: tensors[name].clone()}
+        changed[name].view(-1)[-1] += 1e-3
+        save_file(changed, base / "model.safetensors", {"format": "pt"})
+        found.add(Checkpoint(base).fingerprint())
+    assert len(found) == 1 + len(tensors)
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    assert Checkpoint(base).fingerprint() == before
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    assert Checkpoint(base).fingerprint() not in found
+
+
+def test_the_fingerprint_of_a_large_file(tmp_path, monkeypatch):
+    """Of several megabytes only samples are read, which no change of many rows escapes."""
+    monkeypatch.setitem(families.VARIANTS, "large", lambda: families.llama(vocab_size=40_000))
+    base = families.write("large", tmp_path / "base")
+    found = {Checkpoint(base).fingerprint()}
+    tensors = load_file(base / "model.safetensors")
+    large = [tensor for tensor in tensors.values() if len(tensor) == 40_000]
+    assert len(large) == 2
+    for tensor in large:
+        for part in tensor.chunk(16):
+            part += 1e-3
+            save_file(tensors, base / "model.safetensors", {"format": "pt"})
+            found.add(Checkpoint(base).fingerprint())
+    assert len(found) == 33

@@ -399,6 +399,27 @@ def test_other_options_are_refused_and_all_named(project, monkeypatch, capfd):
     assert "--micro-batch was 4" in capfd.readouterr().out
 
 
+# All options but these are part of what a run computes.
+MAY_CHANGE = {
+    *("resume", "restart", "overwrite", "out"),
+    *("save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"),
+    *("micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"),
+}
+
+
+@pytest.mark.parametrize("command", ["train", "train --method lora", "align --elo elo --gb 0.000003", "sft"])
+def test_every_other_option_has_to_stay(project, monkeypatch, command, capfd):
+    stopped_run(monkeypatch, command)
+    run = json.loads(Path("out/run.json").read_text())
+    changed = {name: "another value" for name in run["options"] if name not in MAY_CHANGE}
+    assert len(changed) > 20
+    for name, value in changed.items():
+        Path("out/run.json").write_text(json.dumps({**run, "options": {**run["options"], name: value}}))
+        capfd.readouterr()
+        assert run_here(command) == 2
+        assert f"it has --{name.replace('_', '-')} another value instead of" in capfd.readouterr().err
+
+
 def test_a_run_may_be_moved(project, alone, stopped):
     shutil.copytree(stopped, "moved")
     assert run_here("train --save-every 3", "moved") == 0

@@ -50,14 +50,14 @@ LLAMA3_ROPE = {
     "factor": 8.0,
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+    "original_max_position_embeddings": 64,
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}
 
 VARIANTS = {
     "llama2": lambda: llama(num_key_value_heads=6),
     "llama3": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
-    "llama3.1": lambda: llama(rope_parameters=LLAMA3_ROPE),
+    "llama3.1": lambda: llama(rope_parameters=LLAMA3_ROPE, head_dim=16),
     "llama3.2-tied": lambda: llama(rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
     "smollm2": lambda: llama(tie_word_embeddings=True, rms_norm_eps=1e-5, num_attention_heads=3, num_key_value_heads=1),
     "llama-linear": lambda: llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),

@@ -1,0 +1,75 @@
+"""What `parallelize` promises of precision and memory, on one process and on two."""
+
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from small_runs import finish, make_base, start_group
+from transformers import AutoModelForCausalLM
+
+from elo.model.checkpoint import Checkpoint
+from elo.model.decoder import build
+from elo.runs.processes import process_group
+from elo.runs.sharding import ParallelOptions, parallelize
+
+TOKENS = torch.arange(60).view(2, 30)
+
+
+def sharded(base, world, dtype, **options):
+    model = parallelize(build(base.config), world, ParallelOptions(dtype, compile=False, **options))
+    base.load_into(model)
+    return model
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_dtype_is_what_is_computed_in(dtype, tmp_path):
+    """Weights are held and gradients arrive in fp32 whatever it is; the logits are as far off as transformers'."""
+    base = Checkpoint(families.write("llama3", tmp_path))
+    exact, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path, dtype=kind)(TOKENS).logits.double()
+                     for kind in (torch.float64, {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]))  # fmt: skip
+    with process_group() as world:
+        model = sharded(base, world, dtype)
+        logits = model(TOKENS)
+        assert logits.dtype == {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+        assert 0.3 < (logits - exact).norm() / (theirs - exact).norm() < 1.5
+        model(TOKENS, TOKENS).backward()
+        for parameter in model.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+
+
+def test_checkpointed_blocks_are_computed_again_for_the_backward_pass(tmp_path):
+    base = Checkpoint(families.write("llama3", tmp_path))
+    counts, gradients = {}, {}
+    for again in (False, True):
+        with process_group() as world:
+            model = sharded(base, world, "fp32", activation_checkpointing=again)
+            calls = []
+            model.model.layers[2].mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+            model(TOKENS, TOKENS).backward()
+            counts[again] = len(calls)
+            gradients[again] = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    assert counts == {False: 1, True: 2}
+    assert all(map(torch.equal, *gradients.values()))
+
+
+KEEP_GRADIENTS = """
+import os, torch
+from elo.optimizer import Optimizer
+step = Optimizer.step
+def keep_and_step(self):
+    torch.save([parameter.grad.to_local() for parameter in self.parameters], f"gradients-{os.environ['RANK']}")
+    step(self)
+Optimizer.step = keep_and_step
+"""
+
+
+def test_gradients_of_two_processes_are_summed_in_fp32(tmp_path):
+    """The sum of two bf16 numbers seldom is one."""
+    make_base(tmp_path, documents=10)
+    command = "train --method full --max-steps 1 --dtype bf16 --clip 0"
+    finish(*start_group(tmp_path, command, 2, before=KEEP_GRADIENTS))
+    for rank in range(2):
+        gradients = torch.cat([part.flatten() for part in torch.load(Path(tmp_path, f"gradients-{rank}"))])
+        assert gradients.dtype == torch.float32
+        assert (gradients != gradients.bfloat16().float()).float().mean() > 0.2
