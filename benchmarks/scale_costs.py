@@ -21,8 +21,9 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.data.corpus import Mixture, Windows
-from elo.data.documents import find_files, read_documents
+from elo.data.documents import read_documents
 from elo.data.encoding import DOCUMENT, Job, encode, read_batches
+from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
 from elo.model.decoder import build

@@ -12,7 +12,8 @@ from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object
 from elo.common.options import Parser, not_negative, positive_int, share
 from elo.data.corpus import Mixture, Windows
-from elo.data.documents import ENDINGS, find_files
+from elo.data.documents import SUPPORTED
+from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
 from elo.model.config import ModelConfig
@@ -30,13 +31,15 @@ FEWEST_STEPS = 100
 def add_arguments(parser: Parser, gb: float | None = None) -> None:
     parser.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="base checkpoint (%(default)s)")
     group = parser.add_argument_group("data")
-    text = f"files, directories or globs of {', '.join(ENDINGS)}"
+    text = f"files, directories or globs of {SUPPORTED}"
     group.add_argument("--target", nargs="+", default=["data/target"], metavar="PATH", help=f"new language: {text}")
     group.add_argument("--source", nargs="+", default=["data/source"], metavar="PATH", help="English: likewise")
     group.add_argument("--target-fraction", type=share, default=0.9, help="of the bytes (%(default)s)")
     amount = "all at that ratio" if gb is None else f"{gb:g}"
     group.add_argument("--gb", type=not_negative, default=gb, help=f"10^9 bytes of text, both languages ({amount})")
-    group.add_argument("--text-field", default="text", help="of JSON lines and Parquet (%(default)s)")
+    group.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet (%(default)s)")
+    for option in ("--target-field", "--source-field"):
+        group.add_argument(option, metavar="NAME", help="where that language's has another name")
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--cache", type=Path, help="tokens of earlier runs (default: token-cache beside --out)")
     group.add_argument("--workers", type=positive_int, help="processes that tokenize (default: one a core)")
@@ -59,9 +62,9 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
     if arguments.target_fraction == 0:
         raise UserError("--target-fraction 0: there would be nothing of the target language")
-    languages = [find_texts("--target", arguments.target)]
+    languages = [(find_texts("--target", arguments.target), arguments.target_field)]
     if arguments.target_fraction < 1:
-        languages.append(find_texts("--source", arguments.source))
+        languages.append((find_texts("--source", arguments.source), arguments.source_field))
     load_tokenizer(arguments.model, config.vocab_size)
     cache = arguments.cache or arguments.out.parent / "token-cache"
 
@@ -71,11 +74,11 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
                 files,
                 arguments.model,
                 cache,
-                text_field=arguments.text_field,
+                text_field=arguments.text_field if field is None else field,
                 skip_malformed=arguments.skip_malformed,
                 workers=arguments.workers,
             )
-            for files in languages
+            for files, field in languages
         ]
 
     opened = shards() if world.local_rank == 0 else None
@@ -87,7 +90,8 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
         if after and value != stream.get(name):
             raise UserError(
                 f"{after}: that run had other {name.replace('_', ' ')}; its documents can only be told from new ones "
-                "with the same --target, --source, --text-field, --target-fraction and --seed"
+                "with the same --target, --source, --text-field, --target-field, --source-field, --target-fraction "
+                "and --seed"
             )
     return Windows(mixture, arguments.seq_len)
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.files import open_file, read_file_lines
+from elo.common.files import read_file_lines
+from elo.data.parquet import read_rows
 from eval.jsonl import LARGEST, LONGEST_LINE, read_lines
 
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them
-PARQUET_ROWS = 8  # that are in memory at a time; a dictionary may repeat one of many megabytes in all of them
 
 
 class Record:
@@ -133,25 +133,8 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
-    open_file(path).close()  # pyarrow would wait for a pipe
-    number = size = 0
-    try:
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            for batch in file.iter_batches(PARQUET_ROWS, use_threads=False):
-                size += batch.nbytes
-                if size > LARGEST:
-                    raise UserError(f"{path}: more than {LARGEST:,} bytes of text; a benchmark has fewer")
-                for fields in batch.to_pylist():
-                    number += 1
-                    yield Record(fields, f"{path}: row {number}")
-    # MemoryError: a text or a page that is said to be of gigabytes. OverflowError: sizes below 0.
-    except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError, OverflowError) as error:
-        raise UserError(f"{path}: damaged or incomplete: {error}") from None
+    rows = enumerate(read_rows(path, largest=LARGEST), start=1)
+    return (Record(fields, f"{path}: row {number}") for number, fields in rows)
 
 
 def note(message: str) -> None:

@@ -40,7 +40,8 @@ def project(request, tmp_path, monkeypatch):
     base = families.write("sized", tmp_path / "base", dtype=torch.bfloat16)
     write_tokenizer(base)
     for name in ("ko", "en"):
-        lines = [json.dumps({"text": f"{name} {number} " * (number % 9 + 2)}) for number in range(300)]
+        texts = [f"{name} {number} " * (number % 9 + 2) for number in range(300)]
+        lines = [json.dumps({"text": text, "upper": text.upper()}) for text in texts]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
     text = ["--model", base, "--target", tmp_path / "ko.jsonl", "--source", tmp_path / "en.jsonl"]
     assert run(train, monkeypatch, *text, "--gb", "0.000004", "--out", tmp_path / "elo", "--layers", "1,4") == 0
@@ -169,6 +170,8 @@ def test_what_does_not_fit_is_refused(project, monkeypatch, capfd):
     for options, message in {
         ("--seed", "7"): "other seed",
         ("--target", directory / "en.jsonl"): "other documents",
+        ("--target-field", "upper"): "other documents",
+        ("--source-field", "upper"): "other documents",
         ("--gb", "1"): "GB of an earlier stage: 0.9",
         ("--optimizer-in-backward",): "give --clip 0",
     }.items():

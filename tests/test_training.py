@@ -137,6 +137,20 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(project, plain, t
         assert (out / "model.safetensors").read_bytes() == (plain / "model.safetensors").read_bytes()
 
 
+def test_each_language_has_its_own_field(project, plain, tmp_path):
+    """The same texts in other fields and other files are the same stream; --text-field stays for who has no other."""
+    records = [json.loads(line)["text"] for line in (project / "ko.jsonl").read_text().splitlines()]
+    (tmp_path / "ko.json").write_text(json.dumps([{"body": text, "text": "no"} for text in records]))
+    english = (project / "en.jsonl").read_text().replace('"text"', '"content"')
+    (tmp_path / "en.ndjson").write_text(english)
+    files = ["--target", tmp_path / "ko.json", "--source", tmp_path / "en.ndjson", "--max-steps", "1"]
+    run(project, tmp_path / "a", *files, "--target-field", "body", "--source-field", "content")
+    run(project, tmp_path / "b", *files, "--target-field", "body", "--text-field", "content")
+    for out in ("a", "b"):
+        stream = json.loads((tmp_path / out / "elo.json").read_text())["stream"]
+        assert stream == json.loads((plain / "elo.json").read_text())["stream"]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(project, tmp_path):
     result = run(project, tmp_path / "out", "--lr", "1e30", "--save-every", "1", fails=True)
     assert result.returncode == 2
@@ -162,7 +176,9 @@ MISTAKES = [
     (["--seed", "-1"], "--seed -1"),
     (["--target-fraction", "2"], "'2' is not a number from 0 to 1"),
     (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
-    (["--text-field", "body"], "jsonl:1: "),
+    (["--text-field", "body"], "ko.jsonl:1: no field 'body'"),
+    (["--target-field", "body"], "ko.jsonl:1: no field 'body'"),
+    (["--source-field", ""], "en.jsonl:1: no field ''"),
 ]
 
 

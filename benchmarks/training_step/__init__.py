@@ -31,7 +31,7 @@ from benchmarks.training_step.steps import PARTS, Case
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, positive, positive_int
-from elo.data.documents import find_files
+from elo.data.finding import find_files
 from elo.data.shards import tokenize
 from elo.model.checkpoint import Checkpoint
 from elo.planning.costs import METHODS, flops_per_token

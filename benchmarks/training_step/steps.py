@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from benchmarks.training_step.machine import Memory, Stopwatch, matmul_peak, synchronize
 from elo.common.errors import exit_status
 from elo.data.corpus import Mixture, Windows
-from elo.data.documents import find_files
 from elo.data.encoding import DOCUMENT
+from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
 from elo.optimizer import Optimizer, TrainingOptions, parameter_groups

@@ -1,28 +1,25 @@
-"""Files of conversations to messages and their language: .json, .jsonl (plain, .gz, .zst) and .parquet.
+"""Files of conversations to messages and their language: .jsonl, .ndjson, .json (plain, .gz, .zst) and .parquet.
 
 A record has its messages as ShareGPT does, {"conversations": [{"from": "human", "value": ...}, ...]}, or as OpenAI
 does, {"messages": [{"role": "user", "content": ...}, ...]}, and perhaps a "language", such as "Korean" or "ko".
 """
 
 import argparse
-import io
 import json
-import re
 from collections.abc import Iterator
-from typing import Any, TextIO
+from functools import partial
+from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.files import open_file
-from elo.data.documents import MAX_LINE, PARQUET_ROWS, MalformedError, read_records
+from elo.data.json_records import ENDINGS as JSON_ENDINGS
+from elo.data.json_records import MalformedError, read_json_records
+from elo.data.parquet import read_rows
 from elo.text.chat_format import Messages, check_messages
 
-ENDINGS = (".json", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+SUPPORTED = ".jsonl, .ndjson, .json (each also as .gz or .zst) and .parquet"
 LISTS = ("conversations", "messages")
 LANGUAGE = "language"
-CHUNK = 2**20  # characters of a .json file that are read at a time
 SPEAKERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant"}
-
-_BLANK = re.compile(r"[ \t\r\n]*")
 
 ISO_639_1 = """
 af Afrikaans, am Amharic, ar Arabic, az Azerbaijani, be Belarusian, bg Bulgarian, bn Bengali, bs Bosnian, ca Catalan,
@@ -52,102 +49,24 @@ def language_list(text: str) -> list[str]:
     return names
 
 
-def place(path: str, number: int) -> str:
-    """Where a record is: its line, its row in a Parquet file, its number in an array of JSON, all from 1."""
-    return f"{path} record {number}" if path.lower().endswith(".json") else f"{path}:{number}"
-
-
 def read_conversation_records(path: str) -> Iterator[tuple[int, Any]]:
-    """The records of a file with their numbers; one that cannot be read is a `MalformedError`."""
-    name = path.lower()
-    if name.endswith(".json"):
-        yield from _array(path)
-    elif name.endswith(".parquet"):
-        yield from enumerate(_rows(path), start=1)
-    elif name.endswith(ENDINGS):
-        for line in read_records(path, ""):
+    """The records of a file with their numbers, see `place`; one that cannot be read is a `MalformedError`."""
+    if path.lower().endswith(".parquet"):
+        yield from enumerate(read_rows(path, partial(_columns, path)), start=1)
+    elif path.lower().endswith(JSON_ENDINGS):
+        for number, raw, _ in read_json_records(path):
             try:
-                yield line.line, line.raw if isinstance(line.raw, MalformedError) else json.loads(line.raw.rstrip())
+                yield number, raw if isinstance(raw, MalformedError) else json.loads(raw)
             except (ValueError, RecursionError) as error:
-                yield line.line, MalformedError(line.line, "not usable as JSON", str(error))
+                yield number, MalformedError(number, "not usable as JSON", str(error))
     else:
-        raise UserError(f"{path}: not a file of conversations; supported are {', '.join(ENDINGS)}")
+        raise UserError(f"{path}: not a file of conversations; supported are {SUPPORTED}")
 
 
-def _array(path: str) -> Iterator[tuple[int, Any]]:
-    """The elements of an array in JSON, one by one with their numbers, since there are such files of gigabytes."""
-    try:
-        with open_file(path) as binary, io.TextIOWrapper(binary, "utf-8-sig") as file:
-            yield from enumerate(_elements(file), start=1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not an array in JSON (one object a line is .jsonl): {error}") from None
-
-
-def _elements(file: TextIO) -> Iterator[Any]:
-    """Raises ValueError, and RecursionError for 1,000 brackets in each other."""
-    decoder, text, at = json.JSONDecoder(), file.read(CHUNK), 0
-
-    def blank(at: int) -> int:
-        return _BLANK.match(text, at).end()
-
-    at = blank(0)
-    if text[at : at + 1] != "[":
-        raise ValueError(f"it begins with {text[at : at + 20]!r}")
-    at, number, is_whole = blank(at + 1), 0, False
-    while number or text[at : at + 1] != "]":
-        number += 1
-        while True:
-            mistake = "it ends within the array"
-            try:
-                value, end = decoder.raw_decode(text, at)
-                end = blank(end)
-                # Whole is only what something follows: a 1 at the end of the text may be the beginning of 12.
-                is_whole = end < len(text)
-            except json.JSONDecodeError as error:  # perhaps only for want of the rest
-                mistake, is_whole = error.msg, False
-            if is_whole:
-                break
-            if len(text) - at > MAX_LINE:
-                raise ValueError(f"record {number} has a mistake, or more than {MAX_LINE} characters: {mistake}")
-            more = file.read(max(CHUNK, len(text) - at))  # as much again, so that nothing is tried often
-            if not more:
-                raise ValueError(f"record {number}: {mistake}")
-            text, at = text[at:] + more, 0
-        yield value
-        at = end
-        if text[at] == "]":
-            break
-        if text[at] != ",":
-            raise ValueError(f"record {number} is followed by {text[at]!r}")
-        at = blank(at + 1)
-    while rest := text[at + 1 :]:
-        if rest.strip():
-            raise ValueError(f"behind the array there is {rest.strip()[:20]!r}")
-        text, at = file.read(CHUNK), -1
-
-
-def _rows(path: str) -> Iterator[dict[str, Any]]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise UserError(f"{path}: reading Parquet needs `pip install pyarrow`") from None
-    try:
-        open_file(path).close()  # pyarrow would wait for a pipe
-        # Without buffer_size a whole column of a row group is read at once.
-        with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
-            names = table.schema_arrow.names
-            if not set(LISTS) & set(names):
-                raise UserError(f"{path}: needs a column {' or '.join(map(repr, LISTS))}, and has {', '.join(names)}")
-            columns = [name for name in (*LISTS, LANGUAGE) if name in names]
-            for batch in table.iter_batches(PARQUET_ROWS, columns=columns, use_threads=False):
-                yield from batch.to_pylist()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: damaged or incomplete: {error}") from None
+def _columns(path: str, names: list[str]) -> list[str]:
+    if not set(LISTS) & set(names):
+        raise UserError(f"{path}: needs a column {' or '.join(map(repr, LISTS))}, and has {', '.join(names)}")
+    return [name for name in (*LISTS, LANGUAGE) if name in names]
 
 
 def read_language(record: Any, number: int) -> str | None:

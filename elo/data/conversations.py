@@ -24,23 +24,22 @@ from tqdm import tqdm
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int, share
 from elo.data.conversation_files import (
-    ENDINGS,
     LANGUAGE,
+    SUPPORTED,
     language_list,
-    place,
     read_conversation_records,
     read_language,
     read_messages,
     text_bytes,
 )
-from elo.data.documents import MalformedError
+from elo.data.json_records import MalformedError, place
 from elo.model.loss import IGNORE
 from elo.text.chat_format import ChatFormat, Messages
 
 
 def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("data")
-    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help=f"conversations: {', '.join(ENDINGS)}")
+    group.add_argument("--data", nargs="+", required=True, metavar="FILE", help=f"conversations: {SUPPORTED}")
     group.add_argument(
         "--languages", type=language_list, metavar="A,B", help="as many of each, names or codes such as ko,en"
     )

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 
 from elo.common.errors import UserError
-from elo.data.documents import MalformedError, Record, read_records
+from elo.data.documents import Record, read_records
+from elo.data.json_records import MalformedError
 from elo.text.tokenizer import Tokenizer, load_tokenizer
 
 BATCH = 1024 * 1024  # bytes of raw records that a process gets at a time
@@ -30,7 +31,7 @@ DOCUMENT = np.dtype(
         ("tokens", "<u4"),
         ("bytes", "<u4"),  # of its UTF-8 text
         ("file", "<u4"),  # which of the input files
-        ("line", "<u4"),  # in it, from 1
+        ("line", "<u4"),  # in it, see `place`
     ]
 )
 

@@ -40,6 +40,7 @@ from elo.data.encoding import (
     read_batches,
     token_type_of,
 )
+from elo.data.json_records import place
 from elo.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 2  # part of every shard's name: a new format is built anew
@@ -79,9 +80,9 @@ class TokenShard:
             return None
 
     def place(self, document: int) -> str:
-        """`file:line` of a document."""
+        """Where a document is: `file:line`, or as `json_records.place` says."""
         entry = self.documents[document]
-        return f"{self.files[entry['file']]}:{entry['line']}"
+        return place(self.files[entry["file"]], entry["line"])
 
     def skipped_report(self) -> str:
         """One line about the malformed records that were skipped; empty if there were none."""
@@ -168,10 +169,12 @@ def _write(
         token_file, index, count_file = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         for batch in encoded:
             for number, error in batch.malformed:
-                place = f"{files[number]}:{error.line}"
                 if not skip_malformed:
-                    raise UserError(f"{place}: {error}; --skip-malformed passes over such records")
-                skipped.setdefault(error.kind, [0, place])[0] += 1
+                    where = place(files[number], error.line)
+                    raise UserError(f"{where}: {error}; --skip-malformed passes over such records")
+                if error.kind not in skipped:
+                    skipped[error.kind] = [0, place(files[number], error.line)]
+                skipped[error.kind][0] += 1
             batch.documents["offset"] += tokens
             for file, digest, array in zip((token_file, index), digests, batch[:2], strict=True):
                 file.write(array.data)

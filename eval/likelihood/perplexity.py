@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, positive_int
-from elo.data.documents import Document, find_files, read_documents
+from elo.data.documents import SUPPORTED, Document, read_documents
+from elo.data.finding import find_files
 from elo.model.checkpoint import load_model
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
@@ -33,8 +34,10 @@ SORTED_TOGETHER = 512  # windows, so that those of a batch are of about one leng
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, whole or a slice")
-    parser.add_argument("--data", required=True, nargs="+", metavar="FILE", help="text files, directories or globs")
-    parser.add_argument("--text-field", default="text", help="of JSON lines and Parquet (%(default)s)")
+    parser.add_argument(
+        "--data", required=True, nargs="+", metavar="FILE", help=f"files, directories or globs of {SUPPORTED}"
+    )
+    parser.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet (%(default)s)")
     parser.add_argument(
         "--seq-len", type=positive_int, default=2048, metavar="N", help="tokens in a window (%(default)s)"
     )

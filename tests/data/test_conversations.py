@@ -79,6 +79,9 @@ def write_all_formats(directory):
         "blank.jsonl": b"\xef\xbb\xbf" + lines.replace(b"\n", b"\r\n\n"),
         "c.jsonl.gz": gzip.compress("".join(json.dumps(record) + "\n" for record in openai).encode()),
         "d.jsonl.zst": zstandard.compress(lines),
+        "lines.json": lines,
+        "g.json.gz": gzip.compress(json.dumps(openai).encode()),
+        "h.ndjson.zst": zstandard.compress(lines),
         "names.jsonl": lines.replace(b'"human"', b'"User"').replace(b'"gpt"', b'"ChatGPT"'),
     }
     for name, data in files.items():
@@ -146,16 +149,14 @@ def test_malformed_records_of_other_formats(tmp_path, format):
 
 def test_files_that_cannot_be_used(tmp_path, format):
     (tmp_path / "x.txt").write_text(GOOD)
-    (tmp_path / "lines.json").write_text(f"{GOOD}\n{GOOD}\n")
-    (tmp_path / "object.json").write_text(GOOD)
+    (tmp_path / "cut.json").write_text(f"[{GOOD}, {GOOD}")
     (tmp_path / "empty.jsonl").write_text("")
     (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(GOOD.encode())[:-9])
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "text": ["x"]}), tmp_path / "columns.parquet")
     (tmp_path / "cut.parquet").write_bytes((tmp_path / "columns.parquet").read_bytes()[:-9])
     mistakes = {
-        "x.txt": "not a file of conversations; supported are .json, .jsonl",
-        "lines.json": "not an array in JSON (one object a line is .jsonl)",
-        "object.json": "not an array in JSON (one object a line is .jsonl): it begins with '{",
+        "x.txt": "not a file of conversations; supported are .jsonl, .ndjson, .json (each also",
+        "cut.json": "damaged or incomplete: it ends within its array",
         "empty.jsonl": "too few conversations: 1 needed, 0 usable; in the files there are none",
         "cut.jsonl.gz": "damaged or incomplete",
         "columns.parquet": "needs a column 'conversations' or 'messages', and has id, text",

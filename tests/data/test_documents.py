@@ -1,13 +1,11 @@
 """Files of every format to documents, and what is wrong with a file named with its line."""
 
-import errno
+import base64
 import gzip
 import io
 import json
-import os
 import sys
 import tracemalloc
-from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -18,7 +16,8 @@ from hypothesis import strategies as st
 
 from elo.common.errors import UserError
 from elo.data import documents
-from elo.data.documents import MAX_DOCUMENT, MAX_LINE, Document, MalformedError, find_files, read_documents
+from elo.data.documents import MAX_DOCUMENT, Document, MalformedError, read_documents
+from elo.data.json_records import LARGEST_RECORD
 
 TEXTS = ["첫째 문서.\n둘째 줄.", "A second one, with \r\n and \0 and 😀.", "\ufeffthird"]
 
@@ -81,11 +80,92 @@ def test_another_text_field(tmp_path):
     assert texts_of(tmp_path / "b.parquet", text_field="body") == TEXTS
 
 
-@pytest.mark.parametrize("kind", [pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string())])
+KINDS = [
+    f"{size}{kind}{view}" for kind in ("string", "binary") for size, view in (("", ""), ("large_", ""), ("", "_view"))
+]
+DICTIONARIES = [pyarrow.dictionary(pyarrow.int32(), kind) for kind in ("string", "large_string", "binary")]
+
+
+@pytest.mark.parametrize("kind", KINDS + DICTIONARIES, ids=str)
 def test_parquet_string_types_and_row_groups(tmp_path, kind):
-    texts = [f"row {row % 7}" for row in range(500)]
-    write_parquet(tmp_path / "a.parquet", texts, kind=kind, row_group_size=150)
+    """Also bytes, as of writers that do not say that theirs are UTF-8."""
+    texts = [f"줄 {row % 7}" for row in range(500)]
+    values = [text.encode() for text in texts] if "binary" in str(kind) else texts
+    write_parquet(tmp_path / "a.parquet", values, kind=kind, row_group_size=150)
     assert texts_of(tmp_path / "a.parquet") == texts
+    write_parquet(tmp_path / "b.parquet", [b"a", b"\xff", None], kind="binary")
+    assert error_of(tmp_path / "b.parquet") == ":2: invalid UTF-8 (byte 0xff)"
+
+
+@pytest.mark.parametrize("plaintext_footer", [False, True])
+def test_encrypted_parquet(tmp_path, plaintext_footer):
+    encryption = pytest.importorskip("pyarrow.parquet.encryption", reason="pyarrow was built without encryption")
+
+    class Client(encryption.KmsClient):
+        def __init__(self, _):
+            encryption.KmsClient.__init__(self)
+
+        def wrap_key(self, key, _):
+            return base64.b64encode(key)
+
+    how = encryption.EncryptionConfiguration("f", column_keys={"t": ["text"]}, plaintext_footer=plaintext_footer)
+    keys = encryption.CryptoFactory(Client).file_encryption_properties(encryption.KmsConnectionConfig(), how)
+    table = pyarrow.table({"text": ["a"]})
+    with pyarrow.parquet.ParquetWriter(tmp_path / "a.parquet", table.schema, encryption_properties=keys) as writer:
+        writer.write_table(table)
+    assert error_of(tmp_path / "a.parquet").startswith(": it is encrypted; write it again without: ")
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+def test_packed_text_files(tmp_path, packing):
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[packing]
+    (tmp_path / f"a.txt{packing}").write_bytes(pack(b"\xef\xbb\xbfone\r\ntwo\n"))
+    assert texts_of(tmp_path / f"a.txt{packing}") == ["one\ntwo\n"]
+
+
+def test_gzip_of_several_members(tmp_path):
+    """As of `cat a.gz b.gz`; and cut short in its second one."""
+    packed = b"".join(gzip.compress(json_lines([text])) for text in TEXTS)
+    (tmp_path / "a.jsonl.gz").write_bytes(packed)
+    assert texts_of(tmp_path / "a.jsonl.gz") == TEXTS
+    (tmp_path / "a.jsonl.gz").write_bytes(packed[:-12])
+    assert error_of(tmp_path / "a.jsonl.gz").startswith(": damaged or incomplete: ")
+
+
+def zstd_long(data, window_log):
+    """As `zstd --long` from a pipe, which does not say the size."""
+    options = zstandard.ZstdCompressionParameters.from_level(1, window_log=window_log, enable_ldm=True)
+    packer = zstandard.ZstdCompressor(compression_params=options).compressobj()
+    return packer.compress(data) + packer.flush()
+
+
+@pytest.mark.parametrize("window_log", [28, 31])
+def test_zst_with_a_long_window(tmp_path, window_log):
+    packed = zstd_long(json_lines(TEXTS), window_log)
+    assert zstandard.get_frame_parameters(packed).window_size == 2**window_log
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    assert texts_of(tmp_path / "a.jsonl.zst") == TEXTS
+    (tmp_path / "a.jsonl.zst").write_bytes(packed[:-5])
+    assert error_of(tmp_path / "a.jsonl.zst") == ": damaged or incomplete: the file ends within a frame"
+
+
+def test_zst_that_cannot_be_unpacked_is_not_called_damaged(tmp_path, monkeypatch):
+    header = zstd_long(b"x", 31)
+    (tmp_path / "a.json.zst").write_bytes(header[:5] + b"\xb0" + header[6:])  # a window of 4 GiB
+    advice = "; pack it again without a dictionary and with `--long=31` at most, which needs 2 GiB"
+    too_much = ": zstd decompressor error: Frame requires too much memory for decoding"
+    assert error_of(tmp_path / "a.json.zst") == too_much + advice
+    dictionary = zstandard.train_dictionary(2**12, [json_lines([f"{number}" * 9]) for number in range(2**12)])
+    packed = zstandard.ZstdCompressor(dict_data=dictionary).compress(json_lines(TEXTS))
+    (tmp_path / "b.json.zst").write_bytes(packed)
+    assert error_of(tmp_path / "b.json.zst") == ": zstd decompressor error: Dictionary mismatch" + advice
+
+    class NoMemory:
+        def __init__(self, **_):
+            raise MemoryError
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", NoMemory)
+    assert error_of(tmp_path / "a.json.zst") == ": not enough memory" + advice
 
 
 def test_zst_of_several_frames(tmp_path):
@@ -153,7 +233,7 @@ def test_a_text_file_may_end_in_many_blank_lines(tmp_path):
         (b'{"text": "\\ud800"}', ":3: a lone surrogate, which is not text"),
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", ":3: not usable JSON (Exceeds the limit"),
         (b'{"text": ' + b"[" * 100_000, ":3: not usable JSON (maximum recursion depth"),
-        (b'{"text": "' + b"a" * MAX_LINE + b'"}', f":3: a line of more than {MAX_LINE} bytes"),
+        (b'{"text": "' + b"a" * LARGEST_RECORD + b'"}', f":3: a line of more than {LARGEST_RECORD} bytes"),
     ],
     ids=lambda value: value[4:] if isinstance(value, str) else "",
 )
@@ -243,67 +323,3 @@ def test_a_line_of_a_gigabyte_stays_out_of_memory(tmp_path, pack):
     tracemalloc.stop()
     assert texts == ["one"]
     assert peak < 120e6
-
-
-# ---- finding files
-
-
-def test_find_files(tmp_path, monkeypatch):
-    for name in ["b.jsonl", "a.txt", "deep/er/c.parquet", "deep/d.JSONL.GZ", "README.md", ".hidden.txt", ".git/e.txt"]:
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    everything = [tmp_path / name for name in ["a.txt", "b.jsonl", "deep/d.JSONL.GZ", "deep/er/c.parquet"]]
-    assert find_files([tmp_path]) == everything
-    assert find_files([tmp_path / "deep", tmp_path, tmp_path / "a.txt"]) == everything  # each once
-    assert find_files([f"{tmp_path}/*"]) == everything  # a glob that matches directories and other files too
-    assert find_files([f"{tmp_path}/**/*.parquet"]) == everything[-1:]
-    monkeypatch.chdir(tmp_path)
-    assert [str(path) for path in find_files(["deep/../a.txt", "b.jsonl", tmp_path / "b.jsonl"])] == [
-        "deep/../a.txt",
-        str(tmp_path / "b.jsonl"),
-    ]
-
-
-def test_a_name_with_glob_characters(tmp_path):
-    (tmp_path / "a[1].txt").write_text("text")
-    assert find_files([tmp_path / "a[1].txt"]) == [tmp_path / "a[1].txt"]
-
-
-def test_links_to_directories_lead_to_no_loop(tmp_path):
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "loop").symlink_to(tmp_path)
-    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
-    assert find_files([tmp_path / "loop"]) == [tmp_path / "loop" / "a.txt"]
-
-
-def test_a_pattern_without_text_files(tmp_path):
-    (tmp_path / "a.csv").touch()
-    supported = "no text file there; supported are .txt, .jsonl, .jsonl.gz, .jsonl.zst, .parquet"
-    for pattern, message in [
-        (f"{tmp_path}/missing.txt", "no such file or directory"),
-        (f"{tmp_path}/*.txt", "no such file or directory"),
-        (f"{tmp_path}/a.csv", supported),
-        (f"{tmp_path}", supported),
-        (f"{tmp_path}/*", supported),
-    ]:
-        with pytest.raises(UserError) as caught:
-            find_files([pattern])
-        assert str(caught.value) == f"{pattern}: {message}"
-    with pytest.raises(UserError, match="no text files were given"):
-        find_files([])
-
-
-def test_a_directory_that_may_not_be_read(tmp_path, monkeypatch):
-    """Refused by the system's call itself, since root may read everything."""
-    closed = tmp_path / "closed"
-    closed.mkdir()
-    scandir = os.scandir
-
-    def refuse(path):
-        if Path(path) == closed:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError, match="closed: cannot be read: Permission denied"):
-        find_files([tmp_path])

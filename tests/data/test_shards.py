@@ -17,8 +17,8 @@ from small_tokenizer import write_tokenizer
 
 from elo.common.errors import UserError
 from elo.data import encoding, shards
-from elo.data.documents import find_files
 from elo.data.encoding import token_type_of
+from elo.data.finding import find_files
 from elo.data.shards import tokenize
 from elo.text.tokenizer import load_tokenizer
 
@@ -107,7 +107,7 @@ def test_the_number_of_processes_changes_nothing(tmp_path, build, small_batches)
     (tmp_path / "4.jsonl.gz").write_bytes(packed)
     found = []
     for workers in (1, 2, 5):
-        found.append(build(tmp_path, workers=workers))
+        found.append(build(f"{tmp_path}/*.*", workers=workers))
         shutil.rmtree(tmp_path / "cache")
     assert len(found[0].documents) == 5 * 300 + 4
     assert all(np.array_equal(found[0].tokens, other.tokens) for other in found)
@@ -200,9 +200,9 @@ def test_skipped_records_are_reported_each_time(tmp_path, tokenizer, capsys):
 
 def test_an_empty_corpus(tmp_path, build):
     (tmp_path / "a.jsonl").write_text("\n\n")
-    assert error_of(build, tmp_path) == f"{tmp_path}/a.jsonl: an empty corpus, there is no document in it"
+    assert error_of(build, tmp_path / "a.jsonl") == f"{tmp_path}/a.jsonl: an empty corpus, there is no document in it"
     (tmp_path / "b.jsonl").write_text("{}\n")
-    assert error_of(build, tmp_path, skip_malformed=True) == (
+    assert error_of(build, f"{tmp_path}/*.jsonl", skip_malformed=True) == (
         f"{tmp_path}/a.jsonl and 1 more files: an empty corpus, there is no document in it"
     )
     assert os.listdir(tmp_path / "cache") == []

@@ -15,7 +15,8 @@ from mutations import changed_bytes, changed_json, changed_json_file, dumped
 from small_tokenizer import write_tokenizer
 
 from elo.data.conversation_files import read_conversation_records, read_language, read_messages
-from elo.data.documents import MalformedError, find_files, read_documents
+from elo.data.documents import MalformedError, read_documents
+from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 
 ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "cp949", "latin-1", "shift-jis"]
@@ -57,10 +58,21 @@ def lines(draw, records):
 
 
 @cases(60, share=1.3)
-@given(lines(RECORDS), st.booleans(), st.sampled_from(["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt"]))
+@given(lines(RECORDS), st.booleans(), st.sampled_from(["a.jsonl", "a.ndjson.gz", "a.json.zst", "a.txt", "a.txt.gz"]))
 @example(b"", False, "a.jsonl")
 @example(b"\xef\xbb\xbf", False, "a.txt")
 def test_lines(data, skip, name):
+    with case_directory() as directory:
+        (directory / name).write_bytes(packed(data, name))
+        result_or_user_error(lambda: read(directory / name, skip))
+
+
+@cases(40)
+@given(changed_json_file(RECORDS), st.booleans(), st.sampled_from(["a.json", "a.json.gz", "a.json.zst"]))
+@example(b"[" * 10**6, True, "a.json")
+@example(b'[{"text": "' + b'\\"' * 10**7, True, "a.json.gz")
+@example(b"[{}, " + b"\0" * 10**8, True, "a.json.zst")
+def test_arrays(data, skip, name):
     with case_directory() as directory:
         (directory / name).write_bytes(packed(data, name))
         result_or_user_error(lambda: read(directory / name, skip))
@@ -150,7 +162,7 @@ def test_parquet_bomb():
         result_or_user_error(lambda: read(directory / "a.parquet", skip=True))
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.jsonl.zst", "a.txt", "a.parquet", "a.json"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.txt", "a.parquet", "a.json"])
 @pytest.mark.parametrize("kind", ["fifo", "directory", "link to /dev/zero", "broken link", "loop"])
 @pytest.mark.parametrize("within", [False, True], ids=["named", "in a directory"])
 def test_what_is_no_file(name, kind, within):
