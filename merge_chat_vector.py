@@ -24,6 +24,7 @@ from tqdm import tqdm
 from elo.chat_vector import ChatVector, Merge, check, moved_tensors, parse_ranges
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
+from elo.common.terminal import note
 from elo.model.checkpoint import CONFIG, Checkpoint
 from elo.model.saving import save
 
@@ -36,8 +37,8 @@ def main() -> None:
     vectors = tuple(ChatVector(Checkpoint(instruct), Checkpoint(base), scale) for instruct, base, scale in pairs)
     layers = None if arguments.layers is None else parse_ranges(arguments.layers, model.config.num_hidden_layers)
     merge = Merge(model, vectors, moved_tensors(model.names(), layers, arguments.skip_embeddings))
-    for note in check(merge, arguments.shared_vocabulary_rows):
-        print(f"note: {note}", file=sys.stderr)
+    for remark in check(merge, arguments.shared_vocabulary_rows):
+        note(f"note: {remark}")
 
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)

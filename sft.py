@@ -69,7 +69,7 @@ def run(arguments: Namespace, world: World) -> None:
         arguments.seed,
         arguments.skip_malformed,
     )
-    world.say(str(report))
+    world.say(*report.lines())
     training, held_out = every.split(arguments.validation_fraction, arguments.seed)
     shape = arguments.batch_conversations, arguments.micro_batch_tokens
     batches = ConversationBatches(training, *shape, arguments.epochs, arguments.seed, world)

@@ -4,14 +4,13 @@ Every complaint is one line that names the file and the line or row.
 """
 
 import csv
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
 from elo.common.files import read_file_lines
+from elo.common.terminal import note
 from elo.data.parquet import read_rows
 from eval.jsonl import LARGEST, LONGEST_LINE, read_lines
 
@@ -135,9 +134,3 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:
     rows = enumerate(read_rows(path, largest=LARGEST), start=1)
     return (Record(fields, f"{path}: row {number}") for number, fields in rows)
-
-
-def note(message: str) -> None:
-    """A line on stderr, once."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(message, file=sys.stderr, flush=True)

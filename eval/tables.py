@@ -3,9 +3,12 @@
 import unicodedata
 from collections.abc import Sequence
 
+from elo.common.terminal import printable
+
 
 def table(rows: Sequence[Sequence[str]], names: int = 1) -> str:
     """Rows of cells as lines of text: the first `names` columns are aligned to the left, the others to the right."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(map(width, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

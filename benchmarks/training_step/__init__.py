@@ -31,6 +31,7 @@ from benchmarks.training_step.steps import PARTS, Case
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, positive, positive_int
+from elo.common.terminal import show
 from elo.data.finding import find_files
 from elo.data.shards import tokenize
 from elo.model.checkpoint import Checkpoint
@@ -92,19 +93,19 @@ def main() -> None:
         make_row(case, measured, base, result["matmul_peak"][case.dtype]["flops_per_second"])
         for case, measured in zip(cases, replies, strict=True)
     ]
-    print(report.rows_text(rows))
+    show(report.rows_text(rows))
     for dtype, peak in result["matmul_peak"].items():
-        print(f"{dtype} matrix products: {peak['flops_per_second'] / 1e9:,.1f} GFLOP/s ({', '.join(peak['products'])})")
+        show(f"{dtype} matrix products: {peak['flops_per_second'] / 1e9:,.1f} GFLOP/s ({', '.join(peak['products'])})")
     if arguments.tokenization:
         found = tokenization.measure(arguments.model, files, arguments.text_field, arguments.rounds)
         result["tokenization"] = found
-        print("\n" + report.tokenization_text(found))
+        show("\n" + report.tokenization_text(found))
     result["ratios"] = report.ratios(rows)
     result["bars"] = report.bars(rows, result.get("tokenization", []))
-    print("\n" + report.bars_text(result["bars"]))
+    show("\n" + report.bars_text(result["bars"]))
     if arguments.figure3:
         result["figure3"] = report.figure3(rows, dtypes[0], result["bytes_per_token"])
-        print("\n" + report.figure3_text(result["figure3"]))
+        show("\n" + report.figure3_text(result["figure3"]))
     if arguments.json:
         write_json(arguments.json, result)
     if arguments.plot:

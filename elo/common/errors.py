@@ -12,6 +12,8 @@ from collections.abc import Callable
 from functools import cache
 from typing import NoReturn
 
+from elo.common.terminal import printable, say, show
+
 LONGEST = 2000  # characters of a message; the values in it come from files, which may hold megabytes
 # Never a defect of the program, wherever they come from.
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE}
@@ -34,10 +36,8 @@ class EarlyExit(BaseException):  # noqa: N818  not an error, so that nothing tha
 
 
 def message_line(error: Exception | str) -> str:
-    """The message in one line, cut if it is long, with escapes for what a terminal could not show or would obey."""
-    line = " ".join(str(error).split())
-    if not line.isprintable():
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    """The message in one line, cut if it is long."""
+    line = printable(" ".join(str(error).split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} [...] {line[-480:]}"
 
 
@@ -45,7 +45,7 @@ def message_line(error: Exception | str) -> str:
 def note(message: str) -> None:
     """A line on stderr that ends nothing: once, however many processes and places have it to say."""
     if int(os.environ.get("RANK", 0)) == 0:
-        print("note: " + message_line(message), file=sys.stderr, flush=True)
+        show("note: " + message_line(message), file=sys.stderr)
 
 
 def exit_status(main: Callable[[], None]) -> NoReturn:
@@ -59,7 +59,7 @@ def exit_status(main: Callable[[], None]) -> NoReturn:
         main()
     except EarlyExit as exit_:
         if rank == 0:
-            print(exit_)
+            say(str(exit_))
         at_once = exit_.at_once
     except (UserError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in MACHINE:
@@ -68,7 +68,7 @@ def exit_status(main: Callable[[], None]) -> NoReturn:
         # the others; they speak only if the mistake was theirs alone.
         if rank and not isinstance(error, ProcessLostError):
             time.sleep(5)
-        print("error: " + message_line(error), file=sys.stderr, flush=True)
+        show("error: " + message_line(error), file=sys.stderr)
         status, at_once = 2, getattr(error, "at_once", False)
     if at_once:
         sys.stdout.flush()

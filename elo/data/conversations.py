@@ -135,7 +135,7 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     malformed: dict[str, list] = field(default_factory=dict)
 
-    def __str__(self) -> str:
+    def lines(self) -> list[str]:
         drawn = (f"{count:,} of {self.found[name]:,} {name}".strip() for name, count in self.drawn.items())
         lines = [f"{sum(self.drawn.values()):,} conversations: {', '.join(drawn)}"]
         if self.cut:
@@ -144,7 +144,7 @@ class Report:
             lines.append(f"{self.unanswered:,} of them without the last message, which has no answer")
         lines += [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
         lines += [f"skipped {count:,}: {kind} (first at {first})" for kind, (count, first) in self.malformed.items()]
-        return "\n".join(lines)
+        return lines
 
 
 def load_conversations(

@@ -18,7 +18,6 @@ import json
 import math
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from tqdm import tqdm
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
+from elo.common.terminal import note
 from elo.data.encoding import (
     BATCH,
     DOCUMENT,
@@ -136,7 +136,7 @@ def tokenize(
         except OSError as error:
             raise UserError(f"{cache}: cannot keep tokens there: {error.strerror or error}") from None
     if progress and shard.skipped:
-        print(shard.skipped_report(), file=sys.stderr)
+        note(shard.skipped_report())
     return shard
 
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 
 from elo.common.options import Parser, not_negative, not_negative_int, positive, positive_int, share
+from elo.common.terminal import note, show
 from elo.generation.engine import stream
 from elo.generation.sampling import GREEDY, Sampling
 from elo.model.cache import KVCache
@@ -44,12 +45,12 @@ class Writer:
         try:
             for (token,) in steps:
                 self.ids.append(token)
-                print(decoder.push(token), end="", flush=True)
+                show(decoder.push(token), end="")
         except KeyboardInterrupt:
             interrupted = True
-        print(decoder.flush())
+        show(decoder.flush())
         if not interrupted and not self.full and token not in stops:
-            note(f"cut off after {self.max_new_tokens} tokens: --max-new-tokens")
+            note(f"[cut off after {self.max_new_tokens} tokens: --max-new-tokens]")
         return self.tokenizer.decode(self.ids[len(prompt) :])
 
     @property
@@ -68,7 +69,7 @@ def chat(writer: Writer, format: ChatFormat, system: str | None) -> None:
             answer = writer.answer(prompt, format.stop_ids)
             messages.append({"role": "assistant", "content": answer})
         if len(prompt) >= context or writer.full:
-            return note(f"the conversation has filled the model's context of {context} tokens; start a new one")
+            return note(f"[the conversation has filled the model's context of {context} tokens; start a new one]")
     return None
 
 
@@ -80,13 +81,9 @@ def read_messages() -> Iterator[str]:
         try:
             line = input("> " if terminal else "")
         except EOFError:
-            return print() if terminal else None
+            return show("") if terminal else None
         if line.strip():
             yield line
-
-
-def note(message: str) -> None:
-    print(f"[{message}]", file=sys.stderr, flush=True)
 
 
 def main() -> None:
@@ -136,7 +133,7 @@ def main() -> None:
         try:
             chat(writer, format, arguments.system)
         except KeyboardInterrupt:  # where a message was expected; the writer sees to its own
-            print()
+            show("")
     else:
         system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
         writer.answer(format.prompt([*system, {"role": "user", "content": arguments.prompt}]), format.stop_ids)

@@ -16,6 +16,7 @@ from typing import Any
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, positive, positive_int, share
+from elo.common.terminal import show
 from elo.model.config import ModelConfig
 from elo.planning.budget import GIB, GPUS, MOST_GPUS, Plan, Run, make_plan
 from elo.planning.costs import METHODS, flops_per_token, outline
@@ -216,6 +217,6 @@ def main() -> None:
         (plan,) = plans
         if not plan.fits:
             raise UserError(refusal(plan))
-        print("\n".join(report(plan)))
+        show("\n".join(report(plan)))
     else:
-        print("\n".join(table(plans)))
+        show("\n".join(table(plans)))

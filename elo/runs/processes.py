@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from elo.common.errors import EarlyExit, ProcessLostError, UserError
+from elo.common.terminal import say
 from elo.runs.devices import take_device
 from elo.runs.signals import StopSignal, end_with_torchrun
 
@@ -32,10 +33,11 @@ class World:
     store: dist.Store
     stop: StopSignal
 
-    def say(self, message: str) -> None:
-        """A line on stdout, once."""
+    def say(self, *lines: str) -> None:
+        """Lines on stdout, once."""
         if self.rank == 0:
-            print(message, flush=True)
+            for line in lines:
+                say(line)
 
     def wait(self) -> None:
         """Until every process has come here. A signal ends the waiting, as it could not in `dist.barrier` itself."""

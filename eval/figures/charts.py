@@ -1,7 +1,6 @@
 """The drawing of `eval plot`, with matplotlib and without a screen."""
 
 import math
-import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from elo.common.errors import UserError
+from elo.common.terminal import note
 
 try:
     import matplotlib
@@ -81,7 +81,7 @@ class Labels:
     def complain(self) -> None:
         if self.unknown:
             missing = "".join(sorted(self.unknown)[:10])
-            print(f"no installed font has {missing}, drawn as ?; one that has: Noto Sans CJK", file=sys.stderr)
+            note(f"no installed font has {missing}, drawn as ?; one that has: Noto Sans CJK")
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:

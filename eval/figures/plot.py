@@ -18,6 +18,7 @@ from typing import Any
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object, write_json
 from elo.common.options import Parser
+from elo.common.terminal import say
 from eval.jsonl import read_lines
 from eval.judged.benchmarks import short_category
 
@@ -44,7 +45,7 @@ def main(arguments: Namespace) -> None:
     from eval.figures import charts
 
     charts.draw(data, arguments.out, arguments.title)
-    print(arguments.out)
+    say(str(arguments.out))
     if arguments.json:
         write_json(Path(arguments.json), data)
 

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object, write_json
 from elo.common.options import Parser, not_negative_int, positive, positive_int, share
+from elo.common.terminal import note, show
 from elo.generation.engine import generate
 from elo.generation.sampling import Sampling
 from elo.model.checkpoint import Checkpoint, load_model
@@ -306,9 +307,9 @@ def report(questions: Sequence[Question], answered: dict[int | str, Record], pat
     rows = [["category", *figures["all"]]]
     for category, row in figures.items():
         rows.append([category, *(f"{value:.1f}" if isinstance(value, float) else str(value) for value in row.values())])
-    print(table(rows))
+    show(table(rows))
     for reason, explanation in (("length", "--max-new-tokens"), ("context", "the end of the model's context")):
         if cut := figures["all"][reason]:
-            print(f"{cut} of {figures['all']['answers']} answers were cut off at {explanation}", file=sys.stderr)
+            note(f"{cut} of {figures['all']['answers']} answers were cut off at {explanation}")
     if path:
         write_json(Path(path), {**about, "categories": figures})

@@ -27,6 +27,7 @@ from tqdm import tqdm
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, not_negative, not_negative_int, positive, positive_int
+from elo.common.terminal import note, say, show
 from eval.jsonl import JsonLines
 from eval.judged.benchmarks import BENCHMARKS, question_id, read_questions
 from eval.judged.endpoint import OPENAI, Endpoint, GaveUpError, StoppedError
@@ -117,7 +118,7 @@ def main(arguments: Namespace) -> None:
             for match in matches
             if match not in judged or (arguments.retry_unparsed and not is_rated(judged[match]))
         ]
-        print(f"{file}: {len(matches) - len(asked)} of {len(matches)} judgments are there", flush=True)
+        say(f"{file}: {len(matches) - len(asked)} of {len(matches)} judgments are there")
         failure = run(asked, endpoint, arguments, results, judged)
     report(matches, judged, len(asked), arguments, file)
     if failure:
@@ -236,10 +237,10 @@ def report(
     for model, answers in counts[0].items():
         models[model] = {"answers": answers, "judged": counts[1][model], "unparsed": without[model]}
         rows.append([model, *map(str, models[model].values())])
-    print(table(rows))
+    show(table(rows))
     if unparsed:
         named = "; ".join(map(str, unparsed[:5])) + ("; ..." if len(unparsed) > 5 else "")
-        print(f"{len(unparsed)} judgments have no rating and count for nothing: {named}", file=sys.stderr)
+        note(f"{len(unparsed)} judgments have no rating and count for nothing: {named}")
     if arguments.json:
         summary = {"bench": arguments.bench, "judge": arguments.judge_model, "file": str(file), "asked": asked}
         write_json(Path(arguments.json), {**summary, "models": models})

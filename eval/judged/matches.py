@@ -1,11 +1,11 @@
 """What there is to judge: answers in FastChat's and LogicKor's formats, and what a judge is asked about each."""
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from elo.common.errors import UserError
+from elo.common.terminal import note
 from eval.jsonl import Line, read_lines
 from eval.judged.benchmarks import Benchmark, Question, model_of, question_id
 from eval.judged.judge_prompts import JudgePrompt
@@ -41,11 +41,9 @@ def read_answers(paths: Sequence[Path], questions: Sequence[Question]) -> dict[s
         answers[name] = dict(map(_answer, lines))
         missing = [str(question.id) for question in questions if question.id not in answers[name]]
         if missing:
-            print(
-                f"{path}: no answers to {len(missing)} of {len(questions)} questions: {', '.join(missing[:10])}"
-                f"{' ...' if len(missing) > 10 else ''}",
-                file=sys.stderr,
-            )
+            more = " ..." if len(missing) > 10 else ""
+            named = ", ".join(missing[:10]) + more
+            note(f"{path}: no answers to {len(missing)} of {len(questions)} questions: {named}")
     return answers
 
 

@@ -7,7 +7,6 @@ and counted.
 """
 
 import math
-import sys
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser
+from elo.common.terminal import note, show
 from eval.jsonl import Line, read_lines
 from eval.judged.benchmarks import BENCHMARKS, model_of, question_id, read_questions, short_category
 from eval.judged.judge_prompts import UNPARSED
@@ -42,14 +42,14 @@ def main(arguments: Namespace) -> None:
         categories = {question.id: question.category for question in read_questions(benchmark, arguments.bench_dir)}
         judgments = [with_category(judgment, categories, arguments.bench_dir) for judgment in judgments]
     models = score(judgments)
-    print(score_table(models))
+    show(score_table(models))
     for name, figures in models.items():
         if figures["unparsed"]:
-            print(f"{name}: {figures['unparsed']} judgments have no rating and count for nothing", file=sys.stderr)
+            note(f"{name}: {figures['unparsed']} judgments have no rating and count for nothing")
     if len({figures["judgments"] for figures in models.values()}) > 1:
-        print("the models have not as many judgments each: their scores are of different questions", file=sys.stderr)
+        note("the models have not as many judgments each: their scores are of different questions")
     if not all(judgment.category for judgment in judgments):
-        print("the files do not tell the categories: --bench-dir", file=sys.stderr)
+        note("the files do not tell the categories: --bench-dir")
     if arguments.json:
         write_json(Path(arguments.json), {"bench": bench, "models": models})
 

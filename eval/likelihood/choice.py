@@ -22,6 +22,7 @@ from tqdm import tqdm
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, not_negative_int, positive_int
+from elo.common.terminal import note, show
 from elo.model.checkpoint import Checkpoint, load_model
 from elo.model.config import ModelConfig
 from elo.model.packed import pack_weights
@@ -33,7 +34,6 @@ from eval.jsonl import digest
 from eval.likelihood.loglikelihood import Batch, ContextError, Scorer, encode, make_batches
 from eval.likelihood.metrics import METRICS, Sample, figures, weighted
 from eval.likelihood.samples import SamplesFile
-from eval.records import note
 from eval.tasks import Group, Question, Task
 
 Scores = dict[tuple[str, int], list[float]]  # task and index of a question to the log-likelihoods of its choices
@@ -183,7 +183,7 @@ def summarize(
 def report(results: dict[str, dict[str, float]], metrics: dict[str, tuple[str, ...]]) -> None:
     """The table of what counts."""
     width = max(map(len, results))
-    print(f"{'task':<{width}} {'n':>6} " + " ".join(f"{metric:>8}" for metric in METRICS))
+    show(f"{'task':<{width}} {'n':>6} " + " ".join(f"{metric:>8}" for metric in METRICS))
     for name, figures_ in results.items():
         cells = (f"{figures_[m]:8.4f}" if m in metrics[name] and m in figures_ else " " * 8 for m in METRICS)
-        print(f"{name:<{width}} {figures_['n']:6} " + " ".join(cells))
+        show(f"{name:<{width}} {figures_['n']:6} " + " ".join(cells))

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, positive_int
+from elo.common.terminal import say
 from elo.data.documents import SUPPORTED, Document, read_documents
 from elo.data.finding import find_files
 from elo.model.checkpoint import load_model
@@ -49,7 +50,7 @@ def main(arguments: Namespace) -> None:
     files = find_files(arguments.data)
     tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
     model = load_model(arguments.model, inference_device(), DTYPES[arguments.dtype])
-    print(f"{'bits/byte':>9} {'loss':>8} {'perplexity':>11} {'tokens':>9} {'documents':>9}  file")
+    say(f"{'bits/byte':>9} {'loss':>8} {'perplexity':>11} {'tokens':>9} {'documents':>9}  file")
     results = []
     for file in files:
         score = score_file(model, tokenizer, read_documents([file], arguments.text_field), arguments.seq_len)
@@ -57,7 +58,7 @@ def main(arguments: Namespace) -> None:
             raise UserError(f"{file}: no token has a predecessor in its window")
         results.append({"file": str(file), **score.figures()})
         figures = "{bits_per_byte:9.4f} {loss:8.4f} {perplexity:11.5g} {tokens:9,} {documents:9,}  {file}"
-        print(figures.format(**results[-1]), flush=True)
+        say(figures.format(**results[-1]))
     if arguments.json:
         write_json(Path(arguments.json), {"files": results})
 

@@ -102,7 +102,7 @@ def test_every_format_gives_the_same_conversations(tmp_path, format):
         *(f"{tmp_path}/a.json record {number}" for number in (1, 2, 3)),
         *(f"{tmp_path}/blank.jsonl:{line}" for line in (1, 3, 5)),
     ]
-    assert str(report) == "6 conversations: 6 of 6"
+    assert report.lines() == ["6 conversations: 6 of 6"]
 
 
 GOOD = json.dumps(sharegpt(CHATS[0]))
@@ -134,7 +134,7 @@ def test_malformed_records(tmp_path, format, line, mistake):
     assert "--skip-malformed" in str(error.value)
     conversations, report = load_conversations([path], format, seq_len=1000, skip_malformed=True)
     assert len(conversations) == 2
-    assert f"(first at {path}:3)" in str(report).splitlines()[1]
+    assert f"(first at {path}:3)" in report.lines()[1]
 
 
 def test_malformed_records_of_other_formats(tmp_path, format):
@@ -202,7 +202,7 @@ def test_the_same_number_of_each_language(tmp_path, format):
     assert sum("Korean" in text for text in texts) == 16
     assert sum("ENGLISH" in text for text in texts) == 15
     assert len(set(texts)) == 31
-    assert str(report) == "31 conversations: 16 of 40 Korean, 15 of 70 English"
+    assert report.lines() == ["31 conversations: 16 of 40 Korean, 15 of 70 English"]
 
     assert drawn(path, format, languages=both, samples=31)[0] == texts
     assert drawn(path, format, languages=both, samples=31, seed=1)[0] != texts
@@ -315,7 +315,7 @@ def test_what_is_cut_and_dropped_is_reported(tmp_path, format):
     records = [LONG, chat("only a question"), chat("x" * 500, "y"), UNEVEN, CHATS[0], CHATS[2]]
     path = write_lines(tmp_path / "x.jsonl", map(sharegpt, records))
     conversations, report = load_conversations([path], format, seq_len=100)
-    assert str(report).splitlines() == [
+    assert report.lines() == [
         "4 conversations: 4 of 6",
         "1 of them end early, with the last answer that fits into --seq-len",
         "1 of them without the last message, which has no answer",

@@ -20,6 +20,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, settings
 
 from elo.common.errors import UserError, message_line
+from elo.common.terminal import printable
 
 SECONDS = 15  # a case takes milliseconds; a machine under load may take longer, something that never ends takes longer
 MEMORY = 1 << 30  # bytes that a case may add to the process
@@ -68,7 +69,7 @@ def result_or_user_error(call: Callable[[], Any], writes: Path | None = None) ->
         line = message_line(error)
         assert line, "an error without a message"
         assert len(line) <= LINE, f"an error of {len(line)} characters: {line[:200]}"
-        assert line.isprintable(), f"an error that is not one line of text: {line!r}"
+        assert printable(line) == line, f"an error that is not one line of text: {line!r}"
     except Hang:
         raise AssertionError(f"still at work after {time.monotonic() - started:.0f} s") from None
     except BaseException as error:

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from elo.common.errors import UserError
+from elo.common.terminal import printable
 from elo.generation import chat as generation
 from elo.generation.chat import Writer
 from elo.generation.engine import generate, stream
@@ -327,6 +328,15 @@ def test_characters_of_several_tokens_are_written_whole(writer, monkeypatch, cap
     assert capsys.readouterr().out == text + "\n"
 
 
+def test_an_answer_cannot_command_the_terminal(writer, monkeypatch, capsys):
+    """Escaped piece by piece; newlines and tabs are the answer's own, and what goes on is the answer as it is."""
+    text = "a\n\tb \x1b[2J\x9b1m \u202eb\x07"
+    ids = writer.tokenizer.encode(text)
+    monkeypatch.setattr(generation, "stream", lambda *arguments, **settings: ([id] for id in ids))
+    assert writer.answer([5], {ids[-1]}) == text
+    assert capsys.readouterr().out == "a\n\tb \\x1b[2J\\x9b1m \\u202eb\\x07\n"
+
+
 def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(writer, monkeypatch, capsys):
     expected = writer.answer([5, 6], ())
     token = iter(range(4))
@@ -382,7 +392,7 @@ def test_one_answer_and_a_raw_continuation(chat_model):
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in vars(sampling).items()]
         done = run(chat_model, *options, *flags, "--max-new-tokens=16")
         (answer,) = generate(model, [prompt], [format.stop_ids | {tokenizer.eos_id}], 16, sampling)
-        assert done.stdout == tokenizer.decode(answer) + "\n", done.stderr
+        assert done.stdout == printable(tokenizer.decode(answer), keep="\n\t") + "\n", done.stderr
 
 
 @pytest.mark.parametrize("options", [("--raw",), ("--raw", "--prompt", "a", "--system", "b")], ids=" ".join)
