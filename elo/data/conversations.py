@@ -34,7 +34,8 @@ from elo.data.conversation_files import (
 )
 from elo.data.json_records import MalformedError, place
 from elo.model.loss import IGNORE
-from elo.text.chat_format import ChatFormat, Messages
+from elo.text.chat_format import ChatFormat
+from elo.text.chat_template import Messages, TemplateError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -181,14 +182,13 @@ def load_conversations(
             if pool is None:
                 continue
             messages = read_messages(record, number)
+            head = file, number, found_languages.setdefault(language or "", len(found_languages))
+            pool.offer(partial(make_example, format, messages, seq_len, head, report.dropped))
         except MalformedError as error:
             where = place(files[file], number)
             if not skip_malformed:
                 raise UserError(f"{where}: {error}; --skip-malformed passes over such records") from None
             report.malformed.setdefault(error.kind, [0, where])[0] += 1
-            continue
-        head = file, number, found_languages.setdefault(language or "", len(found_languages))
-        pool.offer(partial(make_example, format, messages, seq_len, head, report.dropped))
 
     examples = sorted(_draw(pools, samples, report), key=lambda example: example.row)
     conversations = _store(examples, files, list(found_languages))
@@ -202,7 +202,10 @@ def load_conversations(
 def make_example(
     format: ChatFormat, messages: Messages, seq_len: int, head: tuple[int, int, int], dropped: Counter[str]
 ) -> Example | None:
-    """A conversation up to its last whole assistant turn that fits; None, and a reason counted, where none does."""
+    """A conversation up to its last whole assistant turn that fits; None, and a reason counted, where none does.
+
+    Raises `MalformedError` for one that the checkpoint's chat template refuses, as many do with a system message.
+    """
     following = [message["role"] for message in messages[1:]] + ["user"]
     ends = [
         number
@@ -213,7 +216,10 @@ def make_example(
         dropped["no answer in it"] += 1
         return None
     # Encoded anew for every end: where Mistral's system message stands depends on it.
-    ids, trained = format.conversation(messages[: ends[-1]])
+    try:
+        ids, trained = format.conversation(messages[: ends[-1]])
+    except TemplateError as error:
+        raise MalformedError(head[1], "the chat template does not take it", str(error)) from None
     kept, is_cut = ends[-1], len(ids) > seq_len
     if is_cut:
         fitting = bisect_right(ends, seq_len, key=lambda end: len(format.conversation(messages[:end])[0]))
@@ -244,10 +250,11 @@ class Pool:
         is_full = self.size is not None and len(self.heap) >= self.size
         if is_full and key < self.heap[0][0]:
             return
+        self.refused += 1  # unless it can be made
         example = make()
         if example is None:
-            self.refused += 1
             return
+        self.refused -= 1
         heapq.heappush(self.heap, (key, self.offered, example))
         if is_full:
             heapq.heappop(self.heap)

@@ -3,149 +3,140 @@
     format = chat_format("models/Qwen2-7B-Instruct", tokenizer)
     ids = format.prompt([{"role": "user", "content": "Hi"}])    # ... <|im_start|>assistant\\n
 
-The ids are those of `transformers.apply_chat_template` with the published templates, for Mistral those of
-mistral-common. Special tokens are added by code: a message that contains <|im_end|> or [/INST] stays text.
+A format is a Jinja template: the checkpoint's own, or one of `FORMATS`. The ids are those of
+`transformers.apply_chat_template`, but that a message that contains <|im_end|> or [/INST] stays text; those of the
+built-in format for Mistral are mistral-common's.
 """
 
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.common.errors import UserError
 from elo.common.fields import shown
+from elo.text.chat_template import (
+    ChatTemplate,
+    Messages,
+    added_pattern,
+    find_template,
+    template_variables,
+    unmarked,
+)
 from elo.text.tokenizer import Tokenizer
-from elo.text.tokenizer_files import TokenizerFiles, token_text
+from elo.text.tokenizer_files import TokenizerFiles
 
 ROLES = ("system", "user", "assistant")
-LLAMA31_DATE = "26 Jul 2024"  # what the published template says, whatever day it is
-
-Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
 
 
-class Token(NamedTuple):
-    """A special token; `trained` if the model has to learn to say it."""
-
-    text: str
-    trained: bool = False
+# ---- the built-in formats
 
 
-class Text(NamedTuple):
-    """`header` and `content`, tokenized as one text: after "user\\n" the content "\\nHi" gives a token "\\n\\n"."""
-
-    header: str
-    content: str = ""
-    trained: bool = False  # the content
-
-
-Piece = Token | Text
-
-
-# ---- the three layouts
-
-
-def _chatml(messages: Messages, default_system: str | None) -> Iterator[Piece]:
+def _chatml(default_system: str | None = None) -> str:
     """`default_system` is the system message of conversations that have none."""
-    if default_system is not None and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": default_system}, *messages]
-    for message in messages:
-        trained = message["role"] == "assistant"
-        yield Token("<|im_start|>")
-        yield Text(message["role"] + "\n", message["content"], trained)
-        yield Token("<|im_end|>", trained)
-        yield Text("\n")
+    default = (
+        "{% if messages[0].role != 'system' %}{{ '<|im_start|>system\\n"
+        + default_system
+        + "<|im_end|>\\n' }}{% endif %}"
+        if default_system
+        else ""
+    )
+    return (
+        default + "{% for message in messages %}"
+        "{{ '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
 
 
-def _llama3(messages: Messages, preamble: str | None) -> Iterator[Piece]:
-    """`preamble` stands at the start of the system message: with one, there always is a system message."""
-    if preamble is not None:
-        system = messages[0]["content"].strip() if messages[0]["role"] == "system" else ""
-        # Whole: without a system message it ends in line ends that `strip` must not reach.
-        yield from _llama3_turn("system", preamble + system)
-    for message in messages:
-        if preamble is None or message["role"] != "system":
-            yield from _llama3_turn(message["role"], message["content"].strip())
+def _llama3(first: str = "{% set turns = messages %}") -> str:
+    return (
+        first + "{% for message in turns %}"
+        "{{ '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' + message.content | trim + '<|eot_id|>' }}"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}{% endif %}"
+    )
 
 
-def _llama3_turn(role: str, content: str) -> Iterator[Piece]:
-    trained = role == "assistant"
-    yield Token("<|start_header_id|>")
-    yield Text(role)
-    yield Token("<|end_header_id|>")
-    yield Text("\n\n", content, trained)
-    yield Token("<|eot_id|>", trained)
-
-
-def _mistral(messages: Messages, _: None) -> Iterator[Piece]:
-    """The system message stands in the last user turn only; messages of one role in a row are one turn."""
-    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    spoken = [message for message in messages if message["role"] != "system"]
-    turns = [
-        (role, "\n\n".join(message["content"] for message in group if message["content"]))
-        for role, group in groupby(spoken, itemgetter("role"))
-    ]
-    last = max(index for index, (role, _) in enumerate(turns) if role == "user")
-    for index, (role, content) in enumerate(turns):
-        if role == "user":
-            yield Token("[INST]")
-            yield Text("", f"{system}\n\n{content}" if system and index == last else content)
-            yield Token("[/INST]")
-        else:
-            yield Text("", content.rstrip(" "), trained=True)
-            yield Token("</s>", trained=True)
-
-
-# ---- the formats
+# There always is a system message. The date is the published template's, whatever day it is.
+LLAMA31_SYSTEM = (
+    "{% set has_system = messages[0].role == 'system' %}{% set turns = messages[1:] if has_system else messages %}"
+    "{{ '<|start_header_id|>system<|end_header_id|>\\n\\nCutting Knowledge Date: December 2023\\nToday Date: ' + "
+    "(date_string or '26 Jul 2024') + '\\n\\n' + (messages[0].content | trim if has_system else '') + '<|eot_id|>' }}"
+)
+# The system message stands in the last user turn only; messages of one role in a row are one turn.
+MISTRAL = """\
+{%- set has_system = messages[0].role == 'system' %}
+{%- set turns = messages[1:] if has_system else messages %}
+{%- set seen = namespace(last=0, text='') %}
+{%- for message in turns if message.role == 'user' %}{% set seen.last = loop.length %}{% endfor %}
+{%- set seen.users = 0 %}
+{%- for message in turns %}
+    {%- if loop.first or loop.previtem.role != message.role %}{% set seen.text = '' %}{% endif %}
+    {%- if message.role == 'user' %}{% set seen.users = seen.users + 1 %}{% endif %}
+    {%- if message.content %}
+        {%- set seen.text = seen.text + ('\\n\\n' if seen.text else '') + message.content %}
+    {%- endif %}
+    {%- if loop.last or loop.nextitem.role != message.role %}
+        {%- if message.role == 'user' %}
+            {%- set is_last = has_system and messages[0].content and seen.users == seen.last %}
+            {{- '[INST]' + SPACE + (messages[0].content + '\\n\\n' if is_last else '') + seen.text + '[/INST]' }}
+        {%- else %}
+            {{- SPACE + seen.text.rstrip(' ') + '</s>' }}
+        {%- endif %}
+    {%- endif %}
+{%- endfor %}"""
 
 
 class Format(NamedTuple):
     """A row of the table of formats."""
 
-    layout: Callable[[Messages, str | None], Iterator[Piece]]
-    system: str | None  # the layout's second argument
+    template: str
     bos: str | None
-    tokens: tuple[str, ...]  # special tokens that the layout writes
-    answer: tuple[Piece, ...]  # what stands before the assistant's text
+    tokens: tuple[str, ...]  # special tokens that the template writes
     stops: tuple[str, ...]  # special tokens that end the assistant's turn, as far as the tokenizer has them
 
 
 CHATML = ("<|im_start|>", "<|im_end|>")
 LLAMA3 = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
-MISTRAL = ("[INST]", "[/INST]", "</s>")
-CHATML_ANSWER = (Token("<|im_start|>"), Text("assistant\n"))
-LLAMA3_ANSWER = (Token("<|start_header_id|>"), Text("assistant"), Token("<|end_header_id|>"), Text("\n\n"))
+MISTRAL_TOKENS = ("[INST]", "[/INST]", "</s>")
+LLAMA3_STOPS = ("<|eot_id|>", "<|end_of_text|>")
+QWEN_STOPS = ("<|im_end|>", "<|endoftext|>")
 
 QWEN2_SYSTEM = "You are a helpful assistant."
 QWEN25_SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 SMOLLM2_SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
-LLAMA31_PREAMBLE = "Cutting Knowledge Date: December 2023\nToday Date: {date}\n\n"
 
-BOS, END = "<|begin_of_text|>", "<|endoftext|>"
-LLAMA3_STOPS = ("<|end_of_text|>", "<|eot_id|>")
+BOS = "<|begin_of_text|>"
 FORMATS = {
-    "llama3": Format(_llama3, None, BOS, LLAMA3, LLAMA3_ANSWER, LLAMA3_STOPS),
-    "llama3.1": Format(_llama3, LLAMA31_PREAMBLE, BOS, LLAMA3, LLAMA3_ANSWER, (*LLAMA3_STOPS, "<|eom_id|>")),
-    "mistral": Format(_mistral, None, "<s>", MISTRAL, (), ("</s>",)),
-    "qwen2": Format(_chatml, QWEN2_SYSTEM, None, CHATML, CHATML_ANSWER, ("<|im_end|>", END)),
-    "qwen2.5": Format(_chatml, QWEN25_SYSTEM, None, CHATML, CHATML_ANSWER, ("<|im_end|>", END)),
-    "smollm2": Format(_chatml, SMOLLM2_SYSTEM, None, CHATML, CHATML_ANSWER, ("<|im_end|>",)),
+    "llama3": Format(_llama3(), BOS, LLAMA3, LLAMA3_STOPS),
+    "llama3.1": Format(_llama3(LLAMA31_SYSTEM), BOS, LLAMA3, (*LLAMA3_STOPS, "<|eom_id|>")),
+    "mistral": Format(MISTRAL, "<s>", MISTRAL_TOKENS, ("</s>",)),
+    "qwen2": Format(_chatml(QWEN2_SYSTEM), None, CHATML, QWEN_STOPS),
+    "qwen2.5": Format(_chatml(QWEN25_SYSTEM), None, CHATML, QWEN_STOPS),
+    "smollm2": Format(_chatml(SMOLLM2_SYSTEM), None, CHATML, ("<|im_end|>",)),
     # Fine-tunes of any family, no default system message.
-    "chatml": Format(_chatml, None, None, CHATML, CHATML_ANSWER, ("<|im_end|>", END)),
+    "chatml": Format(_chatml(), None, CHATML, QWEN_STOPS),
 }
+
+
+# ---- messages to ids
 
 
 @dataclass(frozen=True)
 class ChatFormat:
-    """One model's chat format; made by `chat_format`."""
+    """One model's chat format; made by `chat_format`.
+
+    name: of `FORMATS`, or of the template by its content. is_own: the template is the checkpoint's. end_of_turn: the
+    text of the token that ends what the assistant says, None where there is none. stop_ids: each ends its turn.
+    """
 
     name: str
     tokenizer: Tokenizer
-    bos_id: int | None
-    stop_ids: frozenset[int]  # each of them ends the assistant's turn
-    date: str
+    template: ChatTemplate
+    is_own: bool
+    end_of_turn: str | None
+    stop_ids: frozenset[int]
 
     def prompt(self, messages: Messages) -> list[int]:
         """The ids of a conversation that ends with the user's turn, up to where the assistant's text starts.
@@ -155,32 +146,44 @@ class ChatFormat:
         check_messages(messages)
         if messages[-1]["role"] != "user":
             raise UserError(f"the last message is the {messages[-1]['role']}'s; an answer follows the user's")
-        return self._encode([*self._pieces(messages), *FORMATS[self.name].answer])[0]
+        return self._encode(self.template.prompt(messages), [])[0]
 
     def conversation(self, messages: Messages) -> tuple[list[int], list[bool]]:
-        """The ids of a conversation, and which of them are trained: the assistant's text and its end-of-turn token.
+        """The ids of a conversation, and which of them are trained: what the model has to say after each prompt, with
+        the token that ends its turn.
 
-        Raises UserError for messages that are not a conversation.
+        Raises UserError for messages that are not a conversation, TemplateError where the template cannot follow it.
         """
         check_messages(messages)
-        return self._encode(self._pieces(messages))
+        return self._encode(*self.template.conversation(messages))
 
-    def _pieces(self, messages: Messages) -> Iterator[Piece]:
-        layout, system = FORMATS[self.name][:2]
-        return layout(messages, system and system.replace("{date}", self.date))
+    def ordered_stops(self) -> list[int]:
+        """`stop_ids` with the end of turn first."""
+        end = self.tokenizer.special_tokens.get(self.end_of_turn or "", -1)
+        return sorted(self.stop_ids, key=lambda id: (id != end, id))
 
-    def _encode(self, pieces: Iterator[Piece] | list[Piece]) -> tuple[list[int], list[bool]]:
-        ids = [] if self.bos_id is None else [self.bos_id]
-        trained = [False] * len(ids)
-        for piece in pieces:
-            if isinstance(piece, Token):
-                ids.append(self.tokenizer.special_tokens[piece.text])
-            else:
-                ids += self.tokenizer.encode(piece.header + piece.content)
-                if piece.trained:
-                    # A token in which header and content meet counts as header: the prompt has the header's own.
-                    trained += [False] * len(self.tokenizer.encode(piece.header))
-            trained += [piece.trained] * (len(ids) - len(trained))
+    @property
+    def needs_time(self) -> bool:
+        """Whether what it writes depends on `now`."""
+        return "strftime_now" in self.template.text
+
+    def _encode(self, marked: str, learned: Sequence[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        ids: list[int] = []
+        trained: list[bool] = []
+        at = 0
+        for match in [*self.template.added.finditer(marked), None]:
+            stop = match.start() if match else len(marked)
+            text = self.tokenizer.encode(unmarked(marked[at:stop]))
+            # A token in which header and answer meet counts as header: the prompt has the header's own.
+            start = min((max(start, at) for start, end in learned if start < stop and end > at), default=stop)
+            header = len(text) if start == stop else len(self.tokenizer.encode(unmarked(marked[at:start])))
+            ids += text
+            trained += [number >= header for number in range(len(text))]
+            if match:
+                token = match.lastindex
+                ids.append(self.tokenizer.special_tokens[match[token]])
+                trained.append(any(start <= match.start(token) < end for start, end in learned))
+                at = match.end()
         return ids, trained
 
 
@@ -204,91 +207,121 @@ def check_messages(messages: Messages) -> None:
 # ---- which format a checkpoint has
 
 
+def _chat(*contents: str, system: str | None = None) -> Messages:
+    spoken = zip(["user", "assistant"] * len(contents), contents, strict=False)
+    roles = [*([] if system is None else [("system", system)]), *spoken]
+    return [{"role": role, "content": content} for role, content in roles]
+
+
+# A template that writes these as a built-in format does is taken for it.
+PROBES = (
+    _chat("Hi"),
+    _chat("Hi", system="Be kind."),
+    _chat("Hi", "Hello", "And?", "So."),
+    _chat(" \n a\n ", "\n b \n", " c ", " d\n\n", " e", system="\n s \n"),
+    [*_chat("one"), *_chat("two", "three")],
+)
+
+
 def chat_format(
-    directory: str | Path, tokenizer: Tokenizer, override: str | None = None, date: str = LLAMA31_DATE
+    directory: str | Path, tokenizer: Tokenizer, override: str | None = None, now: float | None = None
 ) -> ChatFormat:
     """The chat format of a checkpoint, or the one of `FORMATS` that `override` (--chat-format) names.
 
-    Raises UserError where the checkpoint does not tell, and where its tokenizer lacks a token of the format.
+    `now`, in seconds since 1970, is the time for templates that write the date. Raises UserError where the checkpoint
+    does not tell, where its tokenizer lacks a token of the format, and for a template that cannot be used.
     """
     files = TokenizerFiles(Path(directory))
-    template = _template(files)
-    name = override or _recognize(files, template, tokenizer)
+    special = tokenizer.special_tokens
+    text_of = {id: text for text, id in special.items()}
+    bos = None if tokenizer.bos_id is None else text_of[tokenizer.bos_id]
+    variables = template_variables(files, bos, text_of[tokenizer.eos_id])
+    patterns = added_pattern(tokenizer.added), added_pattern(tokenizer.added, special_only=True)
+    own = find_template(files)
+
+    def made(text: str) -> ChatTemplate:
+        return ChatTemplate(text, variables, str(directory), *patterns, now)
+
+    is_own = own is not None and override is None
+    if is_own:
+        template = made(own)
+        name = _recognize(template, [(other, made(text)) for other, text in _candidates(tokenizer, variables)])
+    else:
+        name = override or _guess(files, tokenizer)
+        _check_tokens(name, tokenizer, directory)
+        row_bos = FORMATS[name].bos
+        if name == "chatml":
+            # ChatML itself has no BOS, but a family's models may never have seen a text without theirs.
+            row_bos = bos if own is None else variables.get("bos_token") if "bos_token" in own else None
+        template = made(_built_in(name, row_bos, tokenizer))
+    end = template.end_of_turn()
+    stops = FORMATS[name].stops if name in FORMATS else (end or text_of[tokenizer.eos_id],)
+    stop_ids = {special[token] for token in stops if token in special}
+    return ChatFormat(name, tokenizer, template, is_own, end, frozenset(stop_ids | _generation_stops(files)))
+
+
+def _built_in(name: str, bos: str | None, tokenizer: Tokenizer) -> str:
+    # Mistral's texts begin with a space, which some tokenizers put in front of every text themselves.
+    space = "''"
+    return (bos or "") + FORMATS[name].template.replace("SPACE", space)
+
+
+def _candidates(tokenizer: Tokenizer, variables: dict[str, str]) -> list[tuple[str, str]]:
+    """Names and templates of the built-in formats that the tokenizer has the tokens of."""
+    fitting = [(name, row) for name, row in FORMATS.items() if set(row.tokens) <= tokenizer.special_tokens.keys()]
+    found = [(name, _built_in(name, row.bos, tokenizer)) for name, row in fitting]
+    bos = variables.get("bos_token")
+    return found + [(name, bos + text) for name, text in found if name == "chatml" and bos]
+
+
+def _recognize(template: ChatTemplate, candidates: Sequence[tuple[str, ChatTemplate]]) -> str:
+    """The name of the built-in format that writes all probes as a template does, or else a name for the template."""
+    template.prompt(PROBES[0])  # raises what is wrong with it
+
+    def written(by: ChatTemplate) -> list[str | None]:
+        return [text for probe in PROBES for text, _ in by.render(probe, [(len(probe), False), (len(probe), True)])]
+
+    expected = written(template)
+    digest = hashlib.sha256(template.text.encode()).hexdigest()
+    return next((name for name, other in candidates if written(other) == expected), f"template-{digest[:12]}")
+
+
+def _check_tokens(name: str, tokenizer: Tokenizer, directory: str | Path) -> None:
+    """UserError unless there is such a format and the tokenizer has its tokens."""
     if name not in FORMATS:
         raise UserError(f"--chat-format {name}: there are {', '.join(FORMATS)}")
     row, special = FORMATS[name], tokenizer.special_tokens
-    needed = [*row.tokens, *([row.bos] if row.bos else [])]
-    missing = [token for token in needed if token not in special]
+    missing = [token for token in (*row.tokens, *([row.bos] if row.bos else [])) if token not in special]
     if missing:
         fitting = [other for other, row in FORMATS.items() if all(token in special for token in row.tokens)]
         raise UserError(
             f"{directory}: the chat format {name} needs the special token {missing[0]}, which the tokenizer does not "
             f"have; it has those of {', '.join(fitting) or 'none of the formats'} (--chat-format)"
         )
-    if name == "chatml":
-        bos_id = _chatml_bos(files, template, tokenizer)
-    else:
-        bos_id = None if row.bos is None else special[row.bos]
-    stops = {special[token] for token in row.stops if token in special}
-    return ChatFormat(name, tokenizer, bos_id, frozenset(stops | _generation_stops(files)), date)
 
 
-def _template(files: TokenizerFiles) -> str | None:
-    """The text of the checkpoint's Jinja template."""
-    if (data := files.read("chat_template.jinja")) is not None:
-        return data.decode("utf-8", "replace")
-    template = files.config.get("chat_template")
-    if isinstance(template, list):  # several, by name
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[-1].get("template") if named else None
-    return template if isinstance(template, str) else None
-
-
-def _recognize(files: TokenizerFiles, template: str | None, tokenizer: Tokenizer) -> str:
-    """The name of the checkpoint's format: from its template, or else from the tokens that its tokenizer has."""
-    has = template.__contains__ if template is not None else tokenizer.special_tokens.__contains__
-    families = [tokens for tokens in (CHATML, LLAMA3, MISTRAL) if has(tokens[0])]
+def _guess(files: TokenizerFiles, tokenizer: Tokenizer) -> str:
+    """The name of the format of a checkpoint without a template, from the tokens that its tokenizer has."""
+    has = tokenizer.special_tokens.__contains__
+    families = [tokens for tokens in (CHATML, LLAMA3, MISTRAL_TOKENS) if has(tokens[0])]
     # [SYSTEM_PROMPT] is of Mistral's later formats.
     if len(families) != 1 or has("[SYSTEM_PROMPT]"):
-        source = "chat template is" if template is not None else "special tokens are those"
         raise UserError(
-            f"{files.directory}: its {source} of no format known here, or of several; "
-            f"name one with --chat-format: {', '.join(FORMATS)}"
+            f"{files.directory}: it has no chat template, and its special tokens are those of no format known here, or "
+            f"of several; name one with --chat-format: {', '.join(FORMATS)}"
         )
-    if families == [MISTRAL]:
+    if families == [MISTRAL_TOKENS]:
         return "mistral"
     if families == [LLAMA3]:
-        if template is not None:
-            return "llama3.1" if "Cutting Knowledge Date" in template else "llama3"
         config = files.json("config.json") or {}
         rope: Any = config.get("rope_parameters") or config.get("rope_scaling")
         scaled = isinstance(rope, dict) and "llama3" in (rope.get("rope_type"), rope.get("type"))
         return "llama3.1" if scaled else "llama3"
-
-    named = [name for name, row in FORMATS.items() if row.layout is _chatml]
-    if template is None:
-        raise UserError(
-            f"{files.directory}: ChatML, but without a chat template it cannot be told which default system message "
-            f"it has; name the format with --chat-format: {', '.join(named)}"
-        )
-    # A text between these two tokens is a default; "' + messages[0]['content'] + '" is not.
-    found = re.search(r"<\|im_start\|>system(?:\n|\\n)([^'\"{}][^{}]{0,2000}?)<\|im_end\|>", template)
-    system = found[1] if found else None
-    for name in named:
-        if FORMATS[name].system == system:
-            return name
+    named = [name for name, row in FORMATS.items() if row.tokens == CHATML]
     raise UserError(
-        f"{files.directory}: its chat template has the default system message {system!r:.100}, which no format here "
-        f"has; name one with --chat-format: {', '.join(named)}"
+        f"{files.directory}: ChatML, but without a chat template it cannot be told which default system message "
+        f"it has; name the format with --chat-format: {', '.join(named)}"
     )
-
-
-def _chatml_bos(files: TokenizerFiles, template: str | None, tokenizer: Tokenizer) -> int | None:
-    """ChatML itself has no BOS, but a family's models may never have seen a text without theirs."""
-    if template is None:
-        return tokenizer.bos_id
-    bos = token_text(files.config.get("bos_token")) if "bos_token" in template else None
-    return tokenizer.special_tokens.get(bos) if bos else None
 
 
 def _generation_stops(files: TokenizerFiles) -> set[int]:

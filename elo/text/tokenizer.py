@@ -116,6 +116,7 @@ class Tokenizer:
     ) -> None:
         """`bytes_of`: what the ids of ordinary tokens decode to. `starts_with_space`: see `StreamDecoder`."""
         self.model = model
+        self.added = added
         self.special_tokens = {text: token.id for text, token in added.items()}
         self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
         # Of the added tokens only those that are not special are text: Qwen's <tool_call> is what a model writes.

@@ -22,6 +22,9 @@ MAX_ID = 1 << 24
 class AddedToken:
     id: int
     special: bool
+    # Whether white space before or after it goes with it.
+    lstrip: bool = False
+    rstrip: bool = False
 
 
 class TokenizerFiles:
@@ -206,7 +209,7 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
     added: dict[str, AddedToken] = {}
     text_of = {id: text for text, id in vocab.items()}
 
-    def add(text: Any, id: Any, special: Any, name: str) -> None:
+    def add(text: Any, id: Any, special: Any, name: str, flags: Any = None) -> None:
         source = files.path(name)
         if not isinstance(text, str) or not text:
             raise UserError(f"{source}: an added token has the text {text!r:.60}")
@@ -216,18 +219,19 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
             raise UserError(f"{source}: its token {text!r:.60} has the id {id}, but elsewhere the id {known!r:.20}")
         if text_of.setdefault(id, text) != text:
             raise UserError(f"{source}: its token {id} is {text!r:.60}, but elsewhere {text_of[id]!r:.60}")
-        added.setdefault(text, AddedToken(id, bool(special)))
+        strips = {side: bool(flags.get(side)) for side in ("lstrip", "rstrip")} if isinstance(flags, dict) else {}
+        added.setdefault(text, AddedToken(id, bool(special), **strips))
 
     source = files.path("tokenizer.json")
     for token in field(files.json("tokenizer.json") or {}, "added_tokens", list, source, []):
         if not isinstance(token, dict):
             raise UserError(f"{source}: an added token is {token!r:.60}")
-        add(token.get("content"), token.get("id"), token.get("special"), "tokenizer.json")
+        add(token.get("content"), token.get("id"), token.get("special"), "tokenizer.json", token)
     decoder = field(files.config, "added_tokens_decoder", dict, files.path("tokenizer_config.json"), {})
     for id, token in decoder.items():
         number = int(id) if id.isdecimal() and len(id) < 12 else id
         special = isinstance(token, dict) and token.get("special")
-        add(token_text(token), number, special, "tokenizer_config.json")
+        add(token_text(token), number, special, "tokenizer_config.json", token)
     for text, id in (files.json("added_tokens.json") or {}).items():
         # This file does not tell; where it stands alone, its tokens are those of a chat format.
         add(text, id, True, "added_tokens.json")

@@ -105,6 +105,22 @@ def test_every_format_gives_the_same_conversations(tmp_path, format):
     assert report.lines() == ["6 conversations: 6 of 6"]
 
 
+def test_conversations_that_the_template_refuses(tmp_path):
+    """Named by their place, or passed over and counted."""
+    chatml(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text(
+        "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('No system role') }}{% endif %}"
+        "{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    format = chat_format(tmp_path, load_tokenizer(tmp_path))
+    path = write_lines(tmp_path / "chats.jsonl", map(sharegpt, CHATS))
+    with pytest.raises(UserError, match=r"chats.jsonl:2: the chat template does not take it .*No system role"):
+        load_conversations([path], format, seq_len=1000)
+    conversations, report = load_conversations([path], format, seq_len=1000, skip_malformed=True)
+    assert len(conversations) == 2
+    assert report.malformed == {"the chat template does not take it": [1, f"{path}:2"]}
+
+
 GOOD = json.dumps(sharegpt(CHATS[0]))
 MALFORMED = [
     ("{", "not usable as JSON"),

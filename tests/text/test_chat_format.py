@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 
 from elo.common.errors import UserError
 from elo.text.byte_level_bpe import LLAMA3_PATTERN, read_tiktoken
-from elo.text.chat_format import CHATML, FORMATS, LLAMA3, MISTRAL, chat_format
+from elo.text.chat_format import CHATML, FORMATS, LLAMA3, MISTRAL_TOKENS, chat_format
 from elo.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "../shared/data/tokenizers"
@@ -81,7 +81,7 @@ SPECIALS = {
     "chatml": CHATML,
     "llama3": ("<|begin_of_text|>", "<|end_of_text|>", *LLAMA3),
     "llama3.1": ("<|begin_of_text|>", "<|end_of_text|>", "<|eom_id|>", *LLAMA3),
-    "mistral": ("<s>", *MISTRAL),
+    "mistral": ("<s>", *MISTRAL_TOKENS),
 }
 
 
@@ -95,6 +95,9 @@ def checkpoint(directory, specials, template=None, **files):
     tokenizer = tokenizers.Tokenizer.from_file(path)
     tokenizer.add_special_tokens(list(specials))
     tokenizer.save(path)
+    bos = [token for token in ("<|begin_of_text|>", "<s>") if token in specials]
+    config = {"eos_token": "<|endoftext|>", **({"bos_token": bos[0]} if bos else {})}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config))
     if template is not None:
         (directory / "chat_template.jinja").write_text(template)
     for name, content in files.items():
@@ -261,18 +264,6 @@ def test_mistral_joins_messages_of_one_role_and_puts_the_system_message_last(mis
     assert ids == [1, *first, *encode("a \n\nb"), 2, *second, *encode("c"), 2]
 
 
-def test_the_date_of_llama31(tmp_path):
-    directory = checkpoint(tmp_path, SPECIALS["llama3.1"], LLAMA31_TEMPLATE)
-    reference = reference_of(directory, LLAMA31_TEMPLATE)
-    for date in ("26 Jul 2024", "01 Jan 2030"):
-        tokenizer, format = open_format(directory, date=date)
-        ids = format.prompt([user("Hi")])
-        assert f"Today Date: {date}\n\n" in tokenizer.decode(ids)
-        assert ids == reference.apply_chat_template(
-            [user("Hi")], date_string=date, add_generation_prompt=True, return_dict=False
-        )
-
-
 # ---- what stays text, and what is trained
 
 
@@ -349,15 +340,12 @@ NO_CONFIG = {}
 SCALED_4 = {"model_type": "llama", "rope_scaling": {"rope_type": "llama3", "factor": 8.0}}
 SCALED_5 = {"model_type": "llama", "rope_parameters": {"rope_type": "llama3", "factor": 32.0}}
 PLAIN_5 = {"model_type": "llama", "rope_parameters": {"rope_type": "default"}}
-MISTRAL_TEMPLATE = "{{ bos_token }}{% for m in messages %}{{ '[INST] ' + m['content'] + '[/INST]' }}{% endfor %}"
-OTHER_SYSTEM = chatml_template("You're Bob.").replace("'<|im_start|>system", '"<|im_start|>system')
 RECOGNIZED = [
     ("llama3", SPECIALS["llama3"], None, PLAIN_5),
     ("llama3.1", SPECIALS["llama3.1"], None, SCALED_4),
     ("llama3.1", SPECIALS["llama3.1"], None, SCALED_5),
     ("llama3", SPECIALS["llama3.1"], LLAMA3_TEMPLATE, SCALED_4),
     ("mistral", SPECIALS["mistral"], None, NO_CONFIG),
-    ("mistral", SPECIALS["mistral"], MISTRAL_TEMPLATE, NO_CONFIG),
     ("chatml", (*SPECIALS["llama3.1"], *CHATML), TEMPLATES["chatml"], SCALED_4),
     ("chatml", (*SPECIALS["mistral"], *CHATML), TEMPLATES["chatml"], NO_CONFIG),
 ]
@@ -380,12 +368,10 @@ def test_a_template_in_tokenizer_config(tmp_path, named):
 
 REFUSED = [
     (CHATML, None, "without a chat template it cannot be told"),
-    (CHATML, OTHER_SYSTEM, 'the default system message "You\'re Bob."'),
-    (CHATML, "{{ messages }}", "its chat template is of no format known here"),
+    (CHATML, "{{ messages }}", "its chat template cannot be used"),
     (["<s>"], None, "special tokens are those of no format known here, or of several"),
     ((*SPECIALS["llama3"], *CHATML), None, "or of several"),
     ((*SPECIALS["mistral"], "[SYSTEM_PROMPT]"), None, "of no format known here"),
-    (["<s>", "</s>"], MISTRAL_TEMPLATE, "mistral needs the special token [INST]"),
 ]
 
 
