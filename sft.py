@@ -8,7 +8,9 @@ ends with the loss on held-out conversations.
 """
 
 import shutil
+import time
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,15 @@ from elo.model.checkpoint import CONFIG, Checkpoint
 from elo.model.decoder import CausalLM, build
 from elo.model.saving import copy, export, remove_model
 from elo.optimizer import TrainingOptions
-from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics
+from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics, read_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.text.chat_format import FORMATS, chat_format
+from elo.text.chat_format import FORMATS, ChatFormat, chat_format
+from elo.text.chat_result import tuned_config, write_chat_files
 from elo.text.tokenizer import load_tokenizer
 from elo.training import evaluate, train
+
+TIME = "time"  # in run.json's data
 
 
 def main() -> None:
@@ -59,7 +64,9 @@ def run(arguments: Namespace, world: World) -> None:
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
-    chat = chat_format(arguments.model, load_tokenizer(arguments.model, base.config.vocab_size), arguments.chat_format)
+    now = world.on_rank_0(partial(time_of_run, arguments.out, goes_on))
+    tokenizer = load_tokenizer(arguments.model, base.config.vocab_size)
+    chat = chat_format(arguments.model, tokenizer, arguments.chat_format, now)
     every, report = load_conversations(
         arguments.data,
         chat,
@@ -74,15 +81,21 @@ def run(arguments: Namespace, world: World) -> None:
     shape = arguments.batch_conversations, arguments.micro_batch_tokens
     batches = ConversationBatches(training, *shape, arguments.epochs, arguments.seed, world)
     validation = ConversationBatches(held_out, *shape, 1, arguments.seed, world) if len(held_out) else None
-    data = {"conversations": every.digest(), "model": base.fingerprint()}
+    data = {"conversations": every.digest(), "model": base.fingerprint(), **({TIME: now} if chat.needs_time else {})}
     open_run(arguments, world, goes_on, data)
 
-    model = parallelize(build(base.config), world, parallel)
+    model = parallelize(build(tuned_config(base.config, chat)), world, parallel)
     base.load_into(model)
-    epochs = Epochs(arguments, model, base, batches, validation, world)
+    epochs = Epochs(arguments, model, base, chat, batches, validation, world)
     done = train(model, batches, options, world, arguments.out, after_step=epochs.after_step)
     epochs.finish(done)
     close_run(arguments, world)
+
+
+def time_of_run(out: Path, goes_on: bool) -> float:
+    """What the chat template takes for now, in seconds since 1970: when the run began, or its texts would change."""
+    began = read_run(out)["data"].get(TIME) if goes_on else None
+    return began if isinstance(began, float) else time.time()
 
 
 class Epochs:
@@ -93,12 +106,14 @@ class Epochs:
         arguments: Namespace,
         model: CausalLM,
         base: Checkpoint,
+        chat: ChatFormat,
         batches: ConversationBatches,
         validation: ConversationBatches | None,
         world: World,
     ) -> None:
         self.out, self.keep, self.model, self.base = arguments.out, arguments.keep, model, base
         self.batches, self.validation, self.world = batches, validation, world
+        self.chat_files = partial(write_chat_files, chat)
         self.best = world.on_rank_0(self.best_so_far)
         self.notes = {"base": str(Path(arguments.model).resolve()), "options": option_values(arguments)}
 
@@ -138,7 +153,8 @@ class Epochs:
         if self.world.rank == 0:
             self.directory(epoch).mkdir(exist_ok=True)
         self.world.wait()
-        export(self.directory(epoch), self.model, self.base, notes={"sft.json": {**self.notes, "epoch": epoch}})
+        notes = {"sft.json": {**self.notes, "epoch": epoch}}
+        export(self.directory(epoch), self.model, self.base, notes=notes, beside=self.chat_files)
 
     def finish(self, steps: int) -> None:
         """The model of the run: the last one, or the best."""
@@ -148,7 +164,8 @@ class Epochs:
                 copy(self.directory(self.best[1]), self.out)
                 self.remove(self.directory(self.best[1]))
         else:
-            export(self.out, self.model, self.base, notes={"sft.json": {**self.notes, "steps": steps}})
+            notes = {"sft.json": {**self.notes, "steps": steps}}
+            export(self.out, self.model, self.base, notes=notes, beside=self.chat_files)
 
 
 if __name__ == "__main__":

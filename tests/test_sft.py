@@ -6,13 +6,18 @@ import sys
 import families
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import lines
 from small_tokenizer import add_chat_tokens, write_tokenizer
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft
 from elo.common.errors import exit_status
+from elo.generation.engine import generate
+from elo.generation.sampling import GREEDY
 from elo.model.checkpoint import load_model
+from elo.text.chat_format import chat_format
+from elo.text.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -36,8 +41,9 @@ def project(tmp_path, monkeypatch):
     return tmp_path
 
 
-def run(project, monkeypatch, *options):
-    fixed = ["--model", project / "model", "--data", project / "chats.json", "--chat-format", "chatml", "--lr", "1e-2"]
+def run(project, monkeypatch, *options, chat_format="chatml"):
+    fixed = ["--model", project / "model", "--data", project / "chats.json", "--lr", "1e-2"]
+    fixed += [] if chat_format is None else ["--chat-format", chat_format]
     shape = ["--batch-conversations", "8", "--micro-batch-tokens", "300", "--seq-len", "96", "--dtype", "fp32"]
     monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, [*fixed, *shape, *options])])
     with pytest.raises(SystemExit) as exit_:
@@ -74,6 +80,92 @@ def test_what_is_kept(project, monkeypatch):
     assert weights[best] == weights[every / "epoch-2"] != weights[every / "epoch-3"]
     assert weights[every] == weights[every / "epoch-3"]
     assert json.loads((best / "sft.json").read_text())["epoch"] == 2
+
+
+# ---- what travels with the result
+
+BASES = {
+    "none": {},
+    "jinja": {"chat_template.jinja": "{{ 'old' }}"},
+    "config": {"tokenizer_config.json": {"eos_token": "<|endoftext|>", "chat_template": "{{ 'old' }}"}},
+    "json": {
+        "chat_template.json": {"chat_template": "{{ 'old' }}"},
+        "special_tokens_map.json": {"eos_token": {"content": "<|endoftext|>"}},
+        "generation_config.json": {"eos_token_id": 0, "top_k": 7},
+    },
+}
+
+
+@pytest.mark.parametrize("place", BASES)
+def test_the_chat_format_travels_with_the_result(project, place, monkeypatch):
+    """Wherever another template stood before: transformers writes and ends a chat with the result as we do."""
+    for name, content in BASES[place].items():
+        (project / "model" / name).write_text(content if isinstance(content, str) else json.dumps(content))
+    out = project / "out"
+    options = ["--epochs", "1", "--validation-fraction", "0.2", "--keep", "every"]
+    assert run(project, monkeypatch, *options, "--out", out) == 0
+    for directory in (out, out / "epoch-1"):
+        tokenizer = load_tokenizer(directory)
+        format = chat_format(directory, tokenizer)
+        assert format.name == "chatml"
+        theirs = AutoTokenizer.from_pretrained(directory)
+        messages = [{"role": "system", "content": "S"}, {"role": "user", "content": " 무엇 3? "}]
+        ids = theirs.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        assert format.prompt(messages) == ids
+        end = tokenizer.special_tokens["<|im_end|>"]
+        assert theirs.eos_token_id == end
+        generation = json.loads((directory / "generation_config.json").read_text())
+        assert end in generation["eos_token_id"]
+        assert set(generation["eos_token_id"]) == format.stop_ids
+        assert end in json.loads((directory / "config.json").read_text())["eos_token_id"]
+        assert not (directory / "chat_template.json").exists()
+        assert "chat_template" not in json.loads((directory / "tokenizer_config.json").read_text())
+    if place == "json":
+        assert generation["top_k"] == 7
+
+    # Let the end of turn win wherever the model's third token would: both programs stop there.
+    free = generate(load_model(out, "cpu", torch.float32), [ids], [set()], 8, GREEDY)[0]
+    weights = load_file(out / "model.safetensors")
+    head = weights["lm_head.weight" if "lm_head.weight" in weights else "model.embed_tokens.weight"]
+    head[end] = 2 * head[free[2]]
+    save_file(weights, out / "model.safetensors", {"format": "pt"})
+    (ours,) = generate(load_model(out, "cpu", torch.float32), [ids], [format.stop_ids], 8, GREEDY)
+    model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=8, do_sample=False)[0, len(ids) :]
+    assert ours[-1] == end
+    assert answer.tolist() == ours
+
+
+def test_a_checkpoints_own_template_stays(project, monkeypatch):
+    """Byte for byte, as does every file that already says what ends a turn."""
+    base, out = project / "model", project / "out"
+    end = load_tokenizer(base).special_tokens["<|im_end|>"]
+    template = "{% for m in messages %}{{ m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+    (base / "tokenizer_config.json").write_text(json.dumps({"chat_template": template, "eos_token": "<|im_end|>"}))
+    (base / "generation_config.json").write_text(json.dumps({"eos_token_id": end}))
+    assert run(project, monkeypatch, "--epochs", "1", "--out", out, chat_format=None) == 0
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (base / name).read_bytes()
+    assert not (out / "chat_template.jinja").exists()
+    assert json.loads((out / "config.json").read_text())["eos_token_id"] == [end]
+
+
+def test_the_date_in_a_run_is_when_it_began(project, monkeypatch):
+    """Resumed on another day, a run has the same texts."""
+    template = (
+        "{% for m in messages %}{{ strftime_now('%S %f') + m.role + ':' + m.content + '<|im_end|>' }}{% endfor %}"
+    )
+    (project / "model" / "chat_template.jinja").write_text(template)
+    out = project / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(sft, "train", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run(project, monkeypatch, "--epochs", "1", "--out", out, chat_format=None)
+    assert run(project, monkeypatch, "--epochs", "1", "--out", out, chat_format=None) == 0
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize(

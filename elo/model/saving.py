@@ -60,11 +60,12 @@ def export(
     base: Checkpoint,
     source: Callable[[str], str] = lambda name: name,
     notes: dict[str, dict[str, Any]] | None = None,
+    beside: Callable[[Path], None] = lambda aside: None,
 ) -> None:
     """Save a trained model as a checkpoint. Collective.
 
     What was trained comes from `model`, in the dtype that the base stores it in; what was frozen comes bit for bit
-    from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`.
+    from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`, `beside` that of `save`.
     """
     parameters = dict(model.named_parameters())
 
@@ -73,7 +74,7 @@ def export(
             return whole(parameters[name])
         return base.tensor(source(name)) if writes() else None
 
-    save(directory, model.config, tensor, lambda name: base.dtype(source(name)), base.directory, notes or {})
+    save(directory, model.config, tensor, lambda name: base.dtype(source(name)), base.directory, notes or {}, beside)
 
 
 def save(
@@ -90,7 +91,7 @@ def save(
     tensor: a name's whole tensor; asked for in the same order on every process, so that it may gather, but only what
     rank 0 gets is written, and let go before the next is asked for. dtype: the one to store a tensor in. companions:
     the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
-    beside: writes further files into the folder it is given, from where all are moved into place.
+    beside: writes or changes files in the folder it is given, from where all are moved into place.
     """
     shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
