@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from elo.common.errors import UserError
-from elo.cpu.linear import MKLDNN
+from elo.cpu import onednn
 from elo.runs.devices import DTYPES
 
 CLEAR_REFS, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
@@ -90,8 +90,8 @@ def matmul_peak(dtype: str, device: torch.device, seconds: float = 0.25) -> dict
     what no training step can exceed.
     """
     products: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {"torch": F.linear}
-    if device.type == "cpu" and MKLDNN:
-        products["oneDNN"] = lambda x, w: torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+    if device.type == "cpu" and onednn.AVAILABLE:
+        products["oneDNN"] = onednn.linear
     best: dict[str, float | str] = {"flops_per_second": 0.0, "product": ""}
     for rows, inner, columns in SHAPES:
         x = torch.randn(rows, inner, device=device).to(DTYPES[dtype])

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-MKLDNN = torch.backends.mkldnn.is_available()
-ONEDNN = MKLDNN and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-BF16 = MKLDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+from elo.cpu import onednn
+
+ONEDNN = onednn.AVAILABLE and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which matrices of x's dtype and device are best multiplied."""
-    return torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not BF16 else x.dtype
+    return torch.float32 if x.device.type == "cpu" and x.dtype == torch.bfloat16 and not onednn.HAS_BF16 else x.dtype
 
 
 def prefers_onednn(x: Tensor) -> bool:
@@ -33,7 +33,7 @@ def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if dtype != x.dtype:
         return matmul_t(x.to(dtype), weight.to(dtype), bias if bias is None else bias.to(dtype)).to(x.dtype)
     if prefers_onednn(x):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn.linear(x, weight, bias)
     return F.linear(x, weight, bias)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
@@ -195,6 +195,8 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
     """The rows of a parameter that this process holds, as (start, stop); all of them unless it is sharded."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
-    # fully_shard splits the first dimension; DCP asks a DTensor for its part by this protocol.
-    (part,) = parameter.__create_chunk_list__()
-    return part.offsets[0], part.offsets[0] + part.sizes[0]
+    # fully_shard splits the first dimension as `torch.chunk` does.
+    rows, axis = parameter.shape[0], parameter.placements.index(Shard(0))
+    chunk = -(-rows // parameter.device_mesh.size(axis))
+    start = min(chunk * parameter.device_mesh.get_local_rank(axis), rows)
+    return start, min(start + chunk, rows)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elo.cpu.linear import MKLDNN
+from elo.cpu import onednn
 from elo.cpu.memory import keep_freed_memory
 from elo.model.decoder import MLP, Attention, CausalLM
 
@@ -12,18 +12,17 @@ from elo.model.decoder import MLP, Attention, CausalLM
 class PackedLinear(nn.Module):
     """Linear layers of the same input as one, whose weight lies as oneDNN's kernels for this CPU want it.
 
-    On a few rows that takes half the time of `F.linear`, which finds the weight in rows and, for fp32, calls MKL. These
-    are the operators to which torch.compile lowers linear layers when it freezes a model for inference on a CPU.
+    On a few rows that takes half the time of `F.linear`, which finds the weight in rows and, for fp32, calls MKL.
     """
 
     def __init__(self, *layers: nn.Linear) -> None:
         super().__init__()
         weight = layers[0].weight if len(layers) == 1 else torch.cat([layer.weight for layer in layers])
-        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), 8)
+        self.weight = onednn.packed(weight.detach(), rows=8)
         self.bias = None if layers[0].bias is None else torch.cat([layer.bias for layer in layers])
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return onednn.linear(x, self.weight, self.bias)
 
 
 class PackedAttention(Attention):
@@ -61,9 +60,10 @@ def pack_weights(model: CausalLM) -> CausalLM:
     weight = model.lm_head.weight
     if weight.device.type == "cpu":
         keep_freed_memory()
-    if not (MKLDNN and weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability().startswith("AVX")):
+    has_kernels = onednn.AVAILABLE and torch.backends.cpu.get_cpu_capability().startswith("AVX")
+    if not has_kernels or weight.device.type != "cpu":
         return model
-    if weight.dtype == torch.bfloat16 and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if weight.dtype == torch.bfloat16 and not onednn.HAS_BF16:
         return model
     for block in model.model.layers:
         # What these do not know stays as it is.
