@@ -10,7 +10,7 @@ from torch import Tensor
 
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object
-from elo.common.options import Parser, not_negative, positive_int, share
+from elo.common.options import Parser, not_negative, positive_int, seed, share
 from elo.data.corpus import Mixture, Windows
 from elo.data.documents import SUPPORTED
 from elo.data.finding import find_files
@@ -43,7 +43,7 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--cache", type=Path, help="tokens of earlier runs (default: token-cache beside --out)")
     group.add_argument("--workers", type=positive_int, help="processes that tokenize (default: one a core)")
-    group.add_argument("--seed", type=int, default=0, help="of the shuffle (%(default)s)")
+    group.add_argument("--seed", type=seed, default=0, help="of the shuffle (%(default)s)")
     group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens in a window (%(default)s)")
     group.add_argument("--batch-tokens", type=positive_int, metavar="TOKENS", help=(
         f"in a step, over all processes (default: {LARGEST_BATCH}, or fewer for {FEWEST_STEPS} steps)"))  # fmt: skip

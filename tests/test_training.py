@@ -173,12 +173,13 @@ MISTAKES = [
     (["--gb", "-1"], "'-1' is not a number, 0 or more"),
     (["--seq-len", "4096"], "--seq-len 4096: the model has 128 positions"),
     (["--batch-tokens", "100"], "--batch-tokens 100 is not a multiple of --seq-len 32"),
-    (["--seed", "-1"], "--seed -1"),
+    (["--seed", "-1"], "--seed: '-1' is not a whole number below 4294967296"),
+    (["--seed", str(2**32)], "--seed: '4294967296' is not a whole number below"),
     (["--target-fraction", "2"], "'2' is not a number from 0 to 1"),
     (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
     (["--text-field", "body"], "ko.jsonl:1: no field 'body'"),
     (["--target-field", "body"], "ko.jsonl:1: no field 'body'"),
-    (["--source-field", ""], "en.jsonl:1: no field ''"),
+    (["--source-field", "body"], "en.jsonl:1: no field 'body'"),
 ]
 
 

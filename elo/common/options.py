@@ -27,6 +27,11 @@ def not_negative_int(text: str) -> int:
     return int(_number(text, lambda value: value >= 0 and value.is_integer(), "a whole number, 0 or more"))
 
 
+def seed(text: str) -> int:
+    """As numpy takes them."""
+    return int(_number(text, lambda value: 0 <= value < 2**32 and value.is_integer(), f"a whole number below {2**32}"))
+
+
 def positive(text: str) -> float:
     return _number(text, lambda value: 0 < value < float("inf"), "a number above 0")
 

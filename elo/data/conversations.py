@@ -22,7 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from elo.common.errors import UserError
-from elo.common.options import Parser, positive_int, share
+from elo.common.options import Parser, positive_int, seed, share
 from elo.data.conversation_files import (
     LANGUAGE,
     SUPPORTED,
@@ -47,7 +47,7 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--samples", type=positive_int, help="conversations in all (default: as many as there are)")
     group.add_argument("--validation-fraction", type=share, default=0.0, help="to hold out (%(default)s)")
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
-    group.add_argument("--seed", type=int, default=0, help="of draw, split and shuffle (%(default)s)")
+    group.add_argument("--seed", type=seed, default=0, help="of draw, split and shuffle (%(default)s)")
     group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens of the longest one (%(default)s)")
     group.add_argument(
         "--batch-conversations", type=positive_int, default=64, help="in a step, over all processes (%(default)s)"
@@ -302,7 +302,5 @@ def _store(examples: list[Example], files: list[str], languages: list[str]) -> C
 
 def random_numbers(seed: int, *purpose: str | int) -> np.random.RandomState:
     """Random numbers for one purpose. RandomState, because numpy promises that its numbers never change."""
-    if not 0 <= seed < 2**32:
-        raise UserError(f"--seed {seed} is not from 0 to {2**32 - 1}")
     numbers = [number for part in purpose for number in (part.encode() if isinstance(part, str) else [part])]
     return np.random.RandomState([seed, *numbers])

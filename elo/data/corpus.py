@@ -51,8 +51,6 @@ class Mixture:
             raise UserError(f"--target-fraction {target_fraction} is not above 0 and at most 1")
         if fraction < 1 and source is None:
             raise UserError(f"--target-fraction {target_fraction} leaves a part for --source, which is not given")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"--seed {seed} is not from 0 to {2**32 - 1}")
         self.shards = [target] if fraction == 1 else [target, source]
         self.shares = [fraction, 1 - fraction][: len(self.shards)]
         self.start = start

@@ -251,8 +251,6 @@ def test_too_few_is_an_error_with_the_counts(tmp_path, format):
         with pytest.raises(UserError) as error:
             drawn(path, format, languages=languages, samples=samples)
         assert mistake in str(error.value)
-    with pytest.raises(UserError, match="--seed -1 is not from 0"):
-        drawn(path, format, seed=-1)
 
 
 def test_a_file_without_languages(tmp_path, format):
