@@ -92,7 +92,7 @@ def kill(processes: list[Fork], which: str, choice: random.Random) -> None:
     for victim in victims:
         victim.kill()
     for process in processes:
-        process.wait(40)  # the other one ends by itself, and soon
+        process.wait()  # the other one ends by itself, and soon
         if process.returncode not in (0, -signal.SIGKILL):
             last = process.said("err").splitlines()[-1]
             assert process.returncode == 2, f"exit status {process.returncode}: {last}"

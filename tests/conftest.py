@@ -1,6 +1,7 @@
 """Settings of all tests. The scripts are imported from the project's root."""
 
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -12,3 +13,15 @@ TESTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(TESTS.parent), str(TESTS / "support")]
 # A shell starts what runs in the background with Ctrl-C ignored, which processes hand down to those they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--random-order", type=int, metavar="SEED", help="files in random order, and the tests in each")
+
+
+def pytest_collection_modifyitems(config, items):
+    seed = config.getoption("--random-order")
+    if seed is not None:
+        numbers = random.Random(seed)
+        place = {path: numbers.random() for path in dict.fromkeys(item.path for item in items)}
+        items.sort(key=lambda item: (place[item.path], numbers.random()))

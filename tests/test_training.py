@@ -1,6 +1,7 @@
 """train.py: processes, micro-batches, interruptions and mistakes."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 import torch
 from forking import Fork, fork_group
 from safetensors.torch import load_file, save_file
-from small_runs import lines, losses, make_base
+from small_runs import lines, losses, make_base, pausing, script_with
 from transformers import AutoModelForCausalLM
 
 import train
@@ -111,22 +112,23 @@ def test_full_trains_every_parameter(project, tmp_path):
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
 def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(project, plain, tmp_path, processes, number):
     out = tmp_path / "out"
-    options = words(project, out, "--micro-batch", "2")
+    options, before = words(project, out, "--micro-batch", "2"), pausing(3, out)
     if processes:
-        launcher = [*TORCHRUN, f"--nproc_per_node={processes}", "train.py"]
-        process = subprocess.Popen([*launcher, *options], cwd=ROOT, stderr=subprocess.DEVNULL)
+        launcher = [*TORCHRUN, f"--nproc_per_node={processes}", script_with(before, "train", tmp_path / "train.py")]
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        process = subprocess.Popen([*launcher, *options], env=environment, stderr=subprocess.DEVNULL)
     else:
-        process = Fork("train", options)
+        process = Fork("train", options, before=before)
     while not (out / "metrics.jsonl").exists() or len(lines(out)) < 3:
         time.sleep(0.01)
         assert process.poll() is None
     process.send_signal(number)
-    process.wait(60)
+    process.wait(600)
     # torchrun itself exits with 1 or 128 + the signal; the workers end by themselves.
     assert processes or process.returncode == 0
     assert not (out / "config.json").exists()
-    stopped_after = len(lines(out))
-    assert (out / "checkpoints" / f"step-{stopped_after}" / ".metadata").exists()
+    assert len(lines(out)) == 3
+    assert (out / "checkpoints" / "step-3" / ".metadata").exists()
 
     run(project, out, "--micro-batch", "2", processes=processes or 1)  # the same command goes on
     assert [line["step"] for line in lines(out)] == list(range(1, len(losses(plain)) + 1))

@@ -10,6 +10,7 @@ import resource
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,7 +23,8 @@ from hypothesis import HealthCheck, Phase, settings
 from elo.common.errors import UserError, message_line
 from elo.common.terminal import printable
 
-SECONDS = 15  # a case takes milliseconds; a machine under load may take longer, something that never ends takes longer
+SECONDS = 15  # of computing; a case takes milliseconds
+WAITING = 300  # seconds by the clock, which a loaded machine may need, and what waits for ever does not end in
 MEMORY = 1 << 30  # bytes that a case may add to the process
 ADDRESSES = 6 << 30  # bytes of addresses that it may add: what asks for more gets a MemoryError
 LINE = 4096  # characters of an error
@@ -62,7 +64,7 @@ def result_or_user_error(call: Callable[[], Any], writes: Path | None = None) ->
     watch = _Watch(writes)
     result, outcome = None, "results"
     try:
-        with watch, _seconds(SECONDS):
+        with watch, _limits():
             result = call()
     except UserError as error:
         outcome = "errors"
@@ -86,19 +88,23 @@ def result_or_user_error(call: Callable[[], Any], writes: Path | None = None) ->
 
 
 @contextmanager
-def _seconds(limit: float) -> Iterator[None]:
+def _limits() -> Iterator[None]:
     def ring(*_: object) -> None:
         raise Hang
 
-    previous = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, limit)
-    faulthandler.dump_traceback_later(4 * limit, exit=True)  # for C code, which lets no signal through
+    timers = {signal.SIGPROF: (signal.ITIMER_PROF, SECONDS), signal.SIGALRM: (signal.ITIMER_REAL, WAITING)}
+    previous = {number: signal.signal(number, ring) for number in timers}
+    for timer, limit in timers.values():
+        signal.setitimer(timer, limit)
+    faulthandler.dump_traceback_later(2 * WAITING, exit=True)  # for C code, which lets no signal through
     try:
         yield
     finally:
         faulthandler.cancel_dump_traceback_later()
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, previous)
+        for timer, _ in timers.values():
+            signal.setitimer(timer, 0)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _resident(name: str) -> int:
@@ -159,6 +165,8 @@ class _Watch:
     def __init__(self, writes: Path | None) -> None:
         self.writes = None if writes is None else os.path.realpath(writes)
         self.seen: list[str] = []
+        # Of other tests in the same process: they do not belong to the case.
+        self.others = {thread.ident for thread in threading.enumerate()} - {threading.get_ident()}
 
     def __enter__(self) -> "_Watch":
         _Watch.active = self
@@ -189,7 +197,7 @@ class _Watch:
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _Watch.active is not None:
+    if _Watch.active is not None and threading.get_ident() not in _Watch.active.others:
         _Watch.active.hear(event, arguments)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import families
+import psutil
 import pytest
 import torch
 from forking import Fork
@@ -429,13 +430,17 @@ def test_at_a_terminal_ctrl_c_stops_an_answer_and_then_the_chat_ends(chat_model,
     os.write(terminal, b"\x03")
     shown = read_until(terminal, lambda shown: shown.endswith(b"\n> "))
     assert b"^C" in shown
-    time.sleep(0.5)  # Python does not see a Ctrl-C between showing its prompt and starting to read
+    # Python does not see a Ctrl-C between showing its prompt and starting to read.
+    for _ in range(10):
+        while psutil.Process(process.pid).status() != psutil.STATUS_SLEEPING:
+            time.sleep(0.01)
+        time.sleep(0.05)
     os.write(terminal, end)
     assert b"Traceback" not in read_until(terminal, lambda shown: False)
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
 
 
-def read_until(terminal, enough, seconds=60):
+def read_until(terminal, enough, seconds=600):
     """What a terminal shows from now on, until it is enough or the program has ended."""
     shown, deadline = b"", time.monotonic() + seconds
     while not enough(shown):

@@ -9,7 +9,6 @@ import importlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,7 +17,10 @@ from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory, mkdtemp
 
+from torch.distributed import TCPStore
+
 ROOT = Path(__file__).resolve().parents[2]
+_stores: list[TCPStore] = []  # a store ends with its object
 MODULES = ("align", "elo.generation.chat", "eval.__main__", "merge_chat_vector", "sft", "train")
 
 
@@ -59,7 +61,7 @@ class Fork:
             self.returncode = os.waitstatus_to_exitcode(int(self.files["status"].read_text()))
         return self.returncode
 
-    def wait(self, timeout: float = 240) -> int:
+    def wait(self, timeout: float = 600) -> int:
         deadline = time.monotonic() + timeout
         while self.poll() is None:
             if time.monotonic() > deadline:
@@ -67,7 +69,7 @@ class Fork:
             time.sleep(0.002)
         return self.returncode
 
-    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+    def communicate(self, timeout: float = 600) -> tuple[str, str]:
         self.wait(timeout)
         return self.said("out"), self.said("err")
 
@@ -85,9 +87,11 @@ class Fork:
 
 def fork_group(size: int, module: str, words: list[str], cwd: Path = ROOT, before: str = "") -> list[Fork]:
     """The processes of one run, as torchrun would start them on a node."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(size)}
+    # As torchrun's agent does, this process has the store: it takes its port at once, so that nobody else can.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    _stores.append(store)
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "WORLD_SIZE": str(size)}
+    place["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     ranks = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
     return [Fork(module, words, cwd, before=before, **place, **rank) for rank in ranks]
 

@@ -68,13 +68,15 @@ def run_here(command: str, out: str = "out") -> int:
     return exit_.value.code
 
 
-def start(project: Path, command: str, out: str = "out", torchrun: str = "") -> subprocess.Popen | Fork:
-    """The same in a process of its own, or with `torchrun` as its options in several."""
+def start(
+    project: Path, command: str, out: str = "out", torchrun: str = "", before: str = ""
+) -> subprocess.Popen | Fork:
+    """The same in a process of its own, or with `torchrun` as its options in several; `before` is that of a Fork."""
     script, *options = words(command, out)
     if not torchrun:
-        return Fork(script, options, project)
+        return Fork(script, options, project, before=before)
     return subprocess.Popen(
-        [*TORCHRUN, *torchrun.split(), str(ROOT / f"{script}.py"), *options],
+        [*TORCHRUN, *torchrun.split(), str(script_with(before, script, project / f"{out}-{script}.py")), *options],
         cwd=project,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -84,15 +86,45 @@ def start(project: Path, command: str, out: str = "out", torchrun: str = "") -> 
     )
 
 
+def script_with(before: str, script: str, file: Path) -> Path:
+    """A script of the project with some Python before it, in `file`; or the script itself."""
+    path = ROOT / f"{script}.py"
+    if not before:
+        return path
+    file.write_text(f"{before}\nimport runpy\nrunpy.run_path({str(path)!r}, run_name='__main__')\n")
+    return file
+
+
 def start_group(project: Path, command: str, size: int, out: str = "out", before: str = "") -> list[Fork]:
     """The processes of one run as torchrun would start them, but without it."""
     script, *options = words(command, out)
     return fork_group(size, script, options, project, before)
 
 
+def pausing(step: int, out: str | Path) -> str:
+    """Python for `before`: a run waits after this step for a signal or `go_on`. No machine is too slow to meet it."""
+    return f"""
+import signal, time
+from pathlib import Path
+from elo.runs.directory import Metrics
+
+def write_and_wait(self, line, write=Metrics.write):
+    write(self, line)
+    stop = signal.getsignal(signal.SIGTERM).__self__
+    while line["step"] == {step} and not stop.requested and not Path("{out}-goes-on").exists():
+        time.sleep(0.01)
+
+Metrics.write = write_and_wait
+"""
+
+
+def go_on(out: str | Path) -> None:
+    Path(f"{out}-goes-on").touch()
+
+
 def finish(*processes: subprocess.Popen | Fork, status: int = 0) -> list[str]:
     """Wait for processes; what each said on stdout and stderr."""
-    said = ["".join(process.communicate(timeout=240)) for process in processes]
+    said = ["".join(process.communicate(timeout=600)) for process in processes]
     for process, output in zip(processes, said, strict=True):
         assert process.returncode == status, f"{process.returncode}: {output}"
     return said
