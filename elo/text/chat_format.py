@@ -24,6 +24,7 @@ from elo.text.chat_template import (
     template_variables,
     unmarked,
 )
+from elo.text.sentencepiece_bpe import SentencePieceModel
 from elo.text.tokenizer import Tokenizer
 from elo.text.tokenizer_files import TokenizerFiles
 
@@ -80,9 +81,11 @@ MISTRAL = """\
     {%- if loop.last or loop.nextitem.role != message.role %}
         {%- if message.role == 'user' %}
             {%- set is_last = has_system and messages[0].content and seen.users == seen.last %}
-            {{- '[INST]' + SPACE + (messages[0].content + '\\n\\n' if is_last else '') + seen.text + '[/INST]' }}
+            {%- set seen.text = (messages[0].content + '\\n\\n' if is_last else '') + seen.text %}
+            {{- '[INST]' + (SPACE + seen.text if seen.text else '') + '[/INST]' }}
         {%- else %}
-            {{- SPACE + seen.text.rstrip(' ') + '</s>' }}
+            {%- set seen.text = seen.text.rstrip(' ') %}
+            {{- (SPACE + seen.text if seen.text else '') + '</s>' }}
         {%- endif %}
     {%- endif %}
 {%- endfor %}"""
@@ -129,6 +132,9 @@ class ChatFormat:
 
     name: of `FORMATS`, or of the template by its content. is_own: the template is the checkpoint's. end_of_turn: the
     text of the token that ends what the assistant says, None where there is none. stop_ids: each ends its turn.
+
+    prefix: between special tokens SentencePiece's space goes in front of every text (prepend), of every one that does
+    not begin with a space (always), only if nothing is before it (first), or never.
     """
 
     name: str
@@ -137,6 +143,7 @@ class ChatFormat:
     is_own: bool
     end_of_turn: str | None
     stop_ids: frozenset[int]
+    prefix: str
 
     def prompt(self, messages: Messages) -> list[int]:
         """The ids of a conversation that ends with the user's turn, up to where the assistant's text starts.
@@ -173,10 +180,10 @@ class ChatFormat:
         at = 0
         for match in [*self.template.added.finditer(marked), None]:
             stop = match.start() if match else len(marked)
-            text = self.tokenizer.encode(unmarked(marked[at:stop]))
+            text = self._text(marked[at:stop], at == 0)
             # A token in which header and answer meet counts as header: the prompt has the header's own.
             start = min((max(start, at) for start, end in learned if start < stop and end > at), default=stop)
-            header = len(text) if start == stop else len(self.tokenizer.encode(unmarked(marked[at:start])))
+            header = len(text) if start == stop else len(self._text(marked[at:start], at == 0))
             ids += text
             trained += [number >= header for number in range(len(text))]
             if match:
@@ -185,6 +192,14 @@ class ChatFormat:
                 trained.append(any(start <= match.start(token) < end for start, end in learned))
                 at = match.end()
         return ids, trained
+
+    def _text(self, marked: str, is_first: bool) -> list[int]:
+        text = unmarked(marked)
+        has_space = text.startswith(" ") or self.prefix == "never" or (self.prefix == "first" and not is_first)
+        if self.prefix == "prepend" or not has_space:
+            return self.tokenizer.encode(text)
+        # The line end takes the space that SentencePiece puts in front.
+        return self.tokenizer.encode("\n" + text)[len(self.tokenizer.encode("\n")) :]
 
 
 def check_messages(messages: Messages) -> None:
@@ -238,6 +253,7 @@ def chat_format(
     variables = template_variables(files, bos, text_of[tokenizer.eos_id])
     patterns = added_pattern(tokenizer.added), added_pattern(tokenizer.added, special_only=True)
     own = find_template(files)
+    prefix = _prefix(files) if isinstance(tokenizer.model, SentencePieceModel) else "prepend"
 
     def made(text: str) -> ChatTemplate:
         return ChatTemplate(text, variables, str(directory), *patterns, now)
@@ -245,7 +261,7 @@ def chat_format(
     is_own = own is not None and override is None
     if is_own:
         template = made(own)
-        name = _recognize(template, [(other, made(text)) for other, text in _candidates(tokenizer, variables)])
+        name = _recognize(template, [(other, made(text)) for other, text in _candidates(tokenizer, variables, prefix)])
     else:
         name = override or _guess(files, tokenizer)
         _check_tokens(name, tokenizer, directory)
@@ -253,23 +269,38 @@ def chat_format(
         if name == "chatml":
             # ChatML itself has no BOS, but a family's models may never have seen a text without theirs.
             row_bos = bos if own is None else variables.get("bos_token") if "bos_token" in own else None
-        template = made(_built_in(name, row_bos, tokenizer))
+        template = made(_built_in(name, row_bos, prefix))
     end = template.end_of_turn()
     stops = FORMATS[name].stops if name in FORMATS else (end or text_of[tokenizer.eos_id],)
     stop_ids = {special[token] for token in stops if token in special}
-    return ChatFormat(name, tokenizer, template, is_own, end, frozenset(stop_ids | _generation_stops(files)))
+    return ChatFormat(name, tokenizer, template, is_own, end, frozenset(stop_ids | _generation_stops(files)), prefix)
 
 
-def _built_in(name: str, bos: str | None, tokenizer: Tokenizer) -> str:
+def _built_in(name: str, bos: str | None, prefix: str) -> str:
     # Mistral's texts begin with a space, which some tokenizers put in front of every text themselves.
-    space = "''"
+    space = "''" if prefix == "prepend" else "' '"
     return (bos or "") + FORMATS[name].template.replace("SPACE", space)
 
 
-def _candidates(tokenizer: Tokenizer, variables: dict[str, str]) -> list[tuple[str, str]]:
+def _prefix(files: TokenizerFiles) -> str:
+    """Where SentencePiece's space goes in front of a text: see `ChatFormat`."""
+    content = files.json("tokenizer.json")
+    if content is None:
+        return "prepend" if files.config.get("legacy", True) else "first"
+    steps = [content.get("pre_tokenizer"), content.get("normalizer")]
+    steps += [inner for step in steps if isinstance(step, dict) for inner in (step.get("normalizers") or [])]
+    for step in (step for step in steps if isinstance(step, dict)):
+        if step.get("type") == "Metaspace":
+            return str(step.get("prepend_scheme", "always"))
+        if step.get("type") == "Prepend":
+            return "prepend"
+    return "never"
+
+
+def _candidates(tokenizer: Tokenizer, variables: dict[str, str], prefix: str) -> list[tuple[str, str]]:
     """Names and templates of the built-in formats that the tokenizer has the tokens of."""
     fitting = [(name, row) for name, row in FORMATS.items() if set(row.tokens) <= tokenizer.special_tokens.keys()]
-    found = [(name, _built_in(name, row.bos, tokenizer)) for name, row in fitting]
+    found = [(name, _built_in(name, row.bos, prefix)) for name, row in fitting]
     bos = variables.get("bos_token")
     return found + [(name, bos + text) for name, text in found if name == "chatml" and bos]
 

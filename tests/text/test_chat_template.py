@@ -2,11 +2,14 @@
 
 import json
 import random
+import shutil
 
 import pytest
+import sentencepiece
 import tokenizers
 from chat_layouts import IM, LAYOUTS, Layout, each
 from small_tokenizer import write_tokenizer
+from tokenizers import normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from elo.common.errors import UserError
@@ -232,3 +235,73 @@ def test_the_process_comes_back(tmp_path):
     with pytest.raises(UserError, match="time or memory"):
         format.prompt(CHAT[:1])
     assert format.prompt(CHAT[:1]) == before
+
+
+# ---- SentencePiece, whose space goes in front of texts in other places in other files
+
+
+@pytest.fixture(scope="module")
+def sentencepiece_files(tmp_path_factory):
+    """A tokenizer.model with byte fallback, and its vocabulary and merges as tokenizer.json has them."""
+    path = tmp_path_factory.mktemp("sp") / "text.txt"
+    path.write_text(
+        "\n".join(f"some words {number} and 둘째로 또 [INST] more [/INST] USER: ok" for number in range(300))
+    )
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(path),
+        model_prefix=str(path.parent / "tokenizer"),
+        model_type="bpe",
+        vocab_size=420,
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(path.parent / "tokenizer.model"))
+    vocab = {processor.id_to_piece(id): id for id in range(processor.get_piece_size())}
+    pairs = [
+        (vocab[piece], (piece[:cut], piece[cut:]))
+        for piece in vocab
+        for cut in range(1, len(piece))
+        if piece[:cut] in vocab and piece[cut:] in vocab and not piece.startswith(("<", "["))
+    ]
+    return path.parent / "tokenizer.model", vocab, [pair for _, pair in sorted(pairs)]
+
+
+SPACES = {
+    "prepend": (
+        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
+        None,
+    ),
+    **{
+        scheme: (None, pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False))
+        for scheme in ("first", "always", "never")
+    },
+}
+
+
+@pytest.mark.parametrize("scheme", SPACES)
+@pytest.mark.parametrize("name", ["llama2", "mistral-v0.1", "mistral-v0.3", "vicuna"])
+def test_sentencepiece(tmp_path, sentencepiece_files, name, scheme):
+    layout = LAYOUTS[name]
+    model, vocab, merges = sentencepiece_files
+    shutil.copy(model, tmp_path / "tokenizer.model")
+    bpe = tokenizers.models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
+    tokenizer = tokenizers.Tokenizer(bpe)
+    normalizer, pre_tokenizer = SPACES[scheme]
+    if normalizer is not None:
+        tokenizer.normalizer = normalizer
+    if pre_tokenizer is not None:
+        tokenizer.pre_tokenizer = pre_tokenizer
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *layout.tokens])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    (tmp_path / "chat_template.jinja").write_text(layout.template)
+    _, format, reference = load(tmp_path)
+    for messages in conversations(layout):
+        if layout.alternate or all(message["content"].strip() for message in messages):
+            ids = reference.apply_chat_template(messages, return_dict=False)
+            assert format.conversation(messages)[0] == ids, messages
+            if messages[-1]["role"] == "user":
+                ids = reference.apply_chat_template(messages, return_dict=False, add_generation_prompt=True)
+                assert format.prompt(messages) == ids
