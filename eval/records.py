@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
+from elo.common.fields import Fields, shown
 from elo.common.files import read_file_lines
 from elo.common.terminal import note
 from elo.data.parquet import read_rows
@@ -17,11 +18,8 @@ from eval.jsonl import LARGEST, LONGEST_LINE, read_lines
 ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them
 
 
-class Record:
+class Record(Fields):
     """One row of a file; `where` names it in complaints. Each getter takes a field's names in different editions."""
-
-    def __init__(self, fields: dict[str, Any], where: str) -> None:
-        self.fields, self.where = fields, where
 
     def __contains__(self, name: str) -> bool:
         return name in self.fields
@@ -40,12 +38,12 @@ class Record:
         """A field that is a list of `count` texts."""
         value = self.get(name)
         if not isinstance(value, list) or len(value) != count:
-            raise UserError(f"{self.where}: {name!r} must be a list of {count} texts, not {value!r:.50}")
+            raise UserError(f"{self.where}: {name!r} must be a list of {count} texts, not {shown(value)}")
         return [self._checked(text, name) for text in value]
 
     def _checked(self, value: Any, name: str) -> str:
         if not isinstance(value, str):
-            raise UserError(f"{self.where}: {name!r} must be text, not {value!r:.50}")
+            raise UserError(f"{self.where}: {name!r} must be text, not {shown(value)}")
         try:
             value.encode()
         except UnicodeEncodeError:  # JSON can write "\ud800", which no UTF-8 can hold
@@ -64,7 +62,7 @@ class Record:
             return int(text)
         known = ", ".join(labels)
         raise UserError(
-            f"{self.where}: the label {names[0]!r} is {value!r:.50}; "
+            f"{self.where}: the label {names[0]!r} is {shown(value)}; "
             f"it should be one of {known}" + ("" if "0" in labels else f" (or 0 to {len(labels) - 1})")
         )
 

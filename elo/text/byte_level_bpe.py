@@ -107,7 +107,10 @@ class ByteLevelBPE:
         return np.array(self._encode_pieces(text), np.uint32)
 
     def merge(self, piece: bytes) -> list[int]:
-        """The ids of a piece, whatever the pattern says."""
+        """The ids of a piece, whatever the pattern says; it need not be UTF-8.
+
+        The method is private to tiktoken. Should it vanish, `tiktoken._educational.bpe_encode` does the same, slower.
+        """
         return self.encoding._encode_single_piece(piece)
 
     def _encode_pieces(self, text: str) -> list[int]:
