@@ -3,7 +3,8 @@
 The judge is a model behind any OpenAI-compatible endpoint; its key is OPENAI_API_KEY of the environment and is written
 nowhere. Judgments are written as they come to OUT/model_judgment/JUDGE_single.jsonl. What is judged there already,
 the same answer with the same prompt by the same judge, is never asked again; a changed answer is. A judgment without
-a rating is kept with the score -1, counted, and asked again only with --retry-unparsed.
+a rating is kept with the score -1, counted, and asked again only with --retry-unparsed; so is a reply without a text,
+since it is paid for too, with its finish_reason. Of a judge that thinks aloud what follows the thought is its judgment.
 
 Prompts come from the benchmark's judge_prompts.jsonl. The project has its own for LogicKor, in eval/judged/data, and
 for the second turn of Japanese MT-Bench; --judge-prompts replaces both.
@@ -173,7 +174,7 @@ def run(
     """Ask for all of them and write what comes; returns what to say if some could not be had."""
 
     def judge(match: Match) -> Record:
-        judgment = endpoint.ask(match.prompt.system, match.user_prompt)
+        judgment, finish = endpoint.ask(match.prompt.system, match.user_prompt)
         record = {
             "question_id": match.question.id,
             "model": match.model,
@@ -186,6 +187,7 @@ def run(
             "bench": arguments.bench,
             "category": match.question.category,
             "system_prompt": match.prompt.system,
+            "finish_reason": finish,
         }
         results.append(record)  # by the thread that asked, before it asks for another
         return record
@@ -240,7 +242,10 @@ def report(
     show(table(rows))
     if unparsed:
         named = "; ".join(map(str, unparsed[:5])) + ("; ..." if len(unparsed) > 5 else "")
-        note(f"{len(unparsed)} judgments have no rating and count for nothing: {named}")
+        reasons = Counter(judged[match].get("finish_reason", "stop") for match in unparsed)
+        why = ", ".join(f"{count} ended with {reason}" for reason, count in reasons.items() if reason != "stop")
+        again = f" ({why}; --retry-unparsed asks again, --request changes what is asked)" if why else ""
+        note(f"{len(unparsed)} judgments have no rating and count for nothing: {named}{again}")
     if arguments.json:
         summary = {"bench": arguments.bench, "judge": arguments.judge_model, "file": str(file), "asked": asked}
         write_json(Path(arguments.json), {**summary, "models": models})

@@ -29,6 +29,22 @@ RATING = (re.compile(r"\[\[(\d{1,9}\.?\d{0,9})\]\]"), re.compile(r"\[(\d{1,9}\.?
 KOREAN_RATING = (re.compile(r"점수:\s*(\d{1,9}(?:\.\d{1,9})?)"),)
 SCALE = (0, 10)
 
+# What a judge's thoughts stand between, as models and servers write them: <think>, [THINK] (Magistral), Kimi's,
+# Cohere's, Granite's, and the channels of gpt-oss and Gemma, whole or with their special tokens left out. In quotes
+# they are none.
+_TAG = r"(?:\w+:)?(?:think(?:ing)?|thoughts?|reasoning|scratchpad)"
+THOUGHT_BEGINS = re.compile(
+    rf"(?<![`'\"“‘「『])(?:<{_TAG}(?:\s[^<>]*)?>|\[THINK\]|◁think▷|<\|(?:begin_of_thought|START_THINKING)\|>"
+    r"|<\|channel\|?>\s*(?:analysis|commentary|thought)|\Aanalysis(?=[A-Z])|\AHere is my thought process:)",
+    re.IGNORECASE,
+)
+THOUGHT_ENDS = re.compile(
+    rf"(?<![`'\"“‘「『])(?:</{_TAG}\s*>|\[/THINK\]|◁/think▷|<\|(?:end_of_thought|END_THINKING)\|>"
+    r"|<\|channel\|>\s*final[^\n|]*(?:<\|constrain\|>\w*)?<\|message\|>|<channel\|>|assistantfinal"
+    r"|Here is my response:)",
+    re.IGNORECASE,
+)
+
 
 @dataclass(frozen=True)
 class JudgePrompt:
@@ -55,12 +71,20 @@ class JudgePrompt:
 
     def rating(self, judgment: str) -> int | float:
         """The judge's rating, or `UNPARSED` where there is none on the scale."""
-        text = judgment.replace("*", "")  # Markdown
+        text = after_thought(judgment).replace("*", "")  # Markdown
         for pattern in self.patterns:
             if found := pattern.search(text):
                 rating = int(found[1]) if found[1].isdecimal() else float(found[1])
                 return rating if SCALE[0] <= rating <= SCALE[1] else UNPARSED
         return UNPARSED
+
+
+def after_thought(judgment: str) -> str:
+    """What a judge says when it has thought; nothing of a thought that has no end."""
+    ends = [end.end() for end in THOUGHT_ENDS.finditer(judgment)]
+    said = judgment[ends[-1] :] if ends else judgment
+    begins = THOUGHT_BEGINS.search(said)
+    return said[: begins.start()] if begins else said
 
 
 def slots(template: str) -> list[str]:

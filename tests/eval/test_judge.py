@@ -5,6 +5,7 @@ import signal
 import socket
 import sys
 import time
+from base64 import b64encode
 from email.utils import formatdate
 
 import pytest
@@ -206,6 +207,23 @@ def test_all_models_or_some_and_what_others_published(judge, bench, tmp_path):
         ("[[rating]]", False, -1),
         ("In [[1984]]", False, -1),
         ("[[7]", False, 7),
+        ("<think>perhaps [[3]]</think> Rating: [[9]]", False, 9),
+        ("<think>\nhe thinks: <think>[[2]]</think> [[3]]\n</think>\n\n**Rating: [[9]]**", False, 9),
+        ("perhaps [[3]]\n</think>\n\nRating: [[9]]", False, 9),  # where the prompt opens the thought
+        ("Okay. <THINKING type='long'>[[3]]</THINKING >[[9]]", False, 9),
+        ("<think>perhaps [[3]]", False, -1),
+        ("<think>a</think> So [[9]]. <think>or [[3]]", False, 9),
+        ("[THINK]perhaps [[3]][/THINK]Rating: [[9]]", False, 9),
+        ("◁think▷perhaps [[3]]◁/think▷Rating: [[9]]", False, 9),
+        ("<|START_THINKING|>[[3]]<|END_THINKING|>[[9]]", False, 9),
+        ("<|channel|>analysis<|message|>[[3]]?<|end|><|start|>assistant<|channel|>final<|message|>[[9]]", False, 9),
+        ("<|channel|>analysis<|message|>perhaps [[3]]", False, -1),
+        ("analysisThe answer [[3]] is fine.assistantfinalRating: [[9]]", False, 9),
+        ("<|channel>thought\n[[3]]<channel|>Rating: [[9]]", False, 9),
+        ("The answer shows its `<think>` block. Rating: [[4]]", False, 4),
+        ("Analysis: good. I think so. Rating: [[4]]", False, 4),
+        ("<think>점수: 3?</think>\n점수: 9", True, 9),
+        ("<reasoning>점수: 3", True, -1),
         ("평가: 좋다.\n점수: 7.5", True, 7.5),
         ("**평가**: 좋다.\n**점수**: **8**점", True, 8),
         ("점수:10", True, 10),
@@ -249,8 +267,11 @@ BAD = {
     "503 with HTML": Status(503, body="<html>Bad gateway</html>"),
     "408": Status(408),
     "empty content": Body(completion("")),
-    "no content": Body(completion(None)),
+    "no content": Body(completion(None, None)),
     "blank content": Body(completion(" \n")),
+    "a server in trouble": Body(completion("Rating: [[1]]", "error")),
+    "rate limit": Status(429, code="rate_limit_exceeded", type="requests"),
+    "rate limit inside": Body('{"error": {"message": "slow down", "code": 429}}'),
     "no choices": Body('{"choices": []}'),
     "an error inside": Body('{"error": {"message": "overloaded"}}'),
     "not an object": Body("[1, 2]"),
@@ -286,7 +307,7 @@ def test_everything_that_can_pass_is_asked_again(judge):
     [
         (Status(429, message="slow down"), "HTTP 429: slow down, after 3 tries"),
         (Status(502, body="<h1>Bad\ngateway</h1>"), "HTTP 502: <h1>Bad gateway</h1>, after 3 tries"),
-        (Body(completion("")), "an empty reply, after 3 tries"),
+        (Body(completion("", None)), "an empty reply, after 3 tries"),
         (Body("not json"), "a reply that is no JSON, after 3 tries"),
         (Body("[" * 100_000), "a reply that is no JSON, after 3 tries"),
         (Body(" " * 9_000_000), "a reply of more than 8,388,608 bytes, after 3 tries"),
@@ -304,7 +325,8 @@ def test_one_that_never_passes_costs_the_others_nothing(bad, message, judge):
         # Long enough for a good reply on a slow machine, and short where it is waited for.
         options = ["--retries", 2, "--timeout", 1 if isinstance(bad, Drip | Hang) else 60, "--concurrency", 3]
         status, err, records = judge(server.url, *options)
-        assert (status, len(records), len(server.asked)) == (2, 14, 14 + 2 * 3)
+        assert (status, len(records)) == (2, 14)
+        assert sum("math" in prompt for prompt in server.asked) == 2 * 3  # another may be late too
         assert len(err.splitlines()) == 1
         assert message in err
         assert "tiny, question 84, turn " in err
@@ -352,6 +374,97 @@ def test_a_bad_request_is_one_line_and_not_repeated(judge):
     body = server.requests[-1][2]
     assert body["max_completion_tokens"] == 9
     assert "max_tokens" not in body
+
+
+PAID = {
+    # a reply, what it is recorded as, its finish_reason
+    "all of its tokens thought away": (completion("", "length"), ("", -1), "length"),
+    "cut off in a thought": (completion("<think>[[3]] or [[4]]", "length"), ("<think>[[3]] or [[4]]", -1), "length"),
+    "cut off before a rating": (completion("It is", "length"), ("It is", -1), "length"),
+    "filtered": (completion(None, "content_filter"), ("", -1), "content_filter"),
+    "a tool": (completion(None, "tool_calls", tool_calls=[{"id": "1"}]), ("", -1), "tool_calls"),
+    "thoughts beside nothing": (completion(None, reasoning_content="[[3]]"), ("", -1), "thoughts only"),
+    "thoughts beside blanks": (completion(" ", None, reasoning="[[3]]"), ("", -1), "thoughts only"),
+    "refused": (completion(None, refusal="I cannot."), ("I cannot.", -1), "refusal"),
+    "another reason": (completion("", "max_tokens"), ("", -1), "max_tokens"),
+    "thoughts beside a rating": (completion("Rating: [[9]]", reasoning_content="[[3]]"), ("Rating: [[9]]", 9), "stop"),
+    "parts": (
+        completion(
+            [
+                {"type": "thinking", "thinking": "[[3]]"},
+                {"type": "text", "text": "Rating: "},
+                {"type": "text", "text": "[[9]]"},
+            ]
+        ),
+        ("Rating: [[9]]", 9),
+        "stop",
+    ),
+    "no text in the parts": (completion([{"type": "image_url"}], "length"), ("", -1), "length"),
+}
+
+
+@pytest.mark.parametrize(("body", "expected", "finish"), PAID.values(), ids=PAID)
+def test_a_reply_that_cannot_be_better_is_paid_once_and_told(body, expected, finish, judge):
+    with JudgeServer(lambda number, prompt: Body(body) if "math" in prompt else Reply(RATED)) as server:
+        status, err, records = judge(server.url)
+        assert (status, len(server.asked), len(records)) == (0, 16, 16)
+        math = [record for record in records if record["category"] == "math"]
+        assert [(record["judgment"], record["score"]) for record in math] == [expected] * 2
+        assert {record["finish_reason"] for record in math} == {finish}
+        assert len(err.splitlines()) == (expected[1] == -1)
+        if finish != "stop":
+            assert "2 judgments have no rating and count for nothing: tiny, question 84, turn 1; " in err
+            assert f"(2 ended with {finish}; --retry-unparsed asks again" in err
+        judge(server.url)
+        assert len(server.asked) == 16
+        server.behave = lambda number, prompt: Reply(RATED)
+        judge(server.url, "--retry-unparsed")
+        assert len(server.asked) == 16 + 2 * (expected[1] == -1)
+
+
+def test_an_empty_reply_without_a_reason_is_paid_twice_at_most(judge):
+    with JudgeServer(lambda number, prompt: Reply("") if "math" in prompt else Reply(RATED)) as server:
+        status, err, records = judge(server.url)
+    assert (status, len(server.asked), len(records)) == (0, 18, 16)
+    assert "(2 ended with empty; " in err
+
+
+@pytest.mark.parametrize(
+    "code", ["context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length"]
+)
+@pytest.mark.parametrize("inside", [True, False], ids=["inside", "status"])
+def test_a_question_that_cannot_be_answered_is_asked_once_and_told(code, inside, judge):
+    error = {"message": "no", "type": "invalid_request_error", "code": code}
+    bad = Body(json.dumps({"error": error})) if inside else Status(400, **error)
+    with JudgeServer(lambda number, prompt: bad if "math" in prompt else Reply(RATED)) as server:
+        status, err, records = judge(server.url)
+        assert (status, len(server.asked), len(records)) == (0, 16, 16)
+        assert f"(2 ended with {code}; " in err
+        judge(server.url)
+    assert len(server.asked) == 16
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        Status(429, code="insufficient_quota", type="insufficient_quota"),
+        Status(429, type="insufficient_quota"),
+        Status(400, code="billing_hard_limit_reached"),
+        Status(400, code="invalid_api_key"),
+        Status(503, code="model_not_found"),
+        Status(402, message="Insufficient Balance"),
+        Body('{"error": {"message": "try later", "code": "insufficient_quota"}}'),
+        Body('{"error": {"message": "no credits", "code": 402}}'),
+        Status(429, body='{"message": "top level", "code": "insufficient_quota"}'),
+    ],
+    ids=str,
+)
+def test_what_every_question_would_hear_is_heard_once(bad, judge):
+    with JudgeServer(lambda number, prompt: bad if number == 3 else Reply(RATED)) as server:
+        status, err, records = judge(server.url)
+        assert (status, len(records), len(server.asked), len(err.splitlines())) == (2, 3, 4, 1)
+        assert judge(server.url)[0] == 0
+    assert len(server.replied) == 16
 
 
 def test_waits_grow_and_obey_retry_after(judge):
@@ -480,6 +593,32 @@ def test_the_key_comes_from_the_environment_and_only_when_it_is_there(judge, mon
         monkeypatch.setenv("OPENAI_API_KEY", bad)
         status, err, _ = judge(server.url)
         assert (status, err) == (2, "error: OPENAI_API_KEY has characters that no key has\n")
+
+
+@pytest.mark.parametrize("password", ["p4ss-word", "p%34ss-w%6Frd"])
+def test_the_urls_password_is_shown_nowhere(password, judge, tmp_path):
+    """It works, and neither our words nor a server that says it aloud shows it, in any of its forms."""
+    said = f"p4ss-word {password} " + b64encode(b"user:p4ss-word").decode()
+    bad = [Status(500, message=said), Status(400, message=said), Status(401, message=said), Body("{"), Hang(), HangUp()]
+    with JudgeServer(lambda number, prompt: bad[0]) as server:
+        url = server.url.replace("//", f"//user:{password}@") + "?key=p4ss-word"
+        for _ in range(len(bad)):
+            status, err, _ = judge(url, "--retries", 0, "--timeout", 0.3)
+            assert status == 2
+            assert server.url.replace("//", "//[password]@").removesuffix("/v1") in err
+            assert not [form for form in (*said.split(), "user:") if form in err]
+            bad.append(bad.pop(0))
+        bad[0] = Reply(f"{said} [[5]]")
+        status, err, records = judge(url, "--json", tmp_path / "result.json")
+    assert (status, err) == (0, "")
+    text = json.dumps(records) + (tmp_path / "result.json").read_text()
+    assert not [form for form in (*said.split(), "user:") if form in text]
+    assert server.requests[-1][1]["Authorization"] == "Basic " + said.split()[2]
+    for bad in ("http://u:p4ss-word@", "http://u:p4ss/w@rd@host:x/v1", "u:p4ss-word@host", "http://u:p4ss-word@[1/v1"):
+        status, err, _ = judge(bad)
+        assert status == 2
+        assert "[password]@" in err
+        assert "p4ss" not in err
 
 
 def test_a_judgment_that_says_the_key_aloud(judge):

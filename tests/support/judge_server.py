@@ -83,9 +83,9 @@ def send(handler, status, body, headers=(), promised=None):
     handler.wfile.flush()
 
 
-def completion(content):
-    message = {"role": "assistant", "content": content}
-    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+def completion(content, finish="stop", **beside):
+    message = {"role": "assistant", "content": content, **beside}
+    choice = {"index": 0, "message": message, "finish_reason": finish}
     return json.dumps({"id": "1", "object": "chat.completion", "created": 1, "model": "judge", "choices": [choice]})
 
 
@@ -106,9 +106,9 @@ class Reply:
 class Status:
     """An error as OpenAI sends it, or with any other body."""
 
-    def __init__(self, status, headers=(), message="try later", body=None):
+    def __init__(self, status, headers=(), message="try later", body=None, **fields):
         self.status, self.headers = status, headers
-        self.body = json.dumps({"error": {"message": message, "code": None}}) if body is None else body
+        self.body = json.dumps({"error": {"message": message, "code": None, **fields}}) if body is None else body
 
     def on(self, handler, server, prompt):
         send(handler, self.status, self.body, self.headers)
