@@ -66,7 +66,8 @@ def run(arguments: Namespace, world: World) -> None:
     if trained:
         trained.load_into(model, partial(slice_name, layers=layers))
     done = train(model, batches, options, world, arguments.out)
-    export(arguments.out, model, base, notes={"elo.json": pretraining.notes(arguments, layers, batches, done)})
+    notes = {"elo.json": pretraining.notes(arguments, layers, batches, done)}
+    export(arguments.out, model, base, notes=notes, wait=world.wait)
     return close_run(arguments, world)
 
 

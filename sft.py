@@ -154,7 +154,7 @@ class Epochs:
             self.directory(epoch).mkdir(exist_ok=True)
         self.world.wait()
         notes = {"sft.json": {**self.notes, "epoch": epoch}}
-        export(self.directory(epoch), self.model, self.base, notes=notes, beside=self.chat_files)
+        export(self.directory(epoch), self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
 
     def finish(self, steps: int) -> None:
         """The model of the run: the last one, or the best."""
@@ -165,7 +165,7 @@ class Epochs:
                 self.remove(self.directory(self.best[1]))
         else:
             notes = {"sft.json": {**self.notes, "steps": steps}}
-            export(self.out, self.model, self.base, notes=notes, beside=self.chat_files)
+            export(self.out, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
 
 
 if __name__ == "__main__":

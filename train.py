@@ -85,9 +85,9 @@ def run(arguments: Namespace, world: World) -> None:
     done = train(model, batches, options, world, arguments.out)
     notes = pretraining.notes(arguments, layers, batches, done)
     if adapters:
-        lora.export(arguments.out, model, base, adapters, notes, arguments.merge)
+        lora.export(arguments.out, model, base, adapters, notes, arguments.merge, world.wait)
     else:
-        export(arguments.out, model, base, source, {"elo.json": notes})
+        export(arguments.out, model, base, source, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
 
 

@@ -47,8 +47,17 @@ COMPANIONS = (
 NOTES = ("elo.json", "chat_vector.json", "sft.json")
 
 
-def whole(parameter: Tensor) -> Tensor | None:
-    """A parameter in one piece on the host, for the process that writes. Collective: all must call it in one order."""
+def nobody() -> None:
+    """Waits for nobody: for one process."""
+
+
+def whole(parameter: Tensor, wait: Callable[[], None]) -> Tensor | None:
+    """A parameter in one piece on the host, for the process that writes. Collective: all must call it in one order.
+
+    wait: returns when every process has called it, however long that takes: one still writes what it got before, and
+    the time-out of the collective itself is for a process that is gone, not for a slow disk.
+    """
+    wait()
     parameter = parameter.detach()
     parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
     return parameter.cpu() if writes() else None
@@ -61,8 +70,9 @@ def export(
     source: Callable[[str], str] = lambda name: name,
     notes: dict[str, dict[str, Any]] | None = None,
     beside: Callable[[Path], None] = lambda aside: None,
+    wait: Callable[[], None] = nobody,
 ) -> None:
-    """Save a trained model as a checkpoint. Collective.
+    """Save a trained model as a checkpoint. Collective: of several processes each `wait`s for all, as in `whole`.
 
     What was trained comes from `model`, in the dtype that the base stores it in; what was frozen comes bit for bit
     from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`, `beside` that of `save`.
@@ -71,10 +81,13 @@ def export(
 
     def tensor(name: str) -> Tensor | None:
         if parameters[name].requires_grad:
-            return whole(parameters[name])
+            return whole(parameters[name], wait)
         return base.tensor(source(name)) if writes() else None
 
-    save(directory, model.config, tensor, lambda name: base.dtype(source(name)), base.directory, notes or {}, beside)
+    def dtype(name: str) -> torch.dtype:
+        return base.dtype(source(name))
+
+    save(directory, model.config, tensor, dtype, base.directory, notes or {}, beside, wait)
 
 
 def save(
@@ -85,13 +98,15 @@ def save(
     companions: Path,
     notes: dict[str, dict[str, Any]],
     beside: Callable[[Path], None] = lambda aside: None,
+    wait: Callable[[], None] = nobody,
 ) -> None:
     """Write a checkpoint into `directory` so that a reader finds either all of it or no config.json.
 
     tensor: a name's whole tensor; asked for in the same order on every process, so that it may gather, but only what
     rank 0 gets is written, and let go before the next is asked for. dtype: the one to store a tensor in. companions:
     the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
-    beside: writes or changes files in the folder it is given, from where all are moved into place.
+    beside: writes or changes files in the folder it is given, from where all are moved into place. wait: as in
+    `whole`; in the end all wait until the last file is on the disk.
     """
     shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
@@ -127,6 +142,7 @@ def save(
             beside(aside)
             write_json(aside / CONFIG, config.json)
             adopt(aside, directory)
+    wait()
 
 
 def save_file(

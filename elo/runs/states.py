@@ -124,6 +124,7 @@ class States:
                 f"the last saved state is {before[-1].name if before else 'none'}"
             ) from None
         self._remove_all_but_newest()
+        self.world.wait()  # no collective of the next step waits for the disk
 
     def _remove_all_but_newest(self) -> None:
         if self.world.rank == 0 and self.directory.is_dir():

@@ -7,6 +7,7 @@ Names, initialization and files are those of peft, so that an adapter goes from 
 
 import math
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -22,7 +23,18 @@ from elo.common.options import Parser, positive, positive_int, share
 from elo.cpu.linear import Linear, matmul_t
 from elo.model.checkpoint import Checkpoint, local_rows
 from elo.model.decoder import CausalLM
-from elo.model.saving import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, adopt, save, save_file, staging, whole, writes
+from elo.model.saving import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
+    adopt,
+    nobody,
+    save,
+    save_file,
+    staging,
+    whole,
+    writes,
+)
 
 PREFIX = "base_model.model."  # what peft puts in front of a checkpoint's names
 THIN = (".lora_A.weight", ".lora_B.weight")
@@ -204,9 +216,15 @@ def initialize(model: CausalLM, seed: int) -> None:
 
 
 def export(
-    directory: Path, model: CausalLM, base: Checkpoint, options: LoraOptions, notes: dict[str, Any], merge: bool
+    directory: Path,
+    model: CausalLM,
+    base: Checkpoint,
+    options: LoraOptions,
+    notes: dict[str, Any],
+    merge: bool,
+    wait: Callable[[], None] = nobody,
 ) -> None:
-    """Save what was trained. Collective.
+    """Save what was trained. Collective, and `wait` is that of `saving.export`.
 
     The adapter goes to `directory` in peft's files, adapter_config.json last. To merge, the whole model goes there
     as a checkpoint, each weight W + alpha / rank * B A in fp32 and then rounded once to the base's dtype, and the
@@ -215,7 +233,7 @@ def export(
     adapter = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            value = whole(parameter)  # collective
+            value = whole(parameter, wait)  # collective
             if writes():
                 adapter[name] = value
     write = partial(_write_adapter, adapter=adapter, base=base, options=options)
@@ -225,6 +243,7 @@ def export(
                 write(aside)
                 write_json(aside / "elo.json", notes)
                 adopt(aside, directory, last=ADAPTER_CONFIG)
+        wait()
         return
 
     def merged(name: str) -> Tensor | None:
@@ -242,6 +261,7 @@ def export(
         base.directory,
         {"elo.json": notes},
         beside=lambda aside: write(aside / ADAPTER),
+        wait=wait,
     )
 
 

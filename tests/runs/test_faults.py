@@ -268,7 +268,38 @@ def test_workers_save_and_end_when_torchrun_is_killed(project):
     assert states(Path("orphaned")) == ["step-3"]
 
 
-# ---- a full disk
+# ---- a slow disk, and a full one
+
+
+SLOW_DISK = """
+import time
+from datetime import timedelta
+from torch.distributed.distributed_c10d import _set_pg_timeout
+import elo.model.saving as saving, sft
+
+def after(first, function):
+    return lambda *arguments, **options: (first(), function(*arguments, **options))[1]
+
+def slow_file(path, tensors, tensor):
+    def value_of(name):
+        value = tensor(name)
+        if "embed" in name:
+            time.sleep(3)
+        return value
+    write(path, tensors, value_of)
+
+write, saving.save_file = saving.save_file, slow_file
+saving.adopt = after(lambda: time.sleep(3), saving.adopt)
+sft.export = after(lambda: _set_pg_timeout(timedelta(seconds=1.5)), sft.export)
+"""
+
+
+def test_the_others_wait_for_a_slow_disk(project):
+    """Twice as long as a collective may take, between two tensors; and none ends before the model is there."""
+    pair = start_group(project, "sft --epochs 2", 2, "slow-disk", before=SLOW_DISK)
+    pair[1].wait()
+    assert Path("slow-disk/config.json").exists()
+    finish(*pair)
 
 
 @pytest.fixture
@@ -314,10 +345,10 @@ def test_a_full_disk_while_the_model_is_written(project, small_disk, capfd):
     with pytest.MonkeyPatch.context() as patch:
         original = run_here.__globals__["train"].export
 
-        def fill_and_export(*arguments):
+        def fill_and_export(*arguments, **options):
             free = os.statvfs(disk)
             (disk / "filler").write_bytes(bytes(free.f_bavail * free.f_bsize - 100_000))
-            original(*arguments)
+            original(*arguments, **options)
 
         patch.setattr("train.export", fill_and_export)
         assert run_here(command, str(disk / "out")) == 2
