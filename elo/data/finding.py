@@ -85,12 +85,13 @@ def _entries_below(top: str) -> Iterator[str]:
         for folder, folders, files in os.walk(tops.pop(0), onerror=fail):
             real = os.path.realpath(folder)
             paths = [os.path.join(folder, name) for name in folders]
-            folders[:] = [] if real in seen else [name for name in folders if not name.startswith(".")]
-            if real not in seen:
-                seen.add(real)
-                tops += [path for path in paths if os.path.islink(path) and not _is_hidden(path)]
-                yield from filter(_is_hidden, paths)
-                yield from (os.path.join(folder, name) for name in files)
+            folders[:] = [name for name in folders if real not in seen and not name.startswith(".")]
+            if real in seen:
+                continue
+            seen.add(real)
+            tops += [path for path in paths if os.path.islink(path) and not _is_hidden(path)]
+            yield from filter(_is_hidden, paths)
+            yield from (os.path.join(folder, name) for name in files)
 
 
 def _is_hidden(path: str) -> bool:

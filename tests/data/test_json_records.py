@@ -112,14 +112,21 @@ json_values = st.recursive(
     st.lists(st.dictionaries(st.text(max_size=3), json_values, max_size=3), max_size=5), st.integers(1, 9), st.data()
 )
 def test_an_array_is_cut_between_its_elements(records, chunk, data):
-    """Whatever strings hold, and wherever a chunk ends."""
+    """Whatever strings hold, wherever a chunk ends, and behind elements that are too long."""
     options = {"indent": data.draw(st.none() | st.just(1)), "ensure_ascii": data.draw(st.booleans())}
     encoded = json.dumps(records, **options).encode()
     split = data.draw(st.integers(1, len(encoded)))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(json_records, "CHUNK", chunk)
+        patch.setattr(json_records, "LARGEST_RECORD", data.draw(st.sampled_from([4, 10**6])))
+        too_long = json_records.LARGEST_RECORD
         found = list(json_records._elements(encoded[:split], io.BytesIO(encoded[split:])))
-    assert [json.loads(element) for element in found] == records
+    assert len(found) == len(records)
+    for element, record in zip(found, records, strict=True):
+        if element is None:
+            assert len(json.dumps(record, **options).encode()) >= too_long
+        else:
+            assert json.loads(element) == record
 
 
 def test_a_long_file_stays_out_of_memory(tmp_path):
