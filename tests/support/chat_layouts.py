@@ -271,4 +271,12 @@ LAYOUTS = {
         IM,
         "<|im_end|>",
     ),
+    "chatml-indented": Layout(
+        "{% for m in messages %}\n    {% if m.content %}\n"
+        + CHATML_TURN
+        + "\n    {% endif %}\n{% endfor %}\n"
+        + ASSISTANT,
+        IM,
+        "<|im_end|>",
+    ),
 }
