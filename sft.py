@@ -26,7 +26,8 @@ from elo.optimizer import TrainingOptions
 from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics, read_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.text.chat_format import FORMATS, ChatFormat, chat_format
+from elo.text.built_in_formats import FORMATS
+from elo.text.chat_format import ChatFormat, chat_format
 from elo.text.chat_result import tuned_config, write_chat_files
 from elo.text.tokenizer import load_tokenizer
 from elo.training import evaluate, train

@@ -17,8 +17,9 @@ from small_tokenizer import write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from elo.common.errors import UserError
+from elo.text.built_in_formats import CHATML, FORMATS, LLAMA3, MISTRAL_TOKENS
 from elo.text.byte_level_bpe import LLAMA3_PATTERN, read_tiktoken
-from elo.text.chat_format import CHATML, FORMATS, LLAMA3, MISTRAL_TOKENS, chat_format
+from elo.text.chat_format import chat_format
 from elo.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "../shared/data/tokenizers"

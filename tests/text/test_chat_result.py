@@ -8,7 +8,8 @@ import pytest
 from test_chat_format import checkpoint, random_chat, specials_of
 from transformers import PreTrainedTokenizerFast
 
-from elo.text.chat_format import FORMATS, chat_format
+from elo.text.built_in_formats import FORMATS
+from elo.text.chat_format import chat_format
 from elo.text.chat_result import write_chat_files
 from elo.text.tokenizer import load_tokenizer
 
