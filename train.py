@@ -7,18 +7,18 @@ the paper compares with.
 """
 
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
 
-from elo import pretraining
+from elo import methods, pretraining
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
-from elo.model.decoder import build
+from elo.methods import DEFAULT_LAYERS, METHODS, Method
+from elo.model.config import ModelConfig
 from elo.model.saving import export
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
+from elo.slicing import parse_layers
 from elo.training import TrainingOptions, train
 from elo.variants import active_vocabulary, lora
 from elo.variants.active_vocabulary import ActiveVocabulary
@@ -33,8 +33,8 @@ def main() -> None:
 
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--layers", help="to detach and train, from 1; -1 is the last (default: 1,-1)")
-    parser.add_argument("--method", choices=("elo", "full", "lora"), default="elo", help="train (%(default)s)")
+    parser.add_argument("--layers", help=f"to detach and train, from 1; -1 is the last (default: {DEFAULT_LAYERS})")
+    parser.add_argument("--method", choices=METHODS, default="elo", help="train (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
     )
@@ -50,26 +50,18 @@ def parse_arguments() -> Namespace:
 def run(arguments: Namespace, world: World) -> None:
     adapters = LoraOptions.from_arguments(arguments)
     base = pretraining.open_base(arguments.model)
-    layers, config, source = None, base.config, lambda name: name
-    if arguments.method == "elo":
-        layers = parse_layers(arguments.layers or "1,-1", base.config.num_hidden_layers)
-        config, source = detach(base.config, layers), partial(base_name, layers=layers)
-    elif arguments.layers:
-        raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
-    model = build(config)  # without memory yet
-    if arguments.method == "elo":
-        freeze_all_but_layers(model)
-    elif adapters:
-        lora.attach(model, adapters, arguments.seed)
-        source = lora.base_name
+    method = choose_method(arguments, base.config, adapters)
+    model = method.model  # without memory yet
     narrows = active_vocabulary.is_wanted(arguments)
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
-    windows = pretraining.open_windows(arguments, config, world)
+
+    windows = pretraining.open_windows(arguments, model.config, world)
     active = None
     if narrows:
-        active = ActiveVocabulary.of(windows.mixture.shards, config.vocab_size, arguments.active_vocabulary_coverage)
+        coverage = arguments.active_vocabulary_coverage
+        active = ActiveVocabulary.of(windows.mixture.shards, model.config.vocab_size, coverage)
         active.narrow(model)
         world.say(str(active))
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world, active)
@@ -77,18 +69,25 @@ def run(arguments: Namespace, world: World) -> None:
 
     parallelize(model, world, parallel)
     if active:
-        active.load_into(model, base, source)
+        active.load_into(model, base, method.base_name)
     else:
-        base.load_into(model, source)
+        base.load_into(model, method.base_name)
     if adapters:
         lora.initialize(model, arguments.seed)
     done = train(model, batches, options, world, arguments.out)
-    notes = pretraining.notes(arguments, layers, batches, done)
+    notes = pretraining.notes(arguments, method.layers, batches, done)
     if adapters:
         lora.export(arguments.out, model, base, adapters, notes, arguments.merge, world.wait)
     else:
-        export(arguments.out, model, base, source, {"elo.json": notes}, wait=world.wait)
+        export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
+
+
+def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptions | None) -> Method:
+    if arguments.method != "elo" and arguments.layers is not None:
+        raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
+    text = DEFAULT_LAYERS if arguments.layers is None else arguments.layers
+    return methods.make(config, arguments.method, parse_layers(text, config.num_hidden_layers), adapters)
 
 
 if __name__ == "__main__":

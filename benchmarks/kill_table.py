@@ -39,7 +39,7 @@ RUNS = {
     "full": (f"train {TRAINING} --method full", 1, "it"),
     "full, in backward": (f"train {TRAINING} --method full {IN_BACKWARD}", 1, "it"),
     "full, in backward, 2": (f"train {TRAINING} --method full {IN_BACKWARD}", 2, "one"),
-    "lora": (f"train {TRAINING} --method lora --lora-dropout 0.1 --merge", 1, "it"),
+    "lora": (f"train {TRAINING} --method lora --merge", 1, "it"),
     "align": (f"align {TRAINING} --elo elo --activation-checkpointing", 1, "it"),
     "align, 2 processes": (f"align {TRAINING} --elo elo", 2, "all"),
     "sft, best epoch": (f"sft {CHATS} --keep best", 1, "it"),

@@ -24,9 +24,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from elo.methods import METHODS, make
 from elo.model.config import ModelConfig
 from elo.optimizer import Optimizer, TrainingOptions
-from elo.planning.costs import METHODS, outline
 from elo.planning.memory import Setup, peak_memory
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
@@ -58,7 +58,7 @@ def train(config: ModelConfig, method: str, setup: Setup, world: World) -> None:
         activation_checkpointing=setup.activation_checkpointing,
         cpu_offload=setup.cpu_offload,
     )
-    model = parallelize(outline(config, method), world, options)
+    model = parallelize(make(config, method).model, world, options)
     with torch.no_grad():
         for parameter in model.parameters():
             (parameter.to_local() if isinstance(parameter, DTensor) else parameter).normal_(std=0.02)
@@ -104,13 +104,13 @@ def measure(fields: dict[str, Any], method: str, setup: Setup) -> int:
 
 
 def planned(fields: dict[str, Any], method: str, setup: Setup) -> Any:
-    return peak_memory(outline(ModelConfig.from_json(fields), method), setup)
+    return peak_memory(make(ModelConfig.from_json(fields), method).model, setup)
 
 
 def cases() -> Iterator[tuple[str, Setup]]:
     for dtype in ("fp32", "bf16"):
         for method in METHODS:
-            setup = Setup(2 * SEQ_LEN, dtype=dtype, device="cpu")
+            setup = Setup(2 * SEQ_LEN, SEQ_LEN, dtype=dtype, device="cpu")
             yield method, setup
             yield method, replace(setup, activation_checkpointing=True)
             yield method, replace(setup, optimizer_in_backward=True)

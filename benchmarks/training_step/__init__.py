@@ -34,8 +34,9 @@ from elo.common.options import Parser, positive, positive_int
 from elo.common.terminal import show
 from elo.data.finding import find_files
 from elo.data.shards import tokenize
+from elo.methods import DEFAULT_LAYERS, METHODS
 from elo.model.checkpoint import Checkpoint
-from elo.planning.costs import METHODS, flops_per_token
+from elo.planning.costs import flops_per_token
 from elo.runs.devices import DTYPES, device_name, inference_device
 from elo.slicing import parse_layers
 from elo.variants.lora import LoraOptions
@@ -49,7 +50,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--dtype", choices=DTYPES, help="of computation (default: both)")
     parser.add_argument("--model", required=True, metavar="DIR", help="the base checkpoint")
     parser.add_argument("--methods", default="elo", help="elo,full,lora, or some of them (%(default)s)")
-    parser.add_argument("--layers", default="1,-1", help="that method elo detaches and trains (%(default)s)")
+    parser.add_argument("--layers", default=DEFAULT_LAYERS, help="that method elo detaches and trains (%(default)s)")
     parser.add_argument("--batch", type=positive_int, default=4, help="sequences in a step (%(default)s)")
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens in a sequence (%(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="processes of each kind (%(default)s)")

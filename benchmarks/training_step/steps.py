@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.training_step.machine import Memory, Stopwatch, matmul_peak, synchronize
+from elo import methods
 from elo.common.errors import exit_status
 from elo.data.corpus import Mixture, Windows
 from elo.data.encoding import DOCUMENT
@@ -23,12 +23,10 @@ from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
 from elo.optimizer import Optimizer, TrainingOptions, parameter_groups
-from elo.planning.costs import outline
 from elo.pretraining import PackedBatches
 from elo.runs.devices import DTYPES, take_device
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.slicing import base_name
 from elo.training import accumulate
 from elo.variants import lora
 from elo.variants.lora import LoraOptions
@@ -171,13 +169,12 @@ def elo_step(
     case: Case, base: Checkpoint, batches: TimedBatches, world: World, watch: Stopwatch
 ) -> tuple[nn.Module, Step]:
     """This project's: the path of `elo.training.train`, without its files."""
-    model = outline(base.config, case.method, case.layers, case.adapters)
+    method = methods.make(base.config, case.method, case.layers, case.adapters)
+    model = method.model
     parallelize(model, world, ParallelOptions(case.dtype, compile=world.device.type == "cuda"))
+    base.load_into(model, method.base_name)
     if case.method == "lora":
-        base.load_into(model, lora.base_name)
         lora.initialize(model, seed=0)
-    else:
-        base.load_into(model, partial(base_name, layers=case.layers) if case.method == "elo" else lambda name: name)
     optimizer = Optimizer(model, OPTIONS)
     forward = watch.timed("forward", model)
 

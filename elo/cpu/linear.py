@@ -69,6 +69,8 @@ def trains(module: nn.Module) -> bool:
 
 
 class Linear(nn.Linear):
+    """Takes the place of torch's."""
+
     def forward(self, x: Tensor) -> Tensor:
         own = prefers_onednn(x) or (product_dtype(x) != x.dtype and not torch.compiler.is_compiling())
         if own and trains(self):

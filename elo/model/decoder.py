@@ -1,7 +1,8 @@
-"""The decoder of Llama, Mistral and Qwen2: embedding, blocks, norm, head.
+"""The decoder of all architectures, in torch's plain operators: embedding, blocks, norm, head.
 
 Modules and parameters carry the names of the Hugging Face checkpoint. Nothing here knows of devices, processes or
-files; a model is built on the meta device and filled by `elo.model.checkpoint`.
+files; a model is built on the meta device and filled by `elo.model.checkpoint`. For training on a CPU
+`elo.runs.sharding` puts faster operators of the same results in the place of some of these.
 """
 
 from functools import lru_cache, partial
@@ -11,8 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from elo.cpu.attention import attention
-from elo.cpu.linear import Linear, trains
 from elo.model.cache import Extend, KVCache
 from elo.model.config import ModelConfig
 from elo.model.loss import linear_cross_entropy, softmax_
@@ -29,6 +28,18 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
 
+class ScaledDotProductAttention(nn.Module):
+    """softmax(q k^T / sqrt(head_dim) + mask) v, causal where there is no mask."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """q: (batch, heads, sequence, head_dim); k, v: (batch, kv_heads, sequence, head_dim); the result is as q."""
+        if mask is None:  # CUDA takes the flash kernel
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        # With a mask, CUDA has no kernel for grouped queries but one that holds all scores.
+        k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 class Attention(nn.Module):
     """Causal self-attention with grouped queries: several query heads share one key-value head.
 
@@ -42,14 +53,15 @@ class Attention(nn.Module):
         queries = config.num_attention_heads * config.head_dim
         keys = config.num_key_value_heads * config.head_dim
         self.head_dim = config.head_dim
-        self.q_proj = Linear(config.hidden_size, queries, bias=config.qkv_bias)
-        self.k_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.v_proj = Linear(config.hidden_size, keys, bias=config.qkv_bias)
-        self.o_proj = Linear(queries, config.hidden_size, bias=config.o_bias)
+        self.q_proj = nn.Linear(config.hidden_size, queries, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(config.hidden_size, keys, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(queries, config.hidden_size, bias=config.o_bias)
         # Of each head by itself, as Qwen3 has them.
         has_norms, eps = config.architecture.query_key_norm, config.rms_norm_eps
         self.q_norm = RMSNorm(config.head_dim, eps) if has_norms else nn.Identity()
         self.k_norm = RMSNorm(config.head_dim, eps) if has_norms else nn.Identity()
+        self.attend = ScaledDotProductAttention()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, (batch, heads, sequence, head_dim); keys and values, (batch, kv_heads, sequence, head_dim)."""
@@ -68,7 +80,7 @@ class Attention(nn.Module):
                 # A single query sees all: those that share a key-value head can be its sequence, and no key is copied.
                 x = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, self.head_dim), k, v, attn_mask=mask)
                 return self.o_proj(x.flatten(1)[:, None])
-        return self.o_proj(attention(q, k, v, mask, trains(self)).transpose(1, 2).flatten(2))
+        return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
 
 
 class MLP(nn.Module):
@@ -76,9 +88,9 @@ class MLP(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
@@ -94,7 +106,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.sliding_window = config.sliding_windows[layer]
+        self.config, self.sliding_window = config, config.sliding_windows[layer]
         self.activation_checkpointing = False  # keep only a block's input, and compute the rest again for the backward
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
@@ -132,7 +144,7 @@ class Transformer(nn.Module):
         for block in self.layers:
             window = block.sliding_window
             cuts = window is not None and window < length
-            x = block(x, cos, sin, sliding_window_mask(length, window, x.device) if cuts else None)
+            x = block(x, cos, sin, sliding_window_mask(length, window, x.device, x.dtype) if cuts else None)
         return self.norm(x)
 
     def _extend(self, x: Tensor, cache: KVCache) -> Tensor:
@@ -161,7 +173,7 @@ class CausalLM(nn.Module):
         super().__init__()
         self.config = config
         self.model = Transformer(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.softmax = softmax_  # of the loss
         self.is_tied = config.tie_word_embeddings
         self.tie_weights()
@@ -195,8 +207,11 @@ def build(config: ModelConfig) -> CausalLM:
 
 
 @lru_cache(maxsize=8)
-def sliding_window_mask(length: int, window: int, device: torch.device) -> Tensor:
-    """(length, length), True where a query may look: at itself and the window - 1 positions before it."""
+def sliding_window_mask(length: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(length, length): 0 where a query may look, at itself and the window - 1 positions before it, else -infinity.
+
+    To be added to the scores: of a mask of booleans every layer would make and keep such a one.
+    """
     with torch.inference_mode(False):
-        past = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-        return past.triu(1 - window)
+        past = torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)
+        return torch.zeros(length, length, dtype=dtype, device=device).masked_fill_(~past, -torch.inf)

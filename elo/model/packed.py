@@ -34,7 +34,7 @@ class PackedAttention(Attention):
         layers = attention.q_proj, attention.k_proj, attention.v_proj
         self.heads = [layer.out_features // self.head_dim for layer in layers]
         self.qkv_proj, self.o_proj = PackedLinear(*layers), PackedLinear(attention.o_proj)
-        self.q_norm, self.k_norm = attention.q_norm, attention.k_norm
+        self.q_norm, self.k_norm, self.attend = attention.q_norm, attention.k_norm, attention.attend
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2).split(self.heads, 1)

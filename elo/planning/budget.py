@@ -60,6 +60,7 @@ class Run:
     def setup(self) -> Setup:
         return Setup(
             tokens=min(self.micro_batch, self.windows) * self.seq_len,
+            seq_len=self.seq_len,
             micro_batches=ceil(self.windows / self.micro_batch),
             shard=self.shard or self.gpus,
             dtype=self.dtype,
@@ -101,7 +102,7 @@ class Plan:
 
 
 def make_plan(model: CausalLM, run: Run) -> Plan:
-    """model: see `costs.outline`."""
+    """model: see `methods.make`."""
     plan = Plan(
         run,
         parameters(model),

@@ -5,52 +5,65 @@ and other elementwise work are a small part of the time that no FLOP count tells
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from elo import methods
+from elo.common.errors import UserError
 from elo.model.config import ModelConfig
-from elo.model.decoder import Block, CausalLM, build
-from elo.slicing import detach, freeze_all_but_layers
-from elo.variants import lora
+from elo.model.decoder import MLP, Attention, Block, CausalLM, RMSNorm, ScaledDotProductAttention
 from elo.variants.lora import LoraLinear, LoraOptions
 
-METHODS = ("elo", "full", "lora")
+
+class Call(NamedTuple):
+    """A module at work: what a block's hidden states go through."""
+
+    module: nn.Module
+    inputs: tuple[Tensor, ...]  # on the meta device; modules with the same input are given the same tensor
 
 
-def outline(
-    config: ModelConfig, method: str, layers: tuple[int, ...] | None = None, adapters: LoraOptions | None = None
-) -> CausalLM:
-    """The model that a method computes, on the meta device, with requires_grad where it trains.
+# What these keep and compute is known here. A block with anything else in it is not planned.
+CONTAINERS = (Block, Attention, MLP, nn.Identity)
+KNOWN = (*CONTAINERS, nn.Linear, LoraLinear, RMSNorm, ScaledDotProductAttention)
 
-    config: the base model's; layers: those of method elo, from 1 (default: the first and the last).
+
+@lru_cache(maxsize=256)
+def calls(block: Block, seq_len: int) -> list[Call]:
+    """The modules of a block in the order of their work on one window, found by running it without memory.
+
+    Raises UserError for a module that the planner does not know.
     """
-    if method == "elo":
-        model = build(detach(config, layers or tuple(sorted({1, config.num_hidden_layers}))))
-        freeze_all_but_layers(model)
-        return model
-    model = build(config)
-    if method == "lora":
-        lora.attach(model, adapters or LoraOptions(), seed=0)
-    return model
+    found: list[Call] = []
+    hooks = []
+    for name, module in block.named_modules():
+        if isinstance(module, nn.Linear) and name.endswith(("lora_A", "lora_B")):
+            continue  # a part of its LoraLinear
+        if type(module) not in KNOWN:
+            raise UserError(f"layer's {name}: a {type(module).__name__} is not known to the planner (elo/planning)")
+        if type(module) not in CONTAINERS:
+            hooks.append(module.register_forward_pre_hook(lambda module, inputs: found.append(Call(module, inputs))))
+    config = block.config
+    x = torch.empty(1, seq_len, config.hidden_size, device="meta")
+    angles = torch.empty(seq_len, config.head_dim // 2, device="meta")
+    mask = torch.empty(seq_len, seq_len, device="meta") if has_mask(block, seq_len) else None
+    with torch.no_grad():
+        block(x, angles, angles, mask)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def has_mask(block: Block, seq_len: int) -> bool:
+    """Whether its window cuts something off."""
+    return block.sliding_window is not None and block.sliding_window < seq_len
 
 
 def parameters(model: nn.Module, trained: bool = False) -> int:
     """How many there are, or are trained; a tied head is the embedding and counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
-
-
-def steps(block: Block) -> list[tuple[nn.Module, ...]]:
-    """What a block's hidden states go through in turn, side by side what has the same input; attention follows q_proj,
-    k_proj and v_proj."""
-    attention, mlp = block.self_attn, block.mlp
-    return [
-        (block.input_layernorm,),
-        (attention.q_proj, attention.k_proj, attention.v_proj),
-        (attention.o_proj,),
-        (block.post_attention_layernorm,),
-        (mlp.gate_proj, mlp.up_proj),
-        (mlp.down_proj,),
-    ]
 
 
 def is_trained(*modules: nn.Module) -> bool:
@@ -79,35 +92,33 @@ def count_flops(model: CausalLM, seq_len: int, activation_checkpointing: bool = 
     attention is counted as the flash kernels compute it: half of the square of tokens, its scores once more in the
     backward pass. Where a sliding window cuts there is a mask, and the whole square is computed.
     """
-    config = model.config
     forward = backward = recomputed = attention = 0.0
     needs_grad = is_trained(model.model.embed_tokens)  # the hidden states at this place
     for block in model.model.layers:
-        block_forward = 0.0
-        for modules in steps(block):
-            for linear in modules:
-                if not isinstance(linear, nn.Linear):
-                    continue
-                product = 2 * linear.weight.numel()
+        block_forward = last = 0.0
+        at: dict[int, bool] = {}  # whether an input needs a gradient: what has the same one is not side by side here
+        for module, inputs in calls(block, seq_len):
+            x_needs_grad = at.setdefault(id(inputs[0]), needs_grad)
+            if isinstance(module, nn.Linear):
+                product = last = 2 * module.weight.numel()
                 block_forward += product
-                backward += product * (needs_grad + linear.weight.requires_grad)
-                if isinstance(linear, LoraLinear):
-                    a, b = 2 * linear.lora_A.weight.numel(), 2 * linear.lora_B.weight.numel()
-                    block_forward += a + b
-                    backward += a * (needs_grad + 1) + 2 * b
-            needs_grad = needs_grad or is_trained(*modules)
-            if block.self_attn.q_proj in modules:
-                cuts = block.sliding_window is not None and block.sliding_window < seq_len
-                keys = seq_len if cuts else (seq_len + 1) / 2
-                product = 2 * config.num_attention_heads * config.head_dim * keys
+                backward += product * (x_needs_grad + module.weight.requires_grad)
+                if isinstance(module, LoraLinear):
+                    a, b = 2 * module.lora_A.weight.numel(), 2 * module.lora_B.weight.numel()
+                    block_forward, last = block_forward + a + b, 0
+                    backward += a * (x_needs_grad + 1) + 2 * b
+            elif isinstance(module, ScaledDotProductAttention):
+                queries, mask = inputs[0], inputs[3]
+                keys = (seq_len + 1) / 2 if mask is None else seq_len
+                product = 2 * queries[:, :, 0].numel() * keys
                 block_forward += 2 * product
                 backward += 5 * product * needs_grad
                 attention += (2 * (1 + activation_checkpointing) + 5 * needs_grad) * product
+            needs_grad = needs_grad or is_trained(module)
         forward += block_forward
         if activation_checkpointing:
-            # Recomputing ends with the last tensor that the backward pass needs: the product of down_proj is not one.
-            last = block.mlp.down_proj
-            recomputed += block_forward - (0 if isinstance(last, LoraLinear) else 2 * last.weight.numel())
+            # Recomputing ends with the last tensor that the backward pass needs: the last product is not one.
+            recomputed += block_forward - last
     head = 2 * model.lm_head.weight.numel()
     head_backward = head * (needs_grad + model.lm_head.weight.requires_grad)
     return Flops(forward + head, backward + head_backward, recomputed, attention, head + head_backward)
@@ -123,8 +134,7 @@ def flops_per_token(
 ) -> float:
     """FLOPs of a training step (forward, backward, recomputation), a token.
 
-    config: the base model's; method: elo, full or lora; layers: those of method elo, from 1 (default: the first and
-    the last); rank: of method lora, on all linear layers of the blocks.
+    config: the base model's; method, layers: see `methods.make`; rank: of method lora.
     """
-    model = outline(config, method, layers, LoraOptions(lora_rank=rank))
+    model = methods.make(config, method, layers, LoraOptions(lora_rank=rank)).model
     return count_flops(model, seq_len, activation_checkpointing).total

@@ -15,8 +15,8 @@ from torch import nn
 from elo.common.chunks import even_chunk
 from elo.cpu.linear import ONEDNN
 from elo.model import loss
-from elo.model.decoder import Block, CausalLM
-from elo.planning.costs import is_trained, parameters
+from elo.model.decoder import MLP, Block, CausalLM, RMSNorm, ScaledDotProductAttention
+from elo.planning.costs import calls, has_mask, is_trained, parameters
 from elo.runs.devices import DTYPES
 from elo.variants.lora import LoraLinear
 
@@ -28,6 +28,7 @@ class Setup:
     """The options of a run that decide on its memory."""
 
     tokens: int  # at a time in a process: windows of a micro-batch times their length
+    seq_len: int  # of a window
     micro_batches: int = 1  # a step
     shard: int = 1  # processes that hold the model together
     dtype: str = "bf16"
@@ -62,7 +63,7 @@ class Bytes:
 def peak_memory(model: CausalLM, setup: Setup) -> Bytes:
     """The highest moment of a step, from the second one on: the first makes the optimizer's state.
 
-    model: see `costs.outline`.
+    model: see `methods.make`.
     """
     return max(moments(model, setup), key=lambda moment: moment.total)
 
@@ -70,7 +71,8 @@ def peak_memory(model: CausalLM, setup: Setup) -> Bytes:
 def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     """The moments among which the highest one is."""
     config, size, tokens = model.config, setup.itemsize, setup.tokens
-    block, count = model.model.layers[0], config.num_hidden_layers  # all blocks have the same sizes
+    blocks = model.model.layers  # all have weights of the same sizes
+    block, count = blocks[0], config.num_hidden_layers
     root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head])  # shared out apart from blocks
     root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
     # What fully_shard computes with is a copy, except for frozen weights that a process has whole.
@@ -95,10 +97,11 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         return Bytes(name, weights, 2 * all_shards, gradients + held, gathered, activations, loss)
 
     # Forward pass and loss: all activations are there. The buffer in which the last block was gathered still is.
-    at_work = block_activations(block, setup)
-    kept = hidden if setup.activation_checkpointing else at_work  # of a block, until its backward pass
+    at_work = [block_activations(block, setup) for block in blocks]
+    kept = [hidden if setup.activation_checkpointing else size for size in at_work]  # until its backward pass
+    masks = mask_bytes(model, setup)
     ahead = block_weights if setup.shard > 1 else 0
-    activations = count * kept + norm_bytes(model.model.norm, setup)
+    activations = masks + sum(kept) + norm_bytes(model.model.norm, config.hidden_size * tokens, setup)
     buffers = hidden + loss_buffers(model, setup)
     yield moment("loss", root_weights + ahead, activations=activations + hidden, loss=buffers)
     if head_is_trained:
@@ -108,15 +111,16 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
 
     # Backward pass, block by block, the next one gathered meanwhile.
     trained = parameters(block, trained=True)
+    last = [call.module for call in calls(block, setup.seq_len) if isinstance(call.module, nn.Linear)][-1]
     waiting = done = 0  # the buffer of gradients that are being reduced; the shards that are complete
     for number in reversed(range(count)):
         gathered = root_weights + block_weights + (ahead if number else 0)
-        before, name = number * kept, f"backward pass of block {number + 1}"
-        recomputed = at_work if setup.activation_checkpointing else 0
+        before, name = masks + sum(kept[:number]), f"backward pass of block {number + 1}"
+        recomputed = at_work[number] if setup.activation_checkpointing else 0
         # The gradients of the block's output, of the two factors in the MLP, and of their product's weight.
-        inner = hidden + 2 * size * config.intermediate_size * tokens
-        gradients = waiting + size * parameters(block.mlp.down_proj, trained=True)
-        yield moment(name, gathered, gradients, done, before + kept + recomputed + inner, head_gradient)
+        inner = hidden + 2 * size * last.in_features * tokens
+        gradients = waiting + size * parameters(last, trained=True)
+        yield moment(name, gathered, gradients, done, before + kept[number] + recomputed + inner, head_gradient)
         gradients = waiting + size * trained
         yield moment(f"end of the {name}", gathered, gradients, done, before + 4 * hidden, head_gradient)
         gradients = FP32 * trained + max(size * trained, block_shard)
@@ -143,29 +147,49 @@ def sharded(module: nn.Module, setup: Setup, trained: bool = False) -> int:
 
 
 def block_activations(block: Block, setup: Setup) -> int:
-    """All that autograd keeps of a block."""
-    attention, mlp, size = block.self_attn, block.mlp, setup.itemsize
-    queries, keys, inner = (m.out_features for m in (attention.q_proj, attention.k_proj, mlp.gate_proj))
-    # A weight's gradient needs the input; what has the same input keeps it once.
-    inputs = [
-        linear.in_features
-        for linear in (attention.q_proj, attention.o_proj, mlp.gate_proj, mlp.down_proj)
-        if linear.weight.requires_grad or isinstance(linear, LoraLinear)
-    ]
-    thin = [m.lora_A.out_features for m in block.modules() if isinstance(m, LoraLinear)]
-    # Queries, keys, values; gate, its SiLU, up. The result of attention is o_proj's input, on a CPU a copy of it.
-    elements = sum(inputs) + sum(thin) + queries + 2 * keys + 3 * inner
-    elements += queries if setup.device == "cpu" or not attention.o_proj.weight.requires_grad else 0
-    normalizer = FP32 * queries // attention.head_dim  # of softmax, a number a head
-    norms = norm_bytes(block.input_layernorm, setup) + norm_bytes(block.post_attention_layernorm, setup)
-    return (size * elements + normalizer) * setup.tokens + norms
+    """All that autograd keeps of a block, without the mask, which is the same in many."""
+    size, windows = setup.itemsize, setup.tokens // setup.seq_len
+    total = 0
+    after_attention = False
+    counted: set[int] = set()  # what has the same input keeps it once
+    for module, inputs in calls(block, setup.seq_len):
+        x = inputs[0]
+        if isinstance(module, RMSNorm):
+            total += norm_bytes(module, x.numel(), setup)
+        elif isinstance(module, ScaledDotProductAttention):
+            _, k, v, mask = inputs
+            on_cpu = setup.device == "cpu"
+            copies = 1 if mask is None or on_cpu else x.shape[1] // k.shape[1]
+            normalizer = 0 if mask is None and on_cpu else FP32 * x[..., 0].numel()  # of softmax, a number a query
+            # Queries, keys, values and the result.
+            total += size * (2 * x.numel() + copies * (k.numel() + v.numel())) + normalizer
+            after_attention = True
+            continue
+        elif id(x) not in counted and (module.weight.requires_grad or isinstance(module, LoraLinear)):
+            # The result of attention lies as the product after it wants it, but on a CPU, which makes a copy.
+            total += size * x.numel() * (setup.device == "cpu" or not after_attention)
+            counted.add(id(x))
+        if isinstance(module, LoraLinear):
+            total += size * module.lora_A.out_features * setup.seq_len
+        after_attention = False
+    # The gate, its SiLU, and what passes through it.
+    total += size * sum(3 * m.down_proj.in_features for m in block.modules() if isinstance(m, MLP)) * setup.seq_len
+    return windows * total
 
 
-def norm_bytes(norm: nn.Module, setup: Setup) -> int:
-    """Its input. A CPU has no operator for it and keeps that in fp32, and what the weight is multiplied with."""
+def mask_bytes(model: CausalLM, setup: Setup) -> int:
+    """Of the sliding windows: one mask for each, whatever the number of layers."""
+    cut = {block.sliding_window for block in model.model.layers if has_mask(block, setup.seq_len)}
+    return len(cut) * setup.itemsize * setup.seq_len**2
+
+
+def norm_bytes(norm: RMSNorm, elements: int, setup: Setup) -> int:
+    """Its input and a number for each vector. A CPU has no operator for it: it keeps the input in fp32, and what the
+    weight is multiplied with."""
+    root_mean_squares = FP32 * elements // norm.weight.numel()
     if setup.device == "cuda":
-        return setup.itemsize * norm.weight.numel() * setup.tokens
-    return FP32 * norm.weight.numel() * (1 + norm.weight.requires_grad) * setup.tokens
+        return setup.itemsize * elements + root_mean_squares
+    return FP32 * elements * (1 + norm.weight.requires_grad) + root_mean_squares
 
 
 def loss_buffers(model: CausalLM, setup: Setup) -> int:

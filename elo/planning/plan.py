@@ -13,19 +13,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from elo import methods
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, positive, positive_int, share
 from elo.common.terminal import show
+from elo.methods import DEFAULT_LAYERS, METHODS
 from elo.model.config import ModelConfig
 from elo.planning.budget import GIB, GPUS, MOST_GPUS, Plan, Run, make_plan
-from elo.planning.costs import METHODS, flops_per_token, outline
 from elo.pretraining import LARGEST_BATCH
 from elo.runs.devices import DTYPES
 from elo.slicing import parse_layers
 from elo.variants.lora import LoraOptions
-
-__all__ = ["flops_per_token"]  # for others; it is defined in elo.costs
 
 STAGES = ("train", "align", "sft")  # the scripts
 
@@ -206,10 +205,10 @@ def main() -> None:
     config = ModelConfig.load(arguments.model)
     if arguments.seq_len > config.max_position_embeddings:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
-    layers = parse_layers(arguments.layers or "1,-1", config.num_hidden_layers)
+    layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
     adapters = LoraOptions(lora_rank=arguments.lora_rank)
     runs = planned_runs(arguments)
-    models = {method: outline(config, method, layers, adapters) for method in {run.method for run in runs}}
+    models = {run.method: methods.make(config, run.method, layers, adapters).model for run in runs}
     plans = [make_plan(models[run.method], run) for run in runs]
     if arguments.json:
         write_json(arguments.json, {"model": str(arguments.model), "plans": [as_json(plan) for plan in plans]})

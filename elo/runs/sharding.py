@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int
-from elo.model.decoder import CausalLM
+from elo.cpu import attention, linear
+from elo.model.decoder import CausalLM, ScaledDotProductAttention
 from elo.model.loss import softmax_to_compile_
 from elo.runs.devices import DTYPES, inference_device, set_for_training
 from elo.runs.processes import World
@@ -56,6 +58,13 @@ def make_mesh(world: World, shard: int | None) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
+def use_faster_operators(model: nn.Module) -> None:
+    """For training on a CPU: the same results from faster matrix products and attention (`elo.cpu`)."""
+    faster = {nn.Linear: linear.Linear, ScaledDotProductAttention: attention.ScaledDotProductAttention}
+    for module in model.modules():
+        module.__class__ = faster.get(type(module), type(module))
+
+
 def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> CausalLM:
     """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
 
@@ -64,6 +73,8 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
     left as they are: fully_shard would compute with a copy of them.
     """
     set_for_training(world.device)
+    if world.device.type == "cpu":
+        use_faster_operators(model)
     dtype = DTYPES[options.dtype]
     frozen = {parameter for parameter in model.parameters() if not parameter.requires_grad}
     for parameter in frozen:

@@ -18,12 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elo.common.errors import UserError
 from elo.common.options import Parser
-from elo.cpu.linear import Linear
 from elo.data.shards import TokenShard
 from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, local_rows
 from elo.model.decoder import CausalLM
@@ -88,7 +87,7 @@ class ActiveVocabulary:
     def narrow(self, model: CausalLM) -> None:
         """Give a model that has no memory yet a frozen head of these rows, not tied to its embedding."""
         rows = self.kept + bool(self.sharing)
-        model.lm_head = Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
+        model.lm_head = nn.Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
         model.is_tied = False
 
     @torch.no_grad()

@@ -1,6 +1,6 @@
 """The LoRA baseline (arXiv 2106.09685): beside each frozen weight W a product of two thin trained matrices.
 
-    y = W x + alpha / rank * B A dropout(x)        A: (rank, in), B: (out, rank), B = 0 at first
+    y = W x + alpha / rank * B A x      A: (rank, in), B: (out, rank), B = 0 at first
 
 Names, initialization and files are those of peft, so that an adapter goes from one to the other.
 """
@@ -19,8 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from elo.common.errors import UserError
 from elo.common.fields import write_json
-from elo.common.options import Parser, positive, positive_int, share
-from elo.cpu.linear import Linear, matmul_t
+from elo.common.options import Parser, positive, positive_int
+from elo.cpu.linear import matmul_t
 from elo.model.checkpoint import Checkpoint, local_rows
 from elo.model.decoder import CausalLM
 from elo.model.saving import (
@@ -42,11 +42,10 @@ THIN = (".lora_A.weight", ".lora_B.weight")
 
 @dataclass(frozen=True)
 class LoraOptions:
-    """peft's r, lora_alpha, lora_dropout and target_modules."""
+    """peft's r, lora_alpha and target_modules."""
 
     lora_rank: int = 8
     lora_alpha: float = 16.0
-    lora_dropout: float = 0.0
     lora_target_modules: tuple[str, ...] = ()  # none named: all linear layers of the blocks
 
     @staticmethod
@@ -55,9 +54,6 @@ class LoraOptions:
         group.add_argument("--lora-rank", type=positive_int, help=f"of the adapters (default: {default.lora_rank})")
         group.add_argument(
             "--lora-alpha", type=positive, help=f"adapters count alpha / rank times (default: {default.lora_alpha:g})"
-        )
-        group.add_argument(
-            "--lora-dropout", type=share, help=f"share of A's input that is dropped (default: {default.lora_dropout:g})"
         )
         group.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help=(
             "layers with an adapter, such as q_proj v_proj (default: all linear layers of the blocks)"))  # fmt: skip
@@ -76,108 +72,52 @@ class LoraOptions:
                 raise UserError(f"--{name.replace('_', '-')} is an option of --method lora, not {arguments.method}")
             return None
         options = LoraOptions(**{**given, "lora_target_modules": tuple(given.get("lora_target_modules", ()))})
-        if options.lora_dropout == 1:
-            raise UserError("--lora-dropout 1 would drop everything; give less than 1")
         vars(arguments).update(asdict(options))
         return options
 
 
-class Dropout:
-    """Which inputs of the adapters are dropped: a function of the seed, a window's tokens and the place, nothing else.
-
-    So the masks are the same for any number of processes, any micro-batch, after a resume and in a recomputed block,
-    with no state to keep. Equal windows get equal masks.
-    """
-
-    def __init__(self, probability: float, seed: int) -> None:
-        self.probability, self.seed = probability, seed
-        self.adapters: list[LoraLinear] = []
-        self.rows: Tensor | None = None  # (batch, sequence, 1): a random int32 for each token of this micro-batch
-
-    def begin(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """A pre-hook of the model's forward pass."""
-        tokens = inputs[0]
-        numbers = partial(torch.arange, dtype=torch.int32, device=tokens.device)
-        positions = scramble(numbers(tokens.shape[1]) + scramble(torch.tensor(self.seed % 2**31, dtype=torch.int32)))
-        windows = scramble(tokens.int() ^ positions).sum(1, keepdim=True, dtype=torch.int32)
-        self.rows = scramble(windows ^ positions)[..., None]
-        if self.adapters[0].columns is None:
-            widths = [adapter.in_features for adapter in self.adapters]
-            for adapter, columns in zip(self.adapters, scramble(numbers(sum(widths))).split(widths), strict=True):
-                adapter.columns = columns
-
-    def mask(self, columns: Tensor | None) -> Tensor | None:
-        """(batch, sequence, in), False where dropped, for an adapter of these columns; None if nothing is."""
-        if not (self.probability and torch.is_grad_enabled()):
-            return None
-        return scramble(self.rows ^ columns) >= round(self.probability * 2**32) - 2**31
-
-
-def scramble(x: Tensor) -> Tensor:
-    """int32 to int32, the upper bits depending on all (most of MurmurHash3's finalizer, modulo 2**32)."""
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
-        x = (x ^ ((x >> shift) & (2 ** (32 - shift) - 1))) * (factor - 2**32)
-    return x
-
-
 class _LoraLinear(torch.autograd.Function):
-    """x W^T + bias + scaling * (mask x) A^T B^T, without a gradient of W.
+    """x W^T + bias + scaling * x A^T B^T, without a gradient of W.
 
-    x: (tokens, in); mask: as x, or None; weight: (out, in); a: (rank, in); b: (out, rank). The scaling goes into b.
-    Thin products are added in place or taken with the thin side as rows: on a CPU up to 8 times faster than otherwise.
+    x: (tokens, in); weight: (out, in); a: (rank, in); b: (out, rank). The scaling goes into b. Thin products are
+    added in place or taken with the thin side as rows: on a CPU up to 8 times faster than otherwise.
     """
 
     @staticmethod
-    def forward(  # noqa: ANN205
-        ctx,  # noqa: ANN001
-        x: Tensor,
-        mask: Tensor | None,
-        weight: Tensor,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        scaling: float,
-    ):
-        thin = matmul_t(x if mask is None else x * mask, a)  # (tokens, rank)
-        ctx.save_for_backward(x, mask, weight, a, b, thin)
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None, a: Tensor, b: Tensor, scaling: float):  # noqa: ANN001, ANN205
+        thin = matmul_t(x, a)  # (tokens, rank)
+        ctx.save_for_backward(x, weight, a, b, thin)
         ctx.scaling = scaling
         return matmul_t(x, weight, bias).addmm_(thin, (b * scaling).T)
 
     @staticmethod
     def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        x, mask, weight, a, b, thin = ctx.saved_tensors
+        x, weight, a, b, thin = ctx.saved_tensors
         thin_grad = matmul_t(grad, (b * ctx.scaling).T)  # (tokens, rank)
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            x_grad = matmul_t(grad, weight.T)
-            x_grad = x_grad.addmm_(thin_grad, a) if mask is None else x_grad.add_((thin_grad @ a).mul_(mask))
-        a_grad = matmul_t(thin_grad.T, (x if mask is None else x * mask).T)
+        x_grad = matmul_t(grad, weight.T).addmm_(thin_grad, a) if ctx.needs_input_grad[0] else None
+        a_grad = matmul_t(thin_grad.T, x.T)
         b_grad = matmul_t(thin.T, grad.T).T * ctx.scaling
-        return x_grad, None, None, None, a_grad, b_grad, None
+        return x_grad, None, None, a_grad, b_grad, None
 
 
-class LoraLinear(Linear):
+class LoraLinear(nn.Linear):
     """A frozen linear layer with its adapter; the names of both are peft's."""
 
-    def __init__(self, linear: nn.Linear, options: LoraOptions, dropout: Dropout) -> None:
+    def __init__(self, linear: nn.Linear, options: LoraOptions) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.lora_A = nn.Linear(linear.in_features, options.lora_rank, bias=False, device=linear.weight.device)
         self.lora_B = nn.Linear(options.lora_rank, linear.out_features, bias=False, device=linear.weight.device)
-        self.scaling = options.lora_alpha / options.lora_rank / (1 - options.lora_dropout)
-        self.dropout = dropout
-        # A random int32 for each input: a tensor, since torch.compile would compile every block for its own number.
-        self.columns: Tensor | None = None
-        dropout.adapters.append(self)
+        self.scaling = options.lora_alpha / options.lora_rank
 
     def forward(self, x: Tensor) -> Tensor:
-        mask = self.dropout.mask(self.columns)
-        rows = x.flatten(0, -2), None if mask is None else mask.flatten(0, -2)
-        y = _LoraLinear.apply(*rows, self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scaling)
+        y = _LoraLinear.apply(
+            x.flatten(0, -2), self.weight, self.bias, self.lora_A.weight, self.lora_B.weight, self.scaling
+        )
         return y.unflatten(0, x.shape[:-1])
 
 
-def attach(model: CausalLM, options: LoraOptions, seed: int) -> None:
+def attach(model: CausalLM, options: LoraOptions) -> None:
     """Freeze the model and give its blocks' linear layers adapters, the only thing that is trained then.
 
     To be called before `parallelize`; `initialize` fills the adapters. Raises UserError for a module of another name.
@@ -188,13 +128,10 @@ def attach(model: CausalLM, options: LoraOptions, seed: int) -> None:
         if name not in there:
             raise UserError(f"--lora-target-modules {name}: the blocks' linear layers are {', '.join(there)}")
     model.requires_grad_(False)
-    dropout = Dropout(options.lora_dropout, seed)
     for name, linear in linears.items():
         parent, _, kind = name.rpartition(".")
         if kind in (options.lora_target_modules or there):
-            setattr(model.model.layers.get_submodule(parent), kind, LoraLinear(linear, options, dropout))
-    if options.lora_dropout:
-        model.register_forward_pre_hook(dropout.begin)
+            setattr(model.model.layers.get_submodule(parent), kind, LoraLinear(linear, options))
 
 
 def base_name(name: str) -> str | None:
@@ -277,7 +214,7 @@ def _write_adapter(directory: Path, adapter: dict[str, Tensor], base: Checkpoint
         "base_model_name_or_path": str(base.directory.resolve()),
         "r": options.lora_rank,
         "lora_alpha": options.lora_alpha,
-        "lora_dropout": options.lora_dropout,
+        "lora_dropout": 0.0,
         "target_modules": sorted(modules),
         "bias": "none",
         "fan_in_fan_out": False,

@@ -5,7 +5,9 @@ import torch
 import torch.nn.functional as F
 
 from elo.cpu import attention as module
-from elo.cpu.attention import attention
+from elo.cpu.attention import ScaledDotProductAttention
+
+attention = ScaledDotProductAttention()
 
 
 def sample(heads, kv_heads, length, head_dim, batch=2, dtype=torch.float32):
@@ -36,7 +38,7 @@ def test_values_and_gradients(heads, kv_heads, length, head_dim, tile_rows, monk
     # As they come from the projections: heads are no contiguous dimension.
     inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for tensor in inputs]
     found = with_gradients(
-        lambda *qkv: attention(*qkv, None, True), inputs, grad.transpose(2, 3).contiguous().transpose(2, 3)
+        lambda *qkv: attention(*qkv, None), inputs, grad.transpose(2, 3).contiguous().transpose(2, 3)
     )
     for mine, exact in zip(found, reference(inputs, grad), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
@@ -45,7 +47,7 @@ def test_values_and_gradients(heads, kv_heads, length, head_dim, tile_rows, monk
 def test_bf16_is_as_exact_as_torch():
     inputs, grad = sample(9, 3, 300, 64, dtype=torch.bfloat16)
     exact = reference(inputs, grad)
-    ours = with_gradients(lambda *qkv: attention(*qkv, None, True), inputs, grad)
+    ours = with_gradients(lambda *qkv: attention(*qkv, None), inputs, grad)
     theirs = with_gradients(
         lambda *qkv: F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True), inputs, grad
     )
@@ -58,7 +60,7 @@ def test_bf16_is_as_exact_as_torch():
 def test_outside_of_training_it_is_torchs_operator():
     inputs, _ = sample(6, 2, 75, 12)
     expected = F.scaled_dot_product_attention(*inputs, is_causal=True, enable_gqa=True)
-    assert torch.equal(attention(*inputs, None), expected)
+    assert torch.equal(ScaledDotProductAttention().eval()(*inputs, None), expected)
 
 
 @pytest.mark.parametrize("kv_heads", [2, 6])
@@ -74,6 +76,6 @@ def test_products_get_matrices_without_gaps(kv_heads, monkeypatch):
     monkeypatch.setattr(module, "prefers_onednn", lambda q: True)
     inputs, grad = sample(6, kv_heads, 75, 12, batch=1)
     inputs = [tensor.transpose(1, 2).contiguous().transpose(1, 2).detach().requires_grad_() for tensor in inputs]
-    found = with_gradients(lambda *qkv: attention(*qkv, None, True), inputs, grad)
+    found = with_gradients(lambda *qkv: attention(*qkv, None), inputs, grad)
     for mine, exact in zip(found, reference(inputs, grad), strict=True):
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)

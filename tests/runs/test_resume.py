@@ -92,7 +92,7 @@ COMMANDS = [
     "train --method full --save-every 4",
     "train --method full --optimizer-in-backward --clip 0 --micro-batch 9",
     "train --method full --activation-checkpointing --cpu-offload",
-    "train --method lora --lora-dropout 0.1 --merge",
+    "train --method lora --merge",
     "align --elo elo --gb 0.000004",
     "align --after elo --gb 0.000004 --save-every 3",
     "align --elo elo --gb 0.000004 --optimizer-in-backward --clip 0",

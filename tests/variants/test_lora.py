@@ -1,4 +1,4 @@
-"""--method lora: peft's logits, gradients, loss curve and files; dropout; merging; mistakes."""
+"""--method lora: peft's logits, gradients, loss curve and files; merging; mistakes."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ from elo.model.decoder import build
 from elo.runs.processes import process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.variants import lora
-from elo.variants.lora import Dropout, LoraOptions
+from elo.variants.lora import LoraOptions
 
 ROOT = Path(__file__).resolve().parents[2]
 OPTIONS = LoraOptions(lora_rank=4, lora_alpha=12.0)
@@ -37,7 +37,7 @@ TOKENS = torch.randint(0, 300, (3, 41), generator=torch.Generator().manual_seed(
 @contextmanager
 def ours(base, options=OPTIONS, seed=0):
     model = build(base.config)
-    lora.attach(model, options, seed)
+    lora.attach(model, options)
     with process_group() as world:
         parallelize(model, world, ParallelOptions("fp32", compile=False))
         base.load_into(model, lora.base_name)
@@ -183,20 +183,17 @@ def test_the_adapter_is_peft_s_and_merges(project, tmp_path, monkeypatch):
     torch.testing.assert_close(load_model(tmp_path / "merged", "cpu", torch.float32)(tokens), whole(tokens).logits)
 
 
-DROPOUT = ["--max-steps", "6", "--lora-dropout", "0.3", "--micro-batch", "2"]
+SHORT = ["--max-steps", "6", "--micro-batch", "2"]
 
 
 @pytest.fixture
-def dropped(project, tmp_path, monkeypatch):
-    assert run(monkeypatch, train, *words(project, tmp_path / "dropped", *DROPOUT, "--save-every", "2")) == 0
-    return tmp_path / "dropped"
+def plain(project, tmp_path, monkeypatch):
+    assert run(monkeypatch, train, *words(project, tmp_path / "plain", *SHORT, "--save-every", "2")) == 0
+    return tmp_path / "plain"
 
 
-def test_any_layout_gives_the_same_run(project, dropped, tmp_path, monkeypatch):
-    """Dropout included, which depends on the seed and the text alone."""
-    one = losses(dropped)
-    assert run(monkeypatch, train, *words(project, tmp_path / "undropped", *DROPOUT, "--lora-dropout", "0")) == 0
-    assert losses(tmp_path / "undropped")[1:] != pytest.approx(one[1:], rel=1e-3)
+def test_any_layout_gives_the_same_run(project, plain, tmp_path, monkeypatch):
+    one = losses(plain)
     layouts = {
         "micro-batch": ["--micro-batch", "5", "--activation-checkpointing"],
         "in-backward": ["--micro-batch", "5", "--clip", "0", "--optimizer-in-backward"],
@@ -204,15 +201,15 @@ def test_any_layout_gives_the_same_run(project, dropped, tmp_path, monkeypatch):
         "offload": ["--cpu-offload"],
     }
     for name, options in layouts.items():
-        assert run(monkeypatch, train, *words(project, tmp_path / name, *DROPOUT, *options)) == 0
-    for process in fork_group(2, "train", words(project, tmp_path / "processes", *DROPOUT, "--merge")):
+        assert run(monkeypatch, train, *words(project, tmp_path / name, *SHORT, *options)) == 0
+    for process in fork_group(2, "train", words(project, tmp_path / "processes", *SHORT, "--merge")):
         assert process.wait() == 0
     for name in ("micro-batch", "offload", "processes"):
         assert losses(tmp_path / name) == pytest.approx(one, rel=2e-5), name
     assert losses(tmp_path / "in-backward") == losses(tmp_path / "unclipped")
     ours, theirs = (
         load_file(tmp_path / "processes/adapter/adapter_model.safetensors"),
-        load_file(dropped / "adapter_model.safetensors"),
+        load_file(plain / "adapter_model.safetensors"),
     )
     assert ours.keys() == theirs.keys()
     for name in ours:
@@ -220,11 +217,11 @@ def test_any_layout_gives_the_same_run(project, dropped, tmp_path, monkeypatch):
 
 
 def test_compiled_blocks_share_their_graphs(tmp_path):
-    """With dropout, whose masks differ from block to block; on the backend that compiles fast."""
+    """On the backend that compiles fast."""
     base = Checkpoint(families.write("llama3", tmp_path))
     values = []
     for compiled in (False, True):
-        with ours(base, LoraOptions(lora_dropout=0.3)) as model:
+        with ours(base) as model:
             if compiled:
                 torch._dynamo.reset()
                 counters.clear()
@@ -237,18 +234,18 @@ def test_compiled_blocks_share_their_graphs(tmp_path):
     assert counters["stats"]["unique_graphs"] <= 2
 
 
-def test_a_resumed_run_is_the_same_to_the_last_bit(project, dropped, monkeypatch):
-    weights, before = (dropped / "adapter_model.safetensors").read_bytes(), losses(dropped)
-    held = FileSystemReader(dropped / "checkpoints/step-4").read_metadata().state_dict_metadata
+def test_a_resumed_run_is_the_same_to_the_last_bit(project, plain, monkeypatch):
+    weights, before = (plain / "adapter_model.safetensors").read_bytes(), losses(plain)
+    held = FileSystemReader(plain / "checkpoints/step-4").read_metadata().state_dict_metadata
     assert len([name for name in held if name.startswith("model.model.")]) == 56
     assert all("lora_" in name for name in held if name.startswith("model.model."))
     # as if it had been killed in its last step
-    shutil.rmtree(dropped / "checkpoints/step-6")
+    shutil.rmtree(plain / "checkpoints/step-6")
     for file in ("adapter_config.json", "adapter_model.safetensors", "elo.json"):
-        (dropped / file).unlink()
-    assert run(monkeypatch, train, *words(project, dropped, *DROPOUT, "--save-every", "2")) == 0
-    assert losses(dropped) == before
-    assert (dropped / "adapter_model.safetensors").read_bytes() == weights
+        (plain / file).unlink()
+    assert run(monkeypatch, train, *words(project, plain, *SHORT, "--save-every", "2")) == 0
+    assert losses(plain) == before
+    assert (plain / "adapter_model.safetensors").read_bytes() == weights
 
 
 def test_alignment_goes_on_after_it(project, tmp_path, monkeypatch, capfd):
@@ -287,11 +284,8 @@ MISTAKES = [
     (["--layers", "1,2"], "--layers 1,2: --method lora trains all layers"),
     (["--lora-rank", "0"], "'0' is not a whole number above 0"),
     (["--lora-alpha", "-1"], "'-1' is not a number above 0"),
-    (["--lora-dropout", "1"], "--lora-dropout 1 "),
-    (["--lora-dropout", "1.5"], "'1.5' is not a number from 0 to 1"),
     (["--method", "elo", "--lora-rank", "8"], "--lora-rank is an option of --method lora, not elo"),
     (["--method", "full", "--merge"], "--merge is an option of --method lora, not full"),
-    (["--method", "full", "--lora-dropout", "0"], "--lora-dropout is an option of --method lora, not full"),
 ]
 
 
@@ -323,39 +317,14 @@ def test_initialization_is_peft_s_and_the_seed_s(tmp_path):
             assert value.std().item() == pytest.approx(parameter.std().item(), rel=0.15)
 
 
-def test_dropout_masks_are_random_and_of_their_place_alone():
-    def masks(text, seed=5):
-        dropout = Dropout(0.25, seed)
-        layers = [lora.LoraLinear(nn.Linear(512, 8), LoraOptions(), dropout) for _ in range(2)]
-        dropout.begin(None, (text,))
-        with torch.no_grad():
-            assert dropout.mask(layers[0].columns) is None
-        return [dropout.mask(layer.columns) for layer in layers]
-
-    text = torch.randint(0, 1000, (4, 64), generator=torch.Generator().manual_seed(0))
-    first, second = masks(text)
-    assert first.float().mean().item() == pytest.approx(0.75, abs=4e-3)
-    rows = first.flatten(0, 1).float() - 0.75  # (tokens, inputs)
-    others = [rows.roll(1, 0), rows.roll(64, 0), rows.roll(1, 1), rows.roll(8, 1), second.flatten(0, 1).float() - 0.75]
-    for other in others:
-        assert abs((rows * other).mean().item()) < 3e-3  # 0.1875 if equal
-    for axis in (0, 1):  # no token and no input has a rate of its own: 5 standard deviations
-        assert rows.mean(axis).abs().max() < 5 * (0.1875 / rows.shape[axis]) ** 0.5
-    assert torch.equal(masks(text[2:3])[0], first[2:3])
-    assert not torch.equal(masks(text, seed=6)[0], first)
-
-
-def test_gradients_with_dropout_are_those_of_plain_autograd():
+def test_gradients_are_those_of_plain_autograd():
     torch.manual_seed(0)
     linear = nn.Linear(24, 20)
-    layer = lora.LoraLinear(linear, LoraOptions(4, 12.0, 0.4), dropout := Dropout(0.4, 1))
+    layer = lora.LoraLinear(linear, LoraOptions(4, 12.0))
     nn.init.normal_(layer.lora_B.weight)
-    dropout.begin(None, (torch.arange(30).view(3, 10),))
     x = torch.randn(3, 10, 24, requires_grad=True)
-    mask = dropout.mask(layer.columns)
     weights = [x, layer.lora_A.weight, layer.lora_B.weight]
-    thin = (x * mask / 0.6) @ layer.lora_A.weight.T @ layer.lora_B.weight.T
-    expected = F.linear(x, linear.weight, linear.bias) + 12 / 4 * thin
+    expected = F.linear(x, linear.weight, linear.bias) + 12 / 4 * x @ layer.lora_A.weight.T @ layer.lora_B.weight.T
     torch.testing.assert_close(layer(x), expected)
     gradient = torch.randn_like(expected)
     for ours_, theirs in zip(
