@@ -6,6 +6,8 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 # The models here are tiny: a second thread gains nothing, and costs much where other work wants the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # several processes share the machine, and are compared with a CPU's numbers
@@ -25,3 +27,19 @@ def pytest_collection_modifyitems(config, items):
         numbers = random.Random(seed)
         place = {path: numbers.random() for path in dict.fromkeys(item.path for item in items)}
         items.sort(key=lambda item: (place[item.path], numbers.random()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _same_directory():
+    """Some files of tests work in a directory of their own."""
+    before = Path.cwd()
+    yield
+    os.chdir(before)
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers():
+    """Whatever tests ran before."""
+    import torch  # not before the environment is set
+
+    torch.manual_seed(0)
