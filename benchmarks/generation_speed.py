@@ -21,6 +21,7 @@ import torch
 from sides import Side
 
 from elo.common.errors import UserError, exit_status
+from elo.common.fields import check_output
 from elo.common.options import Parser, positive_int
 from elo.generation.engine import generate
 from elo.model.checkpoint import load_model
@@ -39,7 +40,9 @@ def arguments() -> Namespace:
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="(%(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="of each (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
+    options = parser.parse_args()
+    check_output("--json", options.json, [options.model])
+    return options
 
 
 def main() -> None:

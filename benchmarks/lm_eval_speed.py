@@ -26,6 +26,7 @@ import torch  # noqa: E402
 from sides import Side
 
 from elo.common.errors import UserError, exit_status
+from elo.common.fields import check_output
 from elo.common.options import Parser, positive_int
 from elo.model.checkpoint import load_model
 from elo.model.packed import pack_weights
@@ -50,7 +51,9 @@ def arguments() -> Namespace:
     parser.add_argument("--batch-tokens", type=positive_int, default=8192, help="ours (%(default)s)")
     parser.add_argument("--lm-eval-batch-size", default="8", help="sequences, or auto (%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
+    options = parser.parse_args()
+    check_output("--json", options.json, [options.model])
+    return options
 
 
 def main() -> None:

@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from elo.common.errors import UserError, exit_status  # noqa: E402
+from elo.common.fields import check_output  # noqa: E402
 from elo.common.options import Parser, positive_int  # noqa: E402
 from elo.runs.devices import DTYPES  # noqa: E402
 from examples import texts  # noqa: E402
@@ -37,7 +38,9 @@ def arguments() -> Namespace:
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens in a sequence (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=3, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    return parser.parse_args()
+    options = parser.parse_args()
+    check_output("--json", options.json, [options.model])
+    return options
 
 
 def main() -> None:

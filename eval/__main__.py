@@ -1,8 +1,9 @@
 """python -m eval {perplexity, choice, answers, judge, score, plot}: what a model is worth."""
 
-from pathlib import Path
+from typing import Any
 
 from elo.common.errors import UserError, exit_status
+from elo.common.fields import check_output
 from elo.common.options import Parser
 from elo.runs.devices import DTYPES
 from eval.figures import plot
@@ -18,6 +19,19 @@ COMMANDS = {
     "plot": plot,
 }
 WITHOUT_MODEL = ("judge", "score", "plot")
+# Options that name files or directories which a command reads, or goes on with.
+INPUTS = (
+    "model",
+    "data",
+    "samples",
+    "bench_dir",
+    "examples",
+    "answers",
+    "judge_prompts",
+    "references",
+    "files",
+    "paths",
+)
 
 
 def main() -> None:
@@ -30,12 +44,16 @@ def main() -> None:
         module.add_arguments(subparser)
         subparser.add_argument("--json", metavar="FILE", help="write the result here as well")
     arguments = parser.parse_args()
-    if arguments.json and not Path(arguments.json).absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: its directory does not exist")
+    inputs = [path for name in INPUTS for path in as_list(getattr(arguments, name, None))]
+    check_output("--json", arguments.json, inputs)
     try:
         COMMANDS[arguments.command].main(arguments)
     except KeyboardInterrupt:
         raise UserError("stopped by Ctrl-C") from None
+
+
+def as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 if __name__ == "__main__":

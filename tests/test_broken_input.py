@@ -60,6 +60,14 @@ def occupy(path):
     (path / "config.json").write_text("precious")
 
 
+def nested(path):
+    path.mkdir(parents=True)
+
+
+def link_to(target):
+    return lambda path: path.symlink_to(target)
+
+
 def change_embedding(path):
     tensors = load_file(path)
     tensors["model.embed_tokens.weight"] += 1
@@ -133,6 +141,30 @@ CASES = [
         "models.a must have",
     ),
     ("eval plot elo --out out.png", "elo/metrics.jsonl", put(b"{}\n"), "without its tokens"),
+    # what a result cannot be written to is known before any work
+    (PERPLEXITY, "result.json", occupy, "--json result.json: this is a directory; give a file"),
+    (f"{PERPLEXITY[:-11]} en.jsonl", "ko.jsonl", put(b""), "--json en.jsonl: this is an input"),
+    (f"{PERPLEXITY[:-11]} base/config.json", "ko.jsonl", put(b""), "base/config.json: this is an input, of base"),
+    (f"{PERPLEXITY[:-11]} absent/result.json", "ko.jsonl", put(b""), "its directory does not exist"),
+    (f"{PERPLEXITY[:-11]} ko.jsonl/result.json", "ko.jsonl", put(b""), "--json ko.jsonl/result.json: Not a directory"),
+    (f"{PERPLEXITY[:-11]} {'x' * 300}", "ko.jsonl", put(b""), "File name too long"),
+    (CHOICE.replace("result.json", "out"), "ko.jsonl", put(b""), "--json out: this is an input"),
+    (
+        CHOICE,
+        "result.json",
+        link_to("choices/kobest/copa/test.jsonl"),
+        "result.json: this is an input, of choices",
+    ),
+    (ANSWERS.replace("result.json", "logickor/question.jsonl"), "ko.jsonl", put(b""), "an input, of logickor"),
+    (ANSWERS.replace("result.json", "out/model_answer/talker.jsonl"), "out/model_answer", nested, "this is an input"),
+    ("eval score judged.jsonl --json judged.jsonl", "ko.jsonl", put(b""), "--json judged.jsonl: this is an input"),
+    ("eval plot elo --out out.png", "out.png", occupy, "--out out.png: this is a directory"),
+    ("eval plot elo --out absent/out.png", "ko.jsonl", put(b""), "its directory does not exist"),
+    ("eval plot elo --out out.png --json out.png", "ko.jsonl", put(b""), "--out out.png: this is an input"),
+    ("elo.planning.plan --model base --json base", "ko.jsonl", put(b""), "--json base: this is a directory"),
+    ("elo.planning.plan --model base --json base/config.json", "ko.jsonl", put(b""), "this is an input, of base"),
+    ("benchmarks.training_step --model base --json base", "ko.jsonl", put(b""), "--json base: this is a directory"),
+    ("benchmarks.training_step --model base --plot base/x/a.png", "ko.jsonl", put(b""), "directory does not exist"),
 ]
 
 

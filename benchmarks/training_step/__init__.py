@@ -29,7 +29,7 @@ from tqdm import tqdm
 from benchmarks.training_step import report, tokenization
 from benchmarks.training_step.steps import PARTS, Case
 from elo.common.errors import UserError
-from elo.common.fields import write_json
+from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive, positive_int
 from elo.common.terminal import show
 from elo.data.finding import find_files
@@ -129,8 +129,10 @@ def check(arguments: Namespace) -> tuple[Checkpoint, list[str]]:
             raise UserError(f"--{option} needs texts: give --data")
     if arguments.figure3 and len(methods) < len(METHODS):
         raise UserError(f"--figure3 needs every method: give --methods {','.join(METHODS)}")
+    inputs = [arguments.model, *(arguments.data or [])]
+    check_output("--json", arguments.json, inputs)
     if arguments.plot:
-        plot.check_ending("--plot", arguments.plot)
+        plot.check_figure("--plot", arguments.plot, [*inputs, *([arguments.json] if arguments.json else [])])
     base = Checkpoint(arguments.model)
     if arguments.seq_len > base.config.max_position_embeddings:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {base.config.max_position_embeddings} positions")

@@ -1,7 +1,9 @@
 """JSON files and typed access to their fields, with errors that name the file and the field."""
 
 import json
+import os
 import reprlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from elo.common.errors import UserError
 from elo.common.files import read_file
 
 LARGEST = 16 * 2**20  # bytes of a file; hostile JSON needs 25 times as much memory. The largest real ones have 10 MB
+FIGURES = (".png", ".pdf", ".svg")
+RESULTS = {"files", "results", "categories", "models", "plans", "rows", "kind"}  # by which --json's files are known
 DEEPEST = 64  # lists and objects in each other; far fewer than Python can read, but not compare, print or write again
 
 _short = reprlib.Repr()
@@ -55,6 +59,43 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     """Readable JSON. A lone surrogate, as in the name of a file that is not UTF-8, becomes JSON's escape for it."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
+
+
+def check_output(option: str, path: str | Path | None, inputs: Iterable[str | Path] = ()) -> None:
+    """Before any work: raises UserError for a file that could not be written after it, or that is an input.
+
+    Inputs may be directories. What lies in one is an input too, unless it is a result of an earlier run or a figure.
+    """
+    if path is None:
+        return
+    where, real = f"{option} {path}", os.path.realpath(path)
+    if os.path.isdir(real) or str(path).endswith(os.sep):
+        raise UserError(f"{where}: this is a directory; give a file")
+    try:
+        exists = bool(os.stat(path))
+    except FileNotFoundError:
+        exists = False
+    except OSError as error:
+        raise UserError(f"{where}: {error.strerror}") from None
+    if not os.path.isdir(os.path.dirname(real)):
+        raise UserError(f"{where}: its directory does not exist")
+    if not os.access(path if exists else os.path.dirname(real), os.W_OK):
+        raise UserError(f"{where}: cannot be written there")
+    for source in inputs:
+        held = os.path.realpath(source)
+        is_same = held == real or (exists and os.path.exists(source) and os.path.samefile(source, path))
+        inside = exists and os.path.isdir(held) and real.startswith(os.path.join(held, "")) and not _is_result(real)
+        if is_same or inside:
+            raise UserError(f"{where}: this is an input{f', of {source}' if inside else ''}; give another file")
+
+
+def _is_result(path: str) -> bool:
+    if path.lower().endswith(FIGURES):
+        return True
+    try:
+        return bool(read_json_object(Path(path)).keys() & RESULTS)
+    except UserError:
+        return False
 
 
 class Fields:

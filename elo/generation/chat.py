@@ -14,6 +14,7 @@ from elo.generation.engine import stream
 from elo.generation.sampling import GREEDY, Sampling
 from elo.model.cache import KVCache
 from elo.model.checkpoint import load_model
+from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES, inference_device
@@ -121,7 +122,7 @@ def main() -> None:
     if arguments.raw and (arguments.prompt is None or arguments.system is not None or arguments.chat_format):
         parser.error("--raw needs --prompt and takes neither --system nor --chat-format")
 
-    tokenizer = load_tokenizer(arguments.model)
+    tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
     format = None if arguments.raw else chat_format(arguments.model, tokenizer, arguments.chat_format)
     model = pack_weights(load_model(arguments.model, inference_device(), DTYPES[arguments.dtype]))
     sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})

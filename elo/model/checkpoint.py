@@ -21,6 +21,7 @@ from elo.common.fields import read_json_object
 from elo.common.files import is_file
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM, build
+from elo.model.not_a_model import instead_of_a_model, names_instead
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -112,7 +113,9 @@ class Checkpoint:
         if is_file(self.directory / SINGLE):
             return _headers(self.directory / SINGLE)
         if not is_file(index_path):
-            raise UserError(f"{self.directory}: neither {SINGLE} nor {INDEX} is here")
+            raise UserError(
+                f"{self.directory}: neither {SINGLE} nor {INDEX} is here{instead_of_a_model(self.directory)}"
+            )
         weight_map = read_json_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
             raise UserError(f"{index_path}: weight_map must be an object from tensor names to file names")
@@ -140,7 +143,8 @@ class Checkpoint:
         tied = self.config.tie_word_embeddings
         for name, shape in expected.items():
             if name not in self._stored:
-                raise UserError(f"{self.directory}: tensor {name} of shape {shape} is missing")
+                instead = names_instead({stored: found.file for stored, found in self._stored.items()}, expected)
+                raise UserError(f"{self.directory}: tensor {name} of shape {shape} is missing{instead}")
             found = self._stored[name]
             if found.shape != shape:
                 raise UserError(f"{found.file}: tensor {name} has shape {found.shape}, config.json says {shape}")

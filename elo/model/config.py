@@ -12,6 +12,7 @@ from elo.common.errors import UserError, note
 from elo.common.fields import Fields, read_json_object, shown
 from elo.common.files import is_file
 from elo.model.architectures import ARCHITECTURES, HARMLESS, NEUTRAL, Architecture, Windows
+from elo.model.not_a_model import instead_of_a_model
 from elo.model.rotary import RopeConfig, read_rope
 
 
@@ -44,7 +45,8 @@ class ModelConfig:
         """
         path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not is_file(path):
-            raise UserError(f"{path}: not found; a checkpoint is a Hugging Face directory with a config.json")
+            hint = instead_of_a_model(path.parent) or "; a checkpoint is a Hugging Face directory with a config.json"
+            raise UserError(f"{path}: not found{hint}")
         fields = read_json_object(path)
         config = ModelConfig.from_json(fields, str(path))
         unknown = fields.keys() - HARMLESS - NEUTRAL.keys() - config.architecture.defaults.keys()

@@ -15,7 +15,7 @@ from typing import Any
 
 from elo import methods
 from elo.common.errors import UserError
-from elo.common.fields import write_json
+from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive, positive_int, share
 from elo.common.terminal import show
 from elo.methods import DEFAULT_LAYERS, METHODS
@@ -198,8 +198,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 def main() -> None:
     arguments = parse_arguments()
-    if arguments.json and not arguments.json.absolute().parent.is_dir():
-        raise UserError(f"--json {arguments.json}: its directory does not exist")
+    check_output("--json", arguments.json, [arguments.model])
     if not arguments.model.exists():
         raise UserError(f"--model {arguments.model}: not found; give a checkpoint's directory or its config.json")
     config = ModelConfig.load(arguments.model)

@@ -58,7 +58,6 @@ def draw(data: dict[str, Any], out: Path, title: str | None) -> None:
         if title:
             figure.suptitle(text(title), fontsize=14)
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(out, bbox_inches="tight")
         except OSError as error:
             raise UserError(f"{out}: {error.strerror}") from None

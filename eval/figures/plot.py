@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.fields import read_json_object, write_json
+from elo.common.fields import FIGURES, check_output, read_json_object, write_json
 from elo.common.options import Parser
 from elo.common.terminal import say
 from eval.jsonl import read_lines
@@ -29,17 +29,16 @@ KINDS = (
 )
 TITLES = {"mt_bench": "MT-Bench", "japanese_mt_bench": "Japanese MT-Bench", "logickor": "LogicKor"}
 TURNS = ("first", "second", "average")
-ENDINGS = (".png", ".pdf", ".svg")
 
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="results, see above")
-    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"the figure, {', '.join(ENDINGS)}")
+    parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"the figure, {', '.join(FIGURES)}")
     parser.add_argument("--title", metavar="TEXT", help="of the figure")
 
 
 def main(arguments: Namespace) -> None:
-    check_ending("--out", arguments.out)
+    check_figure("--out", arguments.out, [*arguments.paths, *([arguments.json] if arguments.json else [])])
     data = collect(arguments.paths)
     # Only here is matplotlib needed.
     from eval.figures import charts
@@ -50,9 +49,11 @@ def main(arguments: Namespace) -> None:
         write_json(Path(arguments.json), data)
 
 
-def check_ending(option: str, path: Path) -> None:
-    if path.suffix.lower() not in ENDINGS:
-        raise UserError(f"{option} {path}: a figure's name ends in {', '.join(ENDINGS)}")
+def check_figure(option: str, path: Path, inputs: Sequence[str | Path]) -> None:
+    """Before any work: whether a figure can be written there."""
+    if path.suffix.lower() not in FIGURES:
+        raise UserError(f"{option} {path}: a figure's name ends in {', '.join(FIGURES)}")
+    check_output(option, path, inputs)
 
 
 def collect(paths: Sequence[Path]) -> Data:

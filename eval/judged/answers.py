@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from elo.common.errors import UserError
-from elo.common.fields import Fields, read_json_object, write_json
+from elo.common.fields import Fields, check_output, read_json_object, write_json
 from elo.common.options import Parser, not_negative_int, positive, positive_int, share
 from elo.common.terminal import note, show
 from elo.generation.engine import generate
@@ -86,6 +86,7 @@ def main(arguments: Namespace) -> None:
     examples = read_examples(benchmark, arguments.setting, arguments.examples)
     name = model_name(arguments.name or Path(arguments.model).resolve().name, arguments.setting)
     path = (arguments.out or arguments.bench_dir) / "model_answer" / f"{name}.jsonl"
+    check_output("--json", arguments.json, [path])
 
     checkpoint = Checkpoint(arguments.model)
     tokenizer = load_tokenizer(arguments.model, checkpoint.config.vocab_size)

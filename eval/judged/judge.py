@@ -26,7 +26,7 @@ from typing import Any
 from tqdm import tqdm
 
 from elo.common.errors import UserError
-from elo.common.fields import write_json
+from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, not_negative, not_negative_int, positive, positive_int
 from elo.common.terminal import note, say, show
 from eval.jsonl import JsonLines
@@ -93,7 +93,8 @@ def main(arguments: Namespace) -> None:
     benchmark = BENCHMARKS[arguments.bench]
     out = arguments.out or arguments.bench_dir
     questions = read_questions(benchmark, arguments.bench_dir, arguments.limit)
-    answers = read_answers(arguments.answers or sorted((out / "model_answer").glob("*.jsonl")), questions)
+    answer_files = arguments.answers or sorted((out / "model_answer").glob("*.jsonl"))
+    answers = read_answers(answer_files, questions)
     if not answers:
         raise UserError(f"{out / 'model_answer'}: no answers to judge (--answers, --out)")
     published = arguments.bench_dir / "judge_prompts.jsonl"
@@ -112,6 +113,7 @@ def main(arguments: Namespace) -> None:
     )
     judge = re.sub(r"[^\w.-]", "_", arguments.judge_model)
     file = out / "model_judgment" / f"{judge}_single.jsonl"
+    check_output("--json", arguments.json, [file, *answer_files])
     with JsonLines(file) as results, closing(endpoint):
         judged = judgments_so_far(results, matches, arguments.judge_model)
         asked = [

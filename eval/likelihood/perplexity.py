@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
-from elo.common.fields import write_json
+from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive_int
 from elo.common.terminal import say
 from elo.data.documents import SUPPORTED, Document, read_documents
@@ -48,6 +48,7 @@ def main(arguments: Namespace) -> None:
     if arguments.seq_len < 2:
         raise UserError(f"--seq-len {arguments.seq_len}: a window needs at least 2 tokens")
     files = find_files(arguments.data)
+    check_output("--json", arguments.json, files)
     tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
     model = load_model(arguments.model, inference_device(), DTYPES[arguments.dtype])
     say(f"{'bits/byte':>9} {'loss':>8} {'perplexity':>11} {'tokens':>9} {'documents':>9}  file")

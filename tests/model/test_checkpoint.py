@@ -1,15 +1,17 @@
 """Hugging Face directories in and out: what is read, what is written, and what is refused."""
 
 import json
+import re
 
 import families
+import peft
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from elo.common.errors import UserError
+from elo.common.errors import UserError, message_line
 from elo.model import saving
 from elo.model.checkpoint import Checkpoint, load_model
 from elo.model.saving import export
@@ -152,9 +154,31 @@ def break_no_weights(directory):
     return r"neither model\.safetensors nor model\.safetensors\.index\.json"
 
 
-def break_only_pickle(directory):
-    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
-    return r"neither model\.safetensors nor model\.safetensors\.index\.json"
+def break_only_gguf(directory):
+    (directory / "model.safetensors").rename(directory / "model-q8.gguf")
+    return r"model-q8\.gguf has the weights in another format"
+
+
+def break_other_names(directory):
+    tensors = load_file(directory / "model.safetensors")
+    save_file({f"transformer.{name}": value for name, value in tensors.items()}, directory / "model.safetensors")
+    return r"embed_tokens\.weight of shape .* is missing; what is there instead: transformer\."
+
+
+def break_nothing_in_it(directory):
+    save_file({}, directory / "model.safetensors")
+    return r"embed_tokens\.weight of shape \(\d+, 48\) is missing$"
+
+
+def break_unfinished(directory):
+    (directory / "config.json").rename(directory / "run.json")
+    return r"this is a run that has not finished"
+
+
+def break_one_level_up(directory):
+    (directory / "snapshots" / "0a1b").mkdir(parents=True)
+    (directory / "config.json").rename(directory / "snapshots" / "0a1b" / "config.json")
+    return r"config\.json: not found; there is one in .*/snapshots/0a1b$"
 
 
 def edit(directory, change):
@@ -172,6 +196,59 @@ def test_damage_is_named(damage, tmp_path):
     expected = damage(tmp_path)
     with pytest.raises(UserError, match=expected):
         Checkpoint(tmp_path)
+
+
+def told(directory):
+    """The command in the message about a directory, carried out."""
+    with pytest.raises(UserError) as error:
+        Checkpoint(directory)
+    command = re.search(r'python -c "(.*)"', message_line(error.value))[1]
+    exec(command, {})
+    return message_line(error.value)
+
+
+def test_pickled_weights_are_converted_by_the_command_in_the_message(tmp_path):
+    families.write("qwen2", tmp_path)
+    expected = {name: Checkpoint(tmp_path).tensor(name) for name in Checkpoint(tmp_path).names()}
+    torch.save(load_file(tmp_path / "model.safetensors"), tmp_path / "pytorch_model.bin")
+    torch.save({}, tmp_path / "optimizer.pt")
+    (tmp_path / "model.safetensors").unlink()
+    assert "is here; pytorch_model.bin is pickled, and nothing is unpickled here. transformers" in told(tmp_path)
+    assert all(torch.equal(Checkpoint(tmp_path).tensor(name), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("name", ["_orig_mod.{}", "module.{}", "module._orig_mod.{}", "in the middle"])
+@pytest.mark.parametrize("size", ["5GB", "40KB"])
+def test_names_of_wrapped_modules_are_shown_and_renamed(name, size, tmp_path):
+    families.write("llama3", tmp_path, max_shard_size=size)
+    expected = {tensor: Checkpoint(tmp_path).tensor(tensor) for tensor in Checkpoint(tmp_path).names()}
+
+    def renamed(tensor):
+        return re.sub(r"layers\.(\d+)\.", r"layers.\1._orig_mod.", tensor) if "{" not in name else name.format(tensor)
+
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    for path in shards:
+        save_file({renamed(tensor): value for tensor, value in load_file(path).items()}, path, {"format": "pt"})
+    index = tmp_path / "model.safetensors.index.json"
+    if index.exists():
+        content = json.loads(index.read_text())
+        content["weight_map"] = {renamed(tensor): file for tensor, file in content["weight_map"].items()}
+        index.write_text(json.dumps(content))
+    message = told(tmp_path)
+    assert "are those of a wrapped module, such as " in message
+    assert renamed("model.layers.0.mlp.up_proj.weight").split("model.")[0] in message
+    assert all(torch.equal(Checkpoint(tmp_path).tensor(tensor), value) for tensor, value in expected.items())
+
+
+def test_an_adapter_is_merged_by_the_command_in_the_message(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    base = families.write("llama3", tmp_path / "base")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(target_modules=["q_proj"]))
+    torch.nn.init.ones_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight)
+    model.save_pretrained(tmp_path / "lora")
+    assert "config.json: not found; this is a LoRA adapter, no model: train.py --method lora --merge" in told("lora")
+    merged = Checkpoint("merged").tensor("model.layers.0.self_attn.q_proj.weight")
+    assert not torch.equal(merged, Checkpoint(base).tensor("model.layers.0.self_attn.q_proj.weight"))
 
 
 @pytest.mark.parametrize(
