@@ -9,7 +9,6 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import NoReturn
 
 from elo.common.terminal import printable, say, show
@@ -35,17 +34,10 @@ class EarlyExit(BaseException):  # noqa: N818  not an error, so that nothing tha
     at_once = False
 
 
-def message_line(error: Exception | str) -> str:
+def message_line(error: Exception) -> str:
     """The message in one line, cut if it is long."""
     line = printable(" ".join(str(error).split()))
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 500]} [...] {line[-480:]}"
-
-
-@cache
-def note(message: str) -> None:
-    """A line on stderr that ends nothing: once, however many processes and places have it to say."""
-    if int(os.environ.get("RANK", 0)) == 0:
-        show("note: " + message_line(message), file=sys.stderr)
 
 
 def exit_status(main: Callable[[], None]) -> NoReturn:

@@ -1,19 +1,42 @@
 """Command-line options: a parser whose complaints are one line, and types that say what a value should have been."""
 
 import argparse
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn
 
 from elo.common.errors import UserError
 
+PATHS = ("DIR", "FILE", "PATH")
+
 
 class Parser(argparse.ArgumentParser):
-    """Raises UserError where argparse would print its usage; --help shows the module's docstring as it stands."""
+    """Raises UserError where argparse would print its usage; --help shows the module's docstring as it stands.
+
+    No value is empty, since an unset variable in a script gives one; `type=str` is for those that may be. A value may
+    begin with a dash, as in --layers -2,-1: options begin with two. In a `Path`, and where the metavar is DIR, FILE or
+    PATH, ~ is the home directory.
+    """
 
     def __init__(self, **settings: object) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def _parse_optional(self, text: str) -> object:
+        """argparse's question whether an argument is an option; None: it is a value."""
+        return super()._parse_optional(text) if text == "-h" or text.startswith("--") else None
+
+    def _get_value(self, action: argparse.Action, text: str) -> object:
+        """argparse's conversion of a value, which knows the option."""
+        if action.type is not str and action.nargs != argparse.PARSER and not text.strip():
+            raise argparse.ArgumentError(action, "its value is empty; leave the option out for its default")
+        if action.type is Path or action.metavar in PATHS:
+            text = os.path.expanduser(text)
+            if text.startswith("~"):
+                raise argparse.ArgumentError(action, f"{text}: there is no such user; write ./{text} for such a name")
+        return super()._get_value(action, text)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")

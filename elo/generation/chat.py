@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint")
     parser.add_argument("--prompt", metavar="TEXT", help="one message to answer (default: a chat)")
     parser.add_argument("--raw", action="store_true", help="continue the text of --prompt, without a chat format")
-    parser.add_argument("--system", metavar="TEXT", help="the system message (default: the chat format's)")
+    parser.add_argument("--system", type=str, metavar="TEXT", help="the system message (default: the chat format's)")
     parser.add_argument("--chat-format", metavar="NAME", help="instead of the checkpoint's")
     group = parser.add_argument_group("sampling")
     group.add_argument("--temperature", type=not_negative, default=GREEDY.temperature, help="0: greedy (%(default)s)")

@@ -5,12 +5,14 @@ the logits of transformers or an error.
 """
 
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from elo.common.errors import UserError, note
+from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object, shown
 from elo.common.files import is_file
+from elo.common.terminal import note
 from elo.model.architectures import ARCHITECTURES, HARMLESS, NEUTRAL, Architecture, Windows
 from elo.model.not_a_model import instead_of_a_model
 from elo.model.rotary import RopeConfig, read_rope
@@ -51,7 +53,7 @@ class ModelConfig:
         config = ModelConfig.from_json(fields, str(path))
         unknown = fields.keys() - HARMLESS - NEUTRAL.keys() - config.architecture.defaults.keys()
         if unknown:
-            note(f"{path}: {', '.join(sorted(unknown))}: not known here, and taken to change no logits")
+            _tell(f"{path}: {', '.join(sorted(unknown))}: not known here, and taken to change no logits")
         return config
 
     @staticmethod
@@ -98,6 +100,9 @@ class ModelConfig:
             rope=read_rope(read, max_position_embeddings),
             json=fields,
         )
+
+
+_tell = cache(note)  # once, however often a checkpoint is opened
 
 
 def _architecture(fields: dict[str, Any], where: str) -> Architecture:

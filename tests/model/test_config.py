@@ -106,9 +106,7 @@ def test_unknown_fields_are_named_once(tmp_path, capsys):
     for _ in range(2):
         ModelConfig.load(tmp_path)
     said = capsys.readouterr().err
-    assert said == (
-        f"note: {tmp_path}/config.json: a\\x1b[2J, warp_factor: not known here, and taken to change no logits\n"
-    )
+    assert said == (f"{tmp_path}/config.json: a\\x1b[2J, warp_factor: not known here, and taken to change no logits\n")
 
 
 def test_config_file_errors(tmp_path):
