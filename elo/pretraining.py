@@ -116,7 +116,7 @@ def open_base(directory: str) -> Checkpoint:
 
 
 def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> dict[str, Any]:
-    """What a run's numbers follow from besides its options; see `run.open_run`."""
+    """What a run's numbers follow from besides its options; see `runs.directory.open_run`."""
     stream = windows.mixture.identity
     shards = dict(zip(("target texts", "source texts"), stream["documents"], strict=False))
     return {

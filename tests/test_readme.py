@@ -41,9 +41,8 @@ def file_names() -> set[str]:
 
 def test_files(page):
     named = {name for name in in_backticks(page) if re.fullmatch(r"[\w.-]+/[\w./-]*|[\w-]+\.(py|md)", name)}
-    ours = {name for name in named if name.split("/")[0] in ROOMS or "/" not in name}
+    ours = {name for name in named if name.endswith(".py") or "/" not in name or name.split("/")[0] in ROOMS}
     assert {name for name in ours if not here(name) and name not in file_names()} == set()
-    assert {name for name in named if name.endswith(".py") and name not in file_names() | ours} == set()
 
 
 def test_links(page):
@@ -64,13 +63,10 @@ def tree() -> list[str]:
     (block,) = re.findall(r"((?:^    .+\n)+)", README[: README.index("\n## ")], re.MULTILINE)[1:]
     paths, above = [], {}
     for line in block.splitlines():
-        depth = len(line) - len(line.lstrip())
-        name = line.split()[0]
+        depth, name = len(line) - len(line.lstrip()), line.split()[0]
+        above = {level: folder for level, folder in above.items() if level < depth}
+        paths.append("".join(above.values()) + name)
         above[depth] = name
-        paths.append(
-            "".join(above[level] for level in sorted(above) if level < depth and above[level][-1] == "/") + name
-        )
-        above = {level: path for level, path in above.items() if level <= depth}
     return paths
 
 
@@ -90,6 +86,19 @@ def test_paper_and_code():
     for path, names in rows:
         defined = {node.name for node in ast.parse((ROOT / path).read_text()).body if hasattr(node, "name")}
         assert set(re.findall(r"`(\w+)`", names)) <= defined, path
+
+
+def test_new_benchmark(tmp_path):
+    """The file that docs/evaluation.md shows is a whole one."""
+    text = (ROOT / "docs/evaluation.md").read_text().partition("## A new benchmark")[2]
+    module = {}
+    exec("\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line), module)
+    (tmp_path / "piqa").mkdir()
+    (tmp_path / "piqa/valid.jsonl").write_text(
+        '{"goal": "Dry a cup", "sol1": "wipe it", "sol2": "fill it", "label": 0}'
+    )
+    (question,) = module["TASKS"][0].questions(tmp_path)
+    assert question == ("Question: Dry a cup\nAnswer:", ["wipe it", "fill it"], 0)
 
 
 # ---- commands
