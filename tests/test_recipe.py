@@ -181,6 +181,7 @@ def their_aligned():
 CASES = {
     "full": (f"train {PRETRAINING} --method full", their_full, text_steps, 3.5),
     "full, in backward": (f"train {PRETRAINING} --method full --optimizer-in-backward", their_full, text_steps, 0),
+    "full, unclipped": (f"train {PRETRAINING} --method full", their_full, text_steps, 0),
     "elo": (f"train {PRETRAINING} --layers 1,4", their_elo, text_steps, 2.5),
     "active vocabulary": (f"train {PRETRAINING} --active-vocabulary", their_active, active_steps, 2.5),
     "lora": (f"train {PRETRAINING} --method lora", their_lora, text_steps, 1.7),

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from elo.common.errors import UserError
 from elo.model.checkpoint import Checkpoint
+from elo.model.config import ModelConfig
 from elo.model.decoder import build
 from elo.model.saving import export
 from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
@@ -91,3 +92,13 @@ def check_slice(layers, tmp_path):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     torch.testing.assert_close(reloaded(tokens).logits, theirs(tokens, use_cache=False).logits, atol=1e-6, rtol=0)
     assert Checkpoint(tmp_path / "out").config == ours.config
+
+
+def test_a_slice_keeps_its_own_layers_types():
+    kinds = ["sliding_attention", "full_attention", "full_attention", "sliding_attention"]
+    fields = {**families.SMALL, "use_sliding_window": True, "sliding_window": 5, "layer_types": kinds}
+    config = ModelConfig.from_json({"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **fields})
+    for layers in ((2, 3), (1, 2), (3, 4), (1, 4), (2,)):
+        sliced = detach(config, layers)
+        assert sliced.sliding_windows == tuple(config.sliding_windows[number - 1] for number in layers)
+        assert sliced.json["layer_types"] == [kinds[number - 1] for number in layers]

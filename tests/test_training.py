@@ -1,6 +1,7 @@
 """train.py: processes, micro-batches, interruptions and mistakes."""
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -19,6 +20,8 @@ from transformers import AutoModelForCausalLM
 import train
 from elo.common.errors import exit_status
 from elo.model.checkpoint import load_model
+from elo.runs.processes import process_group
+from elo.training import accumulate
 
 ROOT = Path(__file__).resolve().parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -106,7 +109,9 @@ def test_full_trains_every_parameter(project, tmp_path):
     assert before.keys() == after.keys()
     assert not any(torch.equal(before[name], after[name]) for name in before)
     run(project, tmp_path / "one", "--method", "full", "--max-steps", "5")
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=2e-5)
+    for name in ("loss", "grad_norm"):
+        two, one = ([line[name] for line in lines(tmp_path / out)] for out in ("out", "one"))
+        assert two == pytest.approx(one, rel=2e-5)
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
@@ -162,6 +167,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(project, tmp_path):
     assert "step-1;" in message
     assert [path.name for path in (tmp_path / "out" / "checkpoints").iterdir()] == ["step-1"]
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_an_infinite_loss_is_known_before_the_backward_pass():
+    """Which may step parameters already; gradients of an infinite loss may be finite."""
+    weight = torch.nn.Parameter(torch.ones(1))
+    batches = SimpleNamespace(label_count=lambda _: 1, micro_batches=lambda _: [(torch.ones(1), torch.ones(1))])
+    with process_group() as world:
+        assert accumulate(lambda *_: weight.sum() + math.inf, batches, 0, SimpleNamespace(), world) == math.inf
+    assert weight.grad is None
 
 
 MISTAKES = [

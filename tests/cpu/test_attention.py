@@ -44,7 +44,12 @@ def test_values_and_gradients(heads, kv_heads, length, head_dim, tile_rows, monk
         torch.testing.assert_close(mine.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_bf16_is_as_exact_as_torch():
+@pytest.mark.parametrize("multiplies_bf16", [False, True])
+def test_bf16_is_as_exact_as_torch(multiplies_bf16, monkeypatch):
+    """Also on a processor that has products of it, and where many blocks of queries add to a key's gradient."""
+    if multiplies_bf16:
+        monkeypatch.setattr(module, "product_dtype", lambda x: x.dtype)
+        monkeypatch.setattr(module, "TILE_BYTES", {"batched": 1, "single": 1})
     inputs, grad = sample(9, 3, 300, 64, dtype=torch.bfloat16)
     exact = reference(inputs, grad)
     ours = with_gradients(lambda *qkv: attention(*qkv, None), inputs, grad)

@@ -22,6 +22,9 @@ def test_logits_and_gradients_equal_transformers(variant, tmp_path):
     torch.testing.assert_close(ours(tokens), expected, atol=2e-6, rtol=0)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens), expected, atol=2e-6, rtol=0)
+        for length in range(4, 10):  # about the size of the windows
+            few = tokens[:, :length]
+            torch.testing.assert_close(ours(few), theirs(few).logits, atol=2e-6, rtol=0)
 
     # Training has matrix products and attention of its own, as far from the exact logits as those of transformers.
     use_faster_operators(ours.train())
