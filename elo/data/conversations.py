@@ -35,7 +35,7 @@ from elo.data.conversation_files import (
 from elo.data.json_records import MalformedError, place
 from elo.model.loss import IGNORE
 from elo.text.chat_format import ChatFormat
-from elo.text.chat_template import Messages, TemplateError
+from elo.text.chat_template import TRAIN, Messages, TemplateError
 
 
 def add_arguments(parser: Parser) -> None:
@@ -204,14 +204,21 @@ def make_example(
 ) -> Example | None:
     """A conversation up to its last whole assistant turn that fits; None, and a reason counted, where none does.
 
+    An answer without text is not trained, or the model would learn to stop at once. An answer that is not trained
+    stays as context for those after it; the conversation ends with one that is.
+
     Raises `MalformedError` for one that the checkpoint's chat template refuses, as many do with a system message.
     """
+    blank = [message for message in messages if message["role"] == "assistant" and not message["content"].strip()]
+    if blank:
+        dropped["an answer without text"] += len(blank)
+        messages = [{**message, TRAIN: message[TRAIN] and message not in blank} for message in messages]
     following = [message["role"] for message in messages[1:]] + ["user"]
-    ends = [
-        number
-        for number, (message, next_role) in enumerate(zip(messages, following, strict=True), start=1)
-        if message["role"] == "assistant" and next_role != "assistant"
-    ]
+    ends, is_trained = [], False
+    for number, (message, next_role) in enumerate(zip(messages, following, strict=True), start=1):
+        is_trained = message["role"] == "assistant" and (is_trained or message[TRAIN])
+        if is_trained and next_role != "assistant":
+            ends.append(number)
     if not ends:
         dropped["no answer in it"] += 1
         return None
@@ -228,7 +235,7 @@ def make_example(
             return None
         kept = ends[fitting - 1]
         ids, trained = format.conversation(messages[:kept])
-    is_unanswered = not is_cut and kept < len(messages)
+    is_unanswered = not is_cut and messages[-1]["role"] == "user"
     row = (*head, is_cut, is_unanswered, sum(trained), text_bytes(messages[:kept]), len(ids))
     return Example(np.array(ids, np.uint32), np.array(trained), row)
 

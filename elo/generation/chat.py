@@ -111,6 +111,9 @@ def main() -> None:
         help="likeliest tokens of this probability (%(default)s)",
     )
     group.add_argument(
+        "--min-p", type=share, default=GREEDY.min_p, metavar="P", help="at least this x the likeliest (%(default)s)"
+    )
+    group.add_argument(
         "--repetition-penalty", type=positive, default=1.0, metavar="R", help="above 1: less (%(default)s)"
     )
     group.add_argument(

@@ -1,4 +1,4 @@
-"""The next token from the logits: greedy, temperature, top-k, top-p, repetition penalty."""
+"""The next token from the logits: greedy, temperature, top-k, top-p, min-p, repetition penalty."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ class Sampling:
     temperature: float = 0.0  # 0: always the most likely token
     top_k: int = 0  # only the k most likely tokens; 0: all
     top_p: float = 1.0  # only the fewest most likely tokens that have this probability together
+    min_p: float = 0.0  # only tokens at least this times as likely as the likeliest
     seed: int = 0
 
 
@@ -37,6 +38,11 @@ def warp(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tens
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[:, -1:], -torch.inf)
     if sampling.top_p < 1:
         logits = logits.masked_fill(logits < _least_likely_of_top_p(logits, sampling.top_p), -torch.inf)
+    if sampling.min_p > 0:
+        # Of the probabilities that top-k and top-p leave: their ratios are those of all.
+        probabilities = logits.softmax(-1)
+        cut = probabilities < sampling.min_p * probabilities.amax(-1, keepdim=True)
+        logits = logits.masked_fill(cut, -torch.inf)
     return logits
 
 

@@ -97,7 +97,7 @@ class ChatFormat:
             trained += [number >= header for number in range(len(text))]
             if match:
                 token = match.lastindex
-                ids.append(self.tokenizer.special_tokens[match[token]])
+                ids.append(self.tokenizer.special_id(match[token]))
                 trained.append(any(start <= match.start(token) < end for start, end in learned))
                 at = match.end()
         return ids, trained

@@ -23,7 +23,8 @@ from typing import IO, Any, NamedTuple
 from elo.common.errors import UserError
 from elo.text.tokenizer_files import AddedToken, TokenizerFiles, token_text
 
-Messages = Sequence[Mapping[str, str]]  # {"role": ..., "content": ...}
+TRAIN = "train"  # the key of a message under which False says that it is not to be learned
+Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...}, and perhaps TRAIN
 Render = tuple[int, bool]  # how many of the messages, add_generation_prompt
 
 # Marks: around what a user or the system says, around what the assistant says, and inside of a special token's text.
@@ -68,6 +69,8 @@ class ChatTemplate:
     def conversation(self, messages: Messages) -> tuple[str, list[tuple[int, int]]]:
         """The marked rendering of a conversation, and from where to where in it the assistant has to be learned.
 
+        A message of the assistant with TRAIN: False is not.
+
         An answer that the template writes in another way while it is the last one (Qwen3 takes the thoughts out of the
         ones before) is not to be learned in the way in which no model says it. Raises TemplateError.
         """
@@ -88,7 +91,7 @@ class ChatTemplate:
         for number, answer, last in zip(opened, self._answers(whole, messages, opened), when_last, strict=True):
             if last.end is None:
                 raise self._unfit(f"no special token ends message {number + 1}, the assistant's")
-            if answer.end is not None and answer.text == last.text:
+            if answer.end is not None and answer.text == last.text and messages[number].get(TRAIN, True):
                 learned.append((answer.start, answer.end))
         return whole, learned
 
@@ -156,7 +159,7 @@ class ChatTemplate:
             "template": self.text,
             "variables": dict(self.variables),
             "now": self.now,
-            "messages": list(messages),
+            "messages": [{"role": message["role"], "content": message["content"]} for message in messages],
         }
         some = max(1, MOST_CHARACTERS // (1 + sum(len(message["content"]) for message in messages)))
         return [

@@ -83,7 +83,7 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tok
             f"{directory}: no tokenizer here; looked for tokenizer.json, {', '.join(MODEL_FILES)}, and vocab.json with "
             "merges.txt"
         )
-    tokenizer.fingerprint = files.fingerprint()
+    tokenizer.fingerprint, tokenizer.embeddings = files.fingerprint(), embeddings
     if embeddings is not None:
         # Fine-tunes may add a padding token without a row for it; it is never made from text.
         beyond = sum(number >= embeddings for number in tokenizer.special_tokens.values())
@@ -106,6 +106,7 @@ class Tokenizer:
     bos_id: int | None
     eos_id: int
     fingerprint: str
+    embeddings: int | None = None  # rows of the model's embedding, where that is known
 
     def __init__(
         self,
@@ -123,6 +124,16 @@ class Tokenizer:
         text_tokens = {token.id: text.encode(errors="replace") for text, token in added.items() if not token.special}
         self._bytes_of = text_tokens | bytes_of
         self._starts_with_space = starts_with_space
+
+    def special_id(self, text: str) -> int:
+        """The id of an added token that a chat format writes. UserError if the model has no row for it."""
+        id = self.special_tokens[text]
+        if self.embeddings is not None and id >= self.embeddings:
+            raise UserError(
+                f"the special token {text} has the id {id}, but the model only {self.embeddings} rows of embeddings; "
+                "give it more first (in transformers: resize_token_embeddings)"
+            )
+        return id
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, never one of a special token. UserError for lone surrogates: they are not Unicode text."""

@@ -66,6 +66,7 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--top-k", type=not_negative_int, metavar="K", help="likeliest tokens; 0: all")
     group.add_argument("--top-p", type=share, metavar="P", help="likeliest tokens of this probability")
+    group.add_argument("--min-p", type=share, metavar="P", help="tokens at least this times as likely as the likeliest")
     group.add_argument("--repetition-penalty", type=positive, metavar="R", help="above 1: less repetition")
     group.add_argument("--seed", type=not_negative_int, default=0, help="of the random numbers (%(default)s)")
     group = parser.add_argument_group("LogicKor")
@@ -166,15 +167,36 @@ def read_examples(benchmark: Benchmark, setting: str, path: Path) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
+# What transformers' `generate` knows besides, with the values that change nothing.
+IGNORED: dict[str, Any] = {
+    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "length_penalty", "num_beams", "num_beam_groups"), 1),
+    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "min_length", "min_new_tokens"), 0),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
+    **dict.fromkeys(("top_h", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "force_words_ids")),
+    **dict.fromkeys(("constraints", "penalty_alpha", "dola_layers", "exponential_decay_length_penalty")),
+    **dict.fromkeys(("stop_strings", "watermarking_config")),
+    "guidance_scale": 1,
+}
+
+
 def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, Any]:
-    """top_k, top_p and repetition_penalty: as told, or else as transformers' `generate` has them."""
-    options = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0}
+    """top_k, top_p, min_p and repetition_penalty: as told, or else as transformers' `generate` has them.
+
+    Of generation_config.json also names on stderr what would change an answer there and does not here.
+    """
+    options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     path = Path(arguments.model) / "generation_config.json"
     if benchmark.by_generation_config:
         fields = Fields(read_json_object(path) if path.is_file() else {}, str(path))
         options["top_k"] = fields.integer("top_k", default=50, minimum=0)
         for name in ("top_p", "repetition_penalty"):
             options[name] = fields.number(name, default=1.0)
+        if fields.fields.get("min_p"):
+            options["min_p"] = fields.number("min_p")
+        ignored = [name for name, neutral in IGNORED.items() if fields.fields.get(name) not in (None, neutral)]
+        if ignored:
+            note(f"{path}: {', '.join(ignored)}: not implemented, and without effect on these answers")
     told = {name: getattr(arguments, name) for name in options}
     return options | {name: value for name, value in told.items() if value is not None}
 

@@ -156,16 +156,20 @@ def test_sampled_answers_depend_on_seed_question_and_turn_alone(ask, tmp_path):
 def test_sampling_is_by_the_models_generation_config_as_in_transformers(ask, tmp_path):
     def options(*arguments, **keywords):
         parameters = ask(*arguments, **keywords)[2][0]["generate_params"]
-        return parameters["top_k"], parameters["top_p"], parameters["repetition_penalty"]
+        return tuple(parameters[name] for name in ("top_k", "top_p", "min_p", "repetition_penalty"))
 
-    assert options() == (50, 1.0, 1.0)
+    assert options() == (50, 1.0, 0.0, 1.0)
     directory = write_model(tmp_path / "tuned")
-    fields = {"top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "eos_token_id": None}
+    fields = {"top_k": 20, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.05, "eos_token_id": None}
     (directory / "generation_config.json").write_text(json.dumps(fields))
-    assert options(directory=directory) == (20, 0.8, 1.05)
-    told = ["--top-k", 3, "--top-p", 0.5, "--repetition-penalty", 1.1]
-    assert options("japanese_mt_bench", *told, directory=directory, out=tmp_path / "ja") == (3, 0.5, 1.1)
-    assert options("logickor", directory=directory, out=tmp_path / "ko") == (0, 1.0, 1.0)
+    assert options(directory=directory) == (20, 0.8, 0.02, 1.05)
+    told = ["--top-k", 3, "--top-p", 0.5, "--min-p", 0, "--repetition-penalty", 1.1]
+    assert options("japanese_mt_bench", *told, directory=directory, out=tmp_path / "ja") == (3, 0.5, 0.0, 1.1)
+    assert options("logickor", directory=directory, out=tmp_path / "ko") == (0, 1.0, 0.0, 1.0)
+    fields = {"typical_p": 0.9, "no_repeat_ngram_size": 3, "num_beams": 1, "min_length": 0, "suppress_tokens": None}
+    (directory / "generation_config.json").write_text(json.dumps(fields))
+    said = ask(directory=directory, out=tmp_path / "noted")[1]
+    assert "generation_config.json: typical_p, no_repeat_ngram_size: not implemented" in said
     (directory / "generation_config.json").write_text('{"top_k": "many"}')
     assert "generation_config.json: top_k must be a whole number" in ask(directory=directory)[1]
 

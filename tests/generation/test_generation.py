@@ -20,6 +20,7 @@ from small_tokenizer import add_chat_tokens, write_tokenizer
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
+    MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -191,6 +192,9 @@ def test_greedy_equals_transformers_on_a_real_model_alone_and_in_a_batch():
         Sampling(temperature=1.0, top_p=0.9),
         Sampling(temperature=1.0, top_p=0.0),
         Sampling(temperature=1.3, top_k=50, top_p=0.8, repetition_penalty=1.4),
+        Sampling(temperature=0.9, min_p=0.1),
+        Sampling(temperature=1.2, min_p=1.0),
+        Sampling(temperature=1.3, top_k=30, top_p=0.9, min_p=0.05),
         Sampling(repetition_penalty=0.8),
     ],
     ids=str,
@@ -203,7 +207,7 @@ def test_what_is_sampled_from_equals_transformers(sampling, scale):
     if sampling.temperature:
         processors.append(TemperatureLogitsWarper(sampling.temperature))
         processors += [TopKLogitsWarper(sampling.top_k)] if sampling.top_k else []
-        processors.append(TopPLogitsWarper(sampling.top_p))
+        processors += [TopPLogitsWarper(sampling.top_p), MinPLogitsWarper(sampling.min_p)]
     expected = logits
     for processor in processors:
         expected = processor(prompts, expected)

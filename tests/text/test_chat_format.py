@@ -13,6 +13,7 @@ import tokenizers
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
+from small_chats import chatml
 from small_tokenizer import write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -453,3 +454,15 @@ def test_mistakes(mistral, messages, mistake):
 def test_a_prompt_ends_with_the_user(mistral):
     with pytest.raises(UserError, match="the last message is the assistant's"):
         mistral[1].prompt([user("Hi"), assistant("Hello")])
+
+
+def test_a_special_token_beyond_the_models_rows(tmp_path):
+    """A fine-tune's tokenizer with a base model's embedding: one line instead of an index out of range."""
+    chatml(tmp_path)  # <|im_start|> is 344, <|im_end|> 345
+    assert chat_format(tmp_path, load_tokenizer(tmp_path, 346), "chatml").prompt([{"role": "user", "content": "Hi"}])
+    format = chat_format(tmp_path, load_tokenizer(tmp_path, 344), "chatml")
+    message = r"the special token <\|im_start\|> has the id 344, but the model only 344 rows of embeddings"
+    with pytest.raises(UserError, match=message):
+        format.prompt([{"role": "user", "content": "Hi"}])
+    with pytest.raises(UserError, match=message):
+        format.conversation([{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])
