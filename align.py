@@ -55,7 +55,8 @@ def run(arguments: Namespace, world: World) -> None:
     goes_on = check_out(arguments, world)
     if arguments.gb == 0:
         open_run(arguments, world, goes_on, {})
-        return write_replaced(arguments, base, trained, layers)
+        write_replaced(arguments, base, trained, layers)
+        return close_run(arguments, world)
 
     windows = pretraining.open_windows(arguments, base.config, world, after=arguments.after or arguments.elo)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)

@@ -14,7 +14,6 @@ import math
 import platform
 import sys
 from argparse import Namespace
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -25,14 +24,19 @@ from elo.chat_vector import ChatVector, Merge, check, moved_tensors, parse_range
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 from elo.common.terminal import note
-from elo.model.checkpoint import CONFIG, Checkpoint
+from elo.model.checkpoint import Checkpoint
 from elo.model.saving import save
+from elo.runs.replacing import check_inputs, in_the_way, is_run, read_written, replacing
 
 
 def main() -> None:
     arguments = parse_arguments()
     pairs = pair_up(arguments)
-    check_out(arguments)
+    check_inputs(arguments)
+    written = read_written(arguments.out)
+    if is_run(written):
+        raise UserError(f"--out {arguments.out}: a training run is there; give another directory")
+    others = in_the_way(arguments, written)
     model = Checkpoint(arguments.model)
     vectors = tuple(ChatVector(Checkpoint(instruct), Checkpoint(base), scale) for instruct, base, scale in pairs)
     layers = None if arguments.layers is None else parse_ranges(arguments.layers, model.config.num_hidden_layers)
@@ -40,22 +44,15 @@ def main() -> None:
     for remark in check(merge, arguments.shared_vocabulary_rows):
         note(f"note: {remark}")
 
-    try:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=len(model.names()), unit="tensor", disable=None) as progress:
+    with replacing(written, others), tqdm(total=len(model.names()), unit="tensor", disable=None) as progress:
 
-            def tensor(name: str) -> Tensor:
-                merged = merge.tensor(name)
-                progress.update()
-                return merged
+        def tensor(name: str) -> Tensor:
+            merged = merge.tensor(name)
+            progress.update()
+            return merged
 
-            notes = {"chat_vector.json": describe(merge, layers, arguments)}
-            save(arguments.out, merge.config(), tensor, model.dtype, vectors[0].instruct.directory, notes)
-    except OSError as error:
-        raise UserError(f"--out {arguments.out}: {error}") from error
-    finally:
-        with suppress(OSError):  # it has the model, or was there before with something in it
-            arguments.out.rmdir()
+        notes = {"chat_vector.json": describe(merge, layers, arguments)}
+        save(arguments.out, merge.config(), tensor, model.dtype, vectors[0].instruct.directory, notes)
 
 
 def parse_arguments() -> Namespace:
@@ -99,21 +96,6 @@ def pair_up(arguments: Namespace) -> list[tuple[Path, Path, float]]:
         if not math.isfinite(scale):
             raise UserError(f"--scale {scale}: not a finite number")
     return list(zip(instructs, bases, scales * len(instructs), strict=False))
-
-
-def check_out(arguments: Namespace) -> None:
-    """Raise UserError where writing --out would destroy something that was not meant."""
-    out = arguments.out
-    for option in ("model", "instruct", "base"):
-        for directory in [arguments.model] if option == "model" else getattr(arguments, option):
-            if directory.resolve() == out.resolve():
-                raise UserError(f"--out {out}: this is --{option}; give another directory")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: this is a file; give a directory")
-    if (out / "run.json").exists():
-        raise UserError(f"--out {out}: a training run is there; give another directory")
-    if ((out / CONFIG).exists() or any(out.glob("model*.safetensors"))) and not arguments.overwrite:
-        raise UserError(f"--out {out}: a model is there; use --overwrite or give another directory")
 
 
 def describe(merge: Merge, layers: tuple[int, ...] | None, arguments: Namespace) -> dict[str, object]:

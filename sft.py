@@ -7,7 +7,7 @@ The loss counts the assistant's words and its end-of-turn token, nothing else. W
 ends with the loss on held-out conversations.
 """
 
-import shutil
+import math
 import time
 from argparse import Namespace
 from functools import partial
@@ -16,15 +16,17 @@ from typing import Any
 
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
+from elo.common.written import Written
 from elo.data import conversations
 from elo.data.conversation_batches import ConversationBatches
 from elo.data.conversations import load_conversations
 from elo.model.checkpoint import CONFIG, Checkpoint
 from elo.model.decoder import CausalLM, build
-from elo.model.saving import copy, export, remove_model
+from elo.model.saving import copy, export, model_files
 from elo.optimizer import TrainingOptions
-from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics, read_run
+from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics
 from elo.runs.processes import World, process_group
+from elo.runs.replacing import read_written
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.text.built_in_formats import FORMATS
 from elo.text.chat_format import ChatFormat, chat_format
@@ -95,7 +97,7 @@ def run(arguments: Namespace, world: World) -> None:
 
 def time_of_run(out: Path, goes_on: bool) -> float:
     """What the chat template takes for now, in seconds since 1970: when the run began, or its texts would change."""
-    began = read_run(out)["data"].get(TIME) if goes_on else None
+    began = read_written(out).run["data"].get(TIME) if goes_on else None
     return began if isinstance(began, float) else time.time()
 
 
@@ -127,8 +129,8 @@ class Epochs:
         if self.validation is not None:
             loss = ended["validation_loss"] = evaluate(self.model, self.validation, self.world)
             self.world.say(f"epoch {epoch}: held-out loss {loss:.4f}")
-            is_best = self.best is None or loss < self.best[0]
-            self.best = (loss, epoch) if is_best else self.best
+            is_best = self.best is None or (number(loss), epoch) < self.best
+            self.best = (number(loss), epoch) if is_best else self.best
         if self.keep == "every" or (self.keep == "best" and is_best):
             self.save(epoch)
         if self.keep == "best" and is_best and self.world.rank == 0:
@@ -140,33 +142,38 @@ class Epochs:
     def best_so_far(self) -> tuple[float, int] | None:
         """(loss, epoch) of the best epoch that an interrupted run saved."""
         lines = read_metrics(self.out)
-        ended = [(line["validation_loss"], line["epoch"]) for line in lines if "validation_loss" in line]
+        ended = [(number(line["validation_loss"]), line["epoch"]) for line in lines if "validation_loss" in line]
         return min((best for best in ended if (self.directory(best[1]) / CONFIG).exists()), default=None)
 
     def directory(self, epoch: int) -> Path:
         return self.out / f"epoch-{epoch}"
 
     def remove(self, directory: Path) -> None:
-        remove_model(directory)  # config.json first: nothing takes the rest for a model
-        shutil.rmtree(directory)
+        """What this run has saved there, and nothing else."""
+        Written(self.out).remove(f"{directory.name}/{name}" for name in model_files(directory))
 
     def save(self, epoch: int) -> None:
-        if self.world.rank == 0:
-            self.directory(epoch).mkdir(exist_ok=True)
-        self.world.wait()
         notes = {"sft.json": {**self.notes, "epoch": epoch}}
-        export(self.directory(epoch), self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
+        to = self.directory(epoch)
+        export(to, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait, out=self.out)
 
     def finish(self, steps: int) -> None:
-        """The model of the run: the last one, or the best."""
-        if self.keep == "best":
+        """The model of the run: the last one, or that of the best epoch, if one has ended."""
+        if self.keep == "best" and self.best:
             if self.world.rank == 0:
                 # A copy first: of files that were moved, a kill half-way would leave a part here and a part there.
                 copy(self.directory(self.best[1]), self.out)
                 self.remove(self.directory(self.best[1]))
-        else:
-            notes = {"sft.json": {**self.notes, "steps": steps}}
-            export(self.out, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
+            return
+        if self.keep == "best":
+            self.world.say(f"no epoch has ended: the model is that after step {steps}")
+        notes = {"sft.json": {**self.notes, "steps": steps}}
+        export(self.out, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
+
+
+def number(loss: float) -> float:
+    """A loss to compare: nan is worse than any other."""
+    return math.inf if math.isnan(loss) else loss
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import families
@@ -23,6 +24,7 @@ from elo.common.errors import UserError, exit_status
 from elo.model import saving
 from elo.model.checkpoint import Checkpoint, expected_shapes, load_model
 from elo.model.config import ModelConfig
+from elo.runs.replacing import replacing
 
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = torch.arange(30).view(2, 15)
@@ -322,17 +324,61 @@ def test_out_is_replaced_only_on_request(trio, tmp_path, monkeypatch):
     before = (out / "model.safetensors").read_bytes()
     for name in ("chat_template.jinja", "elo.json", "mine.txt"):
         (out / name).write_text("{}")
-    with pytest.raises(UserError, match="--out .*out: a model is there; use --overwrite"):
+    with pytest.raises(UserError, match="--out .*out: .* is there already; use --overwrite"):
         merge(monkeypatch, out, *trio, "--scale", "2")
     assert (out / "model.safetensors").read_bytes() == before
     merge(monkeypatch, out, *trio, "--scale", "2", "--overwrite")
     assert (out / "model.safetensors").read_bytes() != before
     left = {path.name for path in out.iterdir()}
-    assert left == {"chat_vector.json", "config.json", "generation_config.json", "model.safetensors", "mine.txt"}
+    model = {"chat_vector.json", "config.json", "generation_config.json", "model.safetensors"}
+    assert left == model | {"run.json", "mine.txt"}
+    assert json.loads((out / "run.json").read_text())["written"] == sorted(model)
 
-    (out / "run.json").write_text("{}")
+    (out / "run.json").write_text('{"options": {}, "data": {}, "resumed": []}')
     with pytest.raises(UserError, match="a training run is there"):
         merge(monkeypatch, out, *trio, "--overwrite")
+
+
+def test_an_adapter_is_replaced_only_on_request_and_a_killed_merge_goes_on(trio, tmp_path, monkeypatch):
+    """peft's, and a tokenizer; what else is there stays. Killed half-way, the merge needs no --overwrite."""
+    out = tmp_path / "out"
+    out.mkdir()
+    mine = ["adapter/notes", "epoch-1/config.json", "checkpoints-old/x"]
+    for name in ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json", *mine):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("precious")
+    before = {path: path.read_text() for path in out.rglob("*") if path.is_file()}
+    with pytest.raises(UserError, match="adapter_config.json is there already; use --overwrite"):
+        merge(monkeypatch, out, *trio)
+    assert {path: path.read_text() for path in out.rglob("*") if path.is_file()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(chat_vector, "add", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(UserError, match="No space left on device"):
+            merge(patch, out, *trio, "--overwrite")
+    assert {path: path.read_text() for path in out.rglob("*") if path.is_file()} == before
+
+    replace, moved, begun = saving.os.replace, [], []
+
+    def begin_only(*arguments):  # and nothing after a failure: a kill lets nothing be done
+        begun.append(replacing(*arguments))
+        begun[0].__enter__()
+        return nullcontext()
+
+    def kill(source, destination):
+        moved.append(destination)
+        if destination == out / "config.json":
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving.os, "replace", kill)
+        patch.setattr(merge_chat_vector, "replacing", begin_only)
+        with pytest.raises(KeyboardInterrupt):
+            merge(patch, out, *trio, "--overwrite")
+    assert out / "model.safetensors" in moved and not (out / "config.json").exists()
+    merge(monkeypatch, out, *trio)
+    assert not (out / "adapter_config.json").exists() and load_model(out, "cpu", torch.float32)
+    assert all((out / name).read_text() == "precious" for name in mine)
 
 
 def test_a_failed_replacement_leaves_the_old_model(trio, tmp_path, monkeypatch):

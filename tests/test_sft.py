@@ -1,6 +1,7 @@
 """sft.py from conversations to a chat model that transformers loads."""
 
 import json
+import math
 import sys
 
 import families
@@ -166,6 +167,33 @@ def test_the_date_in_a_run_is_when_it_began(project, monkeypatch):
 
 def interrupted(*_, **__):
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("keep", ["last", "best", "every"])
+@pytest.mark.parametrize("steps", [1, 4, 5])
+def test_a_model_at_the_end_of_any_run(project, monkeypatch, keep, steps, capfd):
+    """An epoch has 4 steps: below it, one, and more than one; and again from the last state, without an export."""
+    out = project / "out"
+    options = ["--epochs", "2", "--validation-fraction", "0.2", "--keep", keep, "--max-steps", steps, "--out", out]
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.Epochs, "finish", lambda *_: sys.exit(3))
+        assert run(project, patch, *options) == 3
+    assert run(project, monkeypatch, *options) == 0
+    assert ("no epoch has ended: the model is that after step 1" in capfd.readouterr().out) == (
+        keep == "best" and steps == 1
+    )
+    notes = json.loads((out / "sft.json").read_text())
+    assert notes.get("epoch") == (1 if keep == "best" and steps > 1 else None)
+    assert load_model(out, "cpu", torch.float32)
+    assert [path.name for path in out.glob("epoch-*")] == (["epoch-1"] if keep == "every" and steps > 1 else [])
+
+
+def test_the_best_epoch_is_no_nan(project, monkeypatch):
+    losses = iter([math.nan, 2.0, math.nan])
+    monkeypatch.setattr(sft, "evaluate", lambda *_: next(losses))
+    options = ["--epochs", "3", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
+    assert run(project, monkeypatch, *options) == 0
+    assert json.loads((project / "out/sft.json").read_text())["epoch"] == 2
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,10 @@
 import json
 import math
 import os
+import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.files import is_file
+from elo.common.written import Written
+from elo.common.written import staging as staging_folder
 from elo.model.checkpoint import CONFIG, DTYPES, INDEX, SINGLE, Checkpoint, expected_shapes
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
 
 SHARD_BYTES = 5 * 10**9
-SAVING = ".saving-"  # starts the name of a directory in which a checkpoint is written before it is moved to its place
 # peft's files of a LoRA adapter, and the folder for them inside of a merged checkpoint.
 ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter"
 
@@ -45,6 +46,15 @@ COMPANIONS = (
 )
 # What our stages tell of how they made a model.
 NOTES = ("elo.json", "chat_vector.json", "sft.json")
+# Every file of a model or an adapter but for shards, the configurations first: without them no reader takes the rest
+# for a model.
+MODEL = (
+    *(CONFIG, ADAPTER_CONFIG, INDEX, SINGLE, ADAPTER_WEIGHTS),
+    *(f"{ADAPTER}/{name}" for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS)),
+    *COMPANIONS,
+    *NOTES,
+)
+SHARD = re.compile(r"model-[0-9]{5}-of-[0-9]{5}\.safetensors")
 
 
 def nobody() -> None:
@@ -71,11 +81,13 @@ def export(
     notes: dict[str, dict[str, Any]] | None = None,
     beside: Callable[[Path], None] = lambda aside: None,
     wait: Callable[[], None] = nobody,
+    out: Path | None = None,
 ) -> None:
     """Save a trained model as a checkpoint. Collective: of several processes each `wait`s for all, as in `whole`.
 
     What was trained comes from `model`, in the dtype that the base stores it in; what was frozen comes bit for bit
-    from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`, `beside` that of `save`.
+    from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`, `beside` and `out` are
+    those of `save`.
     """
     parameters = dict(model.named_parameters())
 
@@ -87,7 +99,7 @@ def export(
     def dtype(name: str) -> torch.dtype:
         return base.dtype(source(name))
 
-    save(directory, model.config, tensor, dtype, base.directory, notes or {}, beside, wait)
+    save(directory, model.config, tensor, dtype, base.directory, notes or {}, beside, wait, out)
 
 
 def save(
@@ -99,6 +111,7 @@ def save(
     notes: dict[str, dict[str, Any]],
     beside: Callable[[Path], None] = lambda aside: None,
     wait: Callable[[], None] = nobody,
+    out: Path | None = None,
 ) -> None:
     """Write a checkpoint into `directory` so that a reader finds either all of it or no config.json.
 
@@ -106,7 +119,8 @@ def save(
     rank 0 gets is written, and let go before the next is asked for. dtype: the one to store a tensor in. companions:
     the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
     beside: writes or changes files in the folder it is given, from where all are moved into place. wait: as in
-    `whole`; in the end all wait until the last file is on the disk.
+    `whole`; in the end all wait until the last file is on the disk. out: the run's directory, whose list names all
+    files, if `directory` is a folder in it. Raises UserError if a file is in the way that is not on that list.
     """
     shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
@@ -119,7 +133,7 @@ def save(
         shards[-1].append(name)
         filled, total = filled + size, total + size
 
-    with staging(directory) if writes() else nullcontext() as aside:
+    with staging(out or directory) if writes() else nullcontext() as aside:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -141,7 +155,7 @@ def save(
                 write_json(aside / name, content)
             beside(aside)
             write_json(aside / CONFIG, config.json)
-            adopt(aside, directory)
+            adopt(aside, directory, out)
     wait()
 
 
@@ -178,53 +192,51 @@ def writes() -> bool:
     return not dist.is_initialized() or dist.get_rank() == 0
 
 
-def remove_model(directory: Path) -> None:
-    """Remove a checkpoint or an adapter, its configuration first, so that no reader takes a part for the whole."""
-    configs = [directory / name for name in (CONFIG, ADAPTER_CONFIG)]
-    with_it = (*COMPANIONS, *NOTES) if any(path.exists() for path in configs) else ()
-    inside = directory / ADAPTER
-    weights = [directory / INDEX, *directory.glob("model*.safetensors"), directory / ADAPTER_WEIGHTS]
-    adapter = [inside / ADAPTER_CONFIG, inside / ADAPTER_WEIGHTS]
-    for path in [*configs, *weights, *adapter, *(directory / name for name in with_it)]:
-        path.unlink(missing_ok=True)
-    with suppress(OSError):  # not there, or there is more in it
-        inside.rmdir()
+def model_files(directory: Path) -> list[str]:
+    """The files of a model or an adapter that are in a directory, by their exact names, the configurations first."""
+    shards = (path.name for path in directory.glob("model-*.safetensors") if SHARD.fullmatch(path.name))
+    return [*(name for name in MODEL if os.path.lexists(directory / name)), *sorted(shards)]
 
 
 @contextmanager
-def staging(directory: Path) -> Iterator[Path]:
-    """A folder inside of `directory` to write files in that `adopt` then moves; gone afterwards.
+def staging(out: Path) -> Iterator[Path]:
+    """A folder inside of `out` to write files in that `adopt` then moves; gone afterwards.
 
     A full disk, or one that may not be written, is a UserError that names the directory.
     """
     try:
-        with tempfile.TemporaryDirectory(dir=directory, prefix=SAVING) as folder:
-            yield Path(folder)
+        with staging_folder(out) as aside:
+            yield aside
     except OSError as error:
-        raise UserError(f"{directory}: the model cannot be written: {error.strerror or error}") from None
+        raise UserError(f"{out}: the model cannot be written: {error.strerror or error}") from None
 
 
-def adopt(aside: Path, directory: Path, last: str = CONFIG) -> None:
+def adopt(aside: Path, directory: Path, out: Path | None = None, last: str = CONFIG) -> None:
     """Move a model's files to their place, over one that is there; the configuration first gone and last there."""
-    remove_model(directory)
-    files = [path for path in sorted(aside.rglob("*")) if path.is_file() and path != aside / last]
-    for path in [*files, aside / last]:
-        with open(path, "rb") as file:
+    written = Written(out or directory)
+
+    def listed(names: list[str]) -> list[str]:
+        return [(directory.relative_to(written.out) / name).as_posix() for name in names]
+
+    files = [path.relative_to(aside).as_posix() for path in sorted(aside.rglob("*")) if path.is_file()]
+    files.sort(key=lambda name: name == last)
+    written.check(listed(files))
+    written.remove(listed(model_files(directory)))
+    written.add(listed(files))
+    for name in files:
+        with open(aside / name, "rb") as file:
             os.fsync(file.fileno())
-        destination = directory / path.relative_to(aside)
-        destination.parent.mkdir(exist_ok=True)
-        os.replace(path, destination)
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(aside / name, directory / name)
 
 
 def copy(source: Path, directory: Path) -> None:
-    """A checkpoint into another directory, over one that is there; without more disk where files can be linked."""
+    """A model into another directory, over one that is there; without more disk where files can be linked."""
     with staging(directory) as aside:
-        for path in source.rglob("*"):
-            if path.is_file():
-                copied = aside / path.relative_to(source)
-                copied.parent.mkdir(exist_ok=True)
-                try:
-                    os.link(path, copied)
-                except OSError:
-                    shutil.copyfile(path, copied)
+        for name in model_files(source):
+            (aside / name).parent.mkdir(exist_ok=True)
+            try:
+                os.link(source / name, aside / name)
+            except OSError:
+                shutil.copyfile(source / name, aside / name)
         adopt(aside, directory)

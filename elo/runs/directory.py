@@ -4,9 +4,7 @@ The same command begins a run, goes on with one that was interrupted, and refuse
 """
 
 import json
-import os
 import platform
-import shutil
 import sys
 import time
 from argparse import Namespace
@@ -18,18 +16,25 @@ from typing import Any
 import torch
 
 from elo.common.errors import EarlyExit, UserError
-from elo.common.fields import read_json_object, write_json
 from elo.common.files import read_file_lines
 from elo.common.options import Parser
-from elo.model.checkpoint import CONFIG, INDEX
-from elo.model.saving import ADAPTER_CONFIG, COMPANIONS, NOTES, SAVING, remove_model
+from elo.common.written import SAVING, Written
 from elo.runs.devices import device_name
 from elo.runs.processes import World
+from elo.runs.replacing import (
+    CHECKPOINTS,
+    FINISHED,
+    METRICS,
+    check_inputs,
+    in_the_way,
+    is_finished,
+    is_run,
+    read_written,
+)
 from elo.runs.signals import restarted
+from elo.runs.states import remove_states
 
-RUN, METRICS, CHECKPOINTS = "run.json", "metrics.jsonl", "checkpoints"
 LARGEST_METRICS, LONGEST_METRIC = 2**30, 2**16  # bytes of the file and of a line, which has some hundred
-FINISHED = (CONFIG, ADAPTER_CONFIG)  # written last: a model, or a LoRA adapter
 
 # Options that a run may go on with other values of.
 CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
@@ -64,28 +69,18 @@ def check_out(arguments: Namespace, world: World) -> bool:
 
 def _goes_on(arguments: Namespace, world: World) -> bool:
     out = arguments.out
-    for name in ("model", "elo", "after"):
-        other = getattr(arguments, name, None)
-        if other and Path(other).resolve() == out.resolve():
-            raise UserError(f"--out {out}: this is --{name}; give another directory")
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out}: this is a file; give a directory")
-    if not (out / RUN).exists():
-        found = [
-            name for name in (*FINISHED, INDEX, METRICS, CHECKPOINTS, *COMPANIONS, *NOTES) if (out / name).exists()
-        ]
-        found += [path.name for path in out.glob("model*.safetensors")]
-        if found and not arguments.overwrite:
-            raise UserError(f"--out {out}: {found[0]} is there already; use --overwrite or give another directory")
-        return False
-    changed = _changed_options(arguments, world)
-    if any((out / name).exists() for name in FINISHED):
-        # torchrun restarts the whole command where a process failed after the work was done.
-        if not changed and (arguments.resume or restarted()):
-            raise EarlyExit(f"{out}: this run is finished")
-        if not arguments.overwrite:
-            what = f"a run with {changed}" if changed else "this run"
-            raise UserError(f"--out {out}: {what} is finished there; use --overwrite or give another directory")
+    check_inputs(arguments)
+    written = read_written(out)
+    changed = _changed_options(written, arguments, world) if is_run(written) else ""
+    is_done = is_run(written) and is_finished(written)
+    # torchrun restarts the whole command where a process failed after the work was done.
+    if is_done and not changed and (arguments.resume or restarted()):
+        raise EarlyExit(f"{out}: this run is finished")
+    if is_done and not arguments.overwrite:
+        what = f"a run with {changed}" if changed else "this run"
+        raise UserError(f"--out {out}: {what} is finished there; use --overwrite or give another directory")
+    in_the_way(arguments, written)
+    if is_done or not is_run(written):
         return False
     if changed and (arguments.overwrite or arguments.restart):
         return False
@@ -97,23 +92,14 @@ def _goes_on(arguments: Namespace, world: World) -> bool:
     return restarted() or not arguments.restart
 
 
-def _changed_options(arguments: Namespace, world: World) -> str:
+def _changed_options(written: Written, arguments: Namespace, world: World) -> str:
     """The options that an earlier run in --out had and this one has not; empty if there are none."""
-    before, now = read_run(arguments.out)["options"], option_values(arguments)
+    before, now = written.run["options"], option_values(arguments)
     changed = [name for name in {**before, **now} if name not in CALLS and before.get(name) != now.get(name)]
     for name in LAYOUT & set(changed):
         world.say(f"{_option(name)} was {before.get(name)}: from here on numbers are the same within rounding only")
     changed = [name for name in changed if name not in WATCHING | LAYOUT]
     return ", ".join(f"{_option(name)} {before.get(name)} instead of {now.get(name)}" for name in changed)
-
-
-def read_run(out: Path) -> dict[str, Any]:
-    """run.json of a run that has begun, as `open_run` wrote it."""
-    run = read_json_object(out / RUN)
-    for name, kind in (("options", dict), ("data", dict), ("resumed", list)):
-        if not isinstance(run.get(name), kind):
-            raise UserError(f"{out / RUN}: no {name} of a run there; remove this file, and --overwrite begins anew")
-    return run
 
 
 def _option(name: str) -> str:
@@ -140,39 +126,46 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     try:
+        written = read_written(out)
+        others = in_the_way(arguments, written)
         if goes_on:
-            run = read_run(out)
-            changed = [name for name, value in data.items() if run["data"].get(name) != value]
+            changed = [name for name, value in data.items() if written.run["data"].get(name) != value]
             if changed:
                 raise UserError(
                     f"--out {out}: since the run there began, its {' and '.join(changed)} changed; "
                     "give it what it had, or --restart to begin anew"
                 )
-            run["resumed"].append(call)
+            run = {**written.run, "resumed": [*written.run["resumed"], call]}
+            others += [name for name in written.names if name.startswith(SAVING)]  # left by a kill
         else:
             run = {**call, "options": option_values(arguments), "data": data, "resumed": []}
-            out.mkdir(parents=True, exist_ok=True)
-            clear(out)
-        for leftover in [*out.glob(f"{SAVING}*"), *out.glob(f"epoch-*/{SAVING}*")]:
-            shutil.rmtree(leftover)
-        write_json(out / (RUN + ".new"), run)
-        os.replace(out / (RUN + ".new"), out / RUN)
+        out.mkdir(parents=True, exist_ok=True)
+        written.names.update(others)
+        if goes_on:
+            written.remove(others)
+        else:
+            clear(written)
+        written.run = run
+        written.add([CHECKPOINTS])
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
 
 
-def clear(out: Path) -> None:
-    """Remove what a run leaves in its directory, but for run.json, and nothing else that may be there."""
-    remove_model(out)
-    for directory in [out / CHECKPOINTS, *out.glob("epoch-*")]:
-        shutil.rmtree(directory, ignore_errors=True)
-    (out / METRICS).unlink(missing_ok=True)
+def clear(written: Written) -> None:
+    """Remove what a run has left in its directory, but for run.json, and nothing else that may be there."""
+    if CHECKPOINTS in written.names:
+        remove_states(written.out / CHECKPOINTS)
+    written.remove(sorted(written.names, key=lambda name: (Path(name).name not in FINISHED, name)))
 
 
 def close_run(arguments: Namespace, world: World) -> None:
     """After the model is written: the states go, unless --save-every asked for them."""
-    if world.rank == 0 and not getattr(arguments, "save_every", None):
-        shutil.rmtree(arguments.out / CHECKPOINTS, ignore_errors=True)
+    states = arguments.out / CHECKPOINTS
+    if world.rank == 0:
+        if not arguments.save_every:
+            remove_states(states)
+        if not states.exists():
+            Written(arguments.out).remove([CHECKPOINTS])
 
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
@@ -217,6 +210,9 @@ class Metrics:
     def _open(self, step: int) -> list[dict[str, Any]]:
         lines = read_metrics(self.path.parent)
         kept = [line for line in lines if line["step"] <= step]
+        written = Written(self.path.parent)
+        written.check([METRICS])
+        written.add([METRICS])
         self.file = open(self.path, "ab")  # noqa: SIM115  closed by __exit__
         # Cut, not written anew: a kill at this very moment loses nothing.
         raw = read_file_lines(self.path, LARGEST_METRICS, LONGEST_METRIC)

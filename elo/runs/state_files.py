@@ -7,8 +7,9 @@ and descriptions of tensors.
 
 import os
 import pickle
-import shutil
+import re
 import zlib
+from contextlib import suppress
 from io import BytesIO
 from pathlib import Path, PurePath
 from typing import Any
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint import Metadata, ReadItem
 from elo.runs.processes import World
 
 METADATA = ".metadata"  # as DCP names it
+FILE = re.compile(r"(\.metadata|__[0-9]+_[0-9]+\.distcp)(\.tmp|\.new|\.crc32)?")  # all that a state consists of
 # What `.metadata` consists of, by module, beside dtypes and paths.
 DESCRIPTIONS = {
     "torch": {"Size"},
@@ -143,6 +145,11 @@ def check_files(reader: StateReader, world: World) -> tuple[list[str], list[str]
 
 
 def remove_state(directory: Path) -> None:
-    """`.metadata` first, so that a part is never taken for the whole."""
-    (directory / METADATA).unlink(missing_ok=True)
-    shutil.rmtree(directory, ignore_errors=True)
+    """`.metadata` first, so that a part is never taken for the whole. What is no state's stays, and what a link is."""
+    if directory.is_symlink():
+        return
+    for path in sorted(directory.glob("*")):
+        if FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()

@@ -10,9 +10,9 @@ another version's: it is worth keeping, and the run does not go on without it.
 import os
 import platform
 import re
-import shutil
 import time
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from elo.runs.state_files import METADATA, StatePlanner, StateReader, SummingWri
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
 NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
+DAMAGED = "damaged-"  # in front of it
 
 
 class States:
@@ -155,8 +156,11 @@ class States:
             return 0
         if self.world.rank == 0:
             for path, _ in damaged:
-                shutil.rmtree(path.with_name(f"damaged-{path.name}"), ignore_errors=True)
-                os.rename(path, path.with_name(f"damaged-{path.name}"))
+                aside = path.with_name(DAMAGED + path.name)
+                remove_state(aside)
+                while os.path.lexists(aside):  # with what somebody put there
+                    aside = aside.with_name(aside.name + "+")
+                os.rename(path, aside)
         self._remove_all_but_newest()
         self.saved_step = _step_of(directory)
         self.world.say(f"going on from {directory}")
@@ -209,6 +213,17 @@ def _another_versions(directory: Path, reason: str) -> UserError:
         f"{torch.__version__} cannot read it ({reason}); go on with the versions that wrote it, which run.json names, "
         "or move it away to go on from the state before it"
     )
+
+
+def remove_states(directory: Path) -> None:
+    """All states in a directory, and it too unless there is more in it."""
+    if directory.is_symlink():
+        return
+    for path in sorted(directory.glob("*step-*")):
+        if NAME.fullmatch(path.name.removeprefix(DAMAGED)):
+            remove_state(path)
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def _step_of(directory: Path) -> int:

@@ -15,8 +15,9 @@ from mutations import changed_bytes, changed_json, changed_json_file, dumped
 from small_tokenizer import write_tokenizer
 
 from elo import pretraining
+from elo.common.written import RUN
 from elo.model.config import ModelConfig
-from elo.runs.directory import METRICS, RUN, Metrics, check_out, open_run, option_values
+from elo.runs.directory import METRICS, Metrics, check_out, open_run, option_values
 from elo.runs.health import Health
 from elo.runs.states import States
 

@@ -1,0 +1,347 @@
+"""What a run may remove or replace in --out: what it has written itself, by its list, and nothing else."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from small_runs import make_project, result, run_here, states
+from test_resume import interrupt
+
+from elo.common.errors import UserError
+from elo.common.fields import write_json
+from elo.common.written import Written
+
+
+@pytest.fixture(scope="module")
+def module_project(tmp_path_factory):
+    return make_project(tmp_path_factory.mktemp("project"), documents=30)
+
+
+@pytest.fixture
+def project(module_project, monkeypatch):
+    """The working directory; what a test leaves in it is removed."""
+    monkeypatch.chdir(module_project)
+    kept = set(module_project.iterdir())
+    yield module_project
+    for path in set(module_project.iterdir()) - kept:
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def put(*names, out="out"):
+    for name in names:
+        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
+        Path(out, name).write_text("precious")
+
+
+def all_there(*names, out="out"):
+    return all(Path(out, name).read_text() == "precious" for name in names)
+
+
+# Names near to those of a run.
+OTHERS = (
+    *("epoch-final/notes", "epoch-1-backup/config.json", "epoch-01/model.safetensors", "epoch-0/config.json"),
+    *("adapter/notes", "original/notes", "epoch-1/notes", ".saving-mine/x", "epoch-2/.saving-mine/x"),
+    *("model-old.safetensors", "model.fp32.safetensors", "model-1-of-2.safetensors", "run.json.old", "notes.txt"),
+)
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["train --max-steps 2", "train --method lora --merge --max-steps 2", "sft --keep best --epochs 2", "align --gb 0"],
+)
+def test_what_others_put_there_stays(project, command):
+    put(*OTHERS)
+    for _ in range(2):
+        assert run_here(command) == 0
+        assert all_there(*OTHERS)
+        assert Path("out/config.json").exists()
+        command += " --overwrite"
+    assert set(json.loads(Path("out/run.json").read_text())["written"]) == {
+        str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()
+    } - {"run.json", *OTHERS}
+
+
+@pytest.mark.parametrize("command", ["sft --keep best", "sft --keep every --save-every 2"])
+def test_what_others_put_beside_a_run_stays(project, monkeypatch, command):
+    """Also what was copied from it, and what lies in its own folders."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        assert run_here(command) == 0
+    newest = states(Path("out"))[-1]
+    shutil.copytree("out/epoch-1", "out/epoch-1-backup")
+    shutil.copytree(f"out/checkpoints/{newest}", f"out/checkpoints/{newest}-copy")
+    others = "epoch-1/notes", "checkpoints/notes", f"checkpoints/{newest}/notes", "epoch-1-backup/notes"
+    put(*others)
+    for _ in range(2):
+        assert run_here(command) == 0
+        assert all_there(*others)
+        assert Path("out/epoch-1-backup/model.safetensors").exists()
+        assert Path(f"out/checkpoints/{newest}-copy/.metadata").exists()
+        command += " --overwrite"
+
+
+IN_THE_WAY = ["adapter_model.safetensors", "adapter/adapter_config.json", "original/tokenizer.model", "run.json.new"]
+
+
+@pytest.mark.parametrize("name", [*IN_THE_WAY, "model-00001-of-00002.safetensors", "sft.json"])
+def test_overwrite_replaces_files_by_their_exact_names(project, name, capfd):
+    put(name, "adapter/notes")
+    assert run_here("train --max-steps 2") == 2
+    assert f"{name} is there already; use --overwrite" in capfd.readouterr().err
+    assert all_there(name)
+    assert run_here("train --max-steps 2 --overwrite") == 0
+    assert not Path("out", name).exists()
+    assert all_there("adapter/notes")
+
+
+@pytest.mark.parametrize(
+    ("name", "command"),
+    [
+        ("checkpoints/step-1/.metadata", "train"),
+        ("checkpoints/notes", "train"),
+        ("checkpoints", "train"),
+        ("config.json/notes", "train"),
+        ("adapter", "train"),
+        ("epoch-7/config.json", "sft --keep best"),
+        ("epoch-1/model-00001-of-00002.safetensors", "sft --keep every"),
+        ("epoch-1", "sft --keep every"),
+    ],
+)
+def test_what_overwrite_does_not_replace(project, name, command, capfd):
+    """States and models that no run has listed, and folders for files."""
+    put(name)
+    for overwrite in ("", " --overwrite"):
+        assert run_here(command + overwrite) == 2
+        assert "--out out: " in capfd.readouterr().err
+        assert all_there(name)
+        assert not Path("out/run.json").exists()
+
+
+def test_files_put_into_an_interrupted_run_are_not_replaced(project, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 2)
+        assert run_here("train --max-steps 4") == 0
+    put("chat_template.jinja", "config.json")
+    assert run_here("train --max-steps 4") == 2
+    assert "config.json is there already" in capfd.readouterr().err
+    assert run_here("train --max-steps 4 --overwrite") == 0
+    assert "going on from" in capfd.readouterr().out
+    assert not Path("out/chat_template.jinja").exists()
+
+
+def test_files_put_there_while_it_trains(project, monkeypatch, capfd):
+    """They are found before anything is moved; the state of the last step is there already."""
+    with monkeypatch.context() as patch:
+        interrupt(patch, 4, how=lambda: put("tokenizer.json"))
+        assert run_here("train --max-steps 4") == 2
+    assert "tokenizer.json: not this run's, but in its way; move it" in capfd.readouterr().err
+    assert all_there("tokenizer.json")
+    Path("out/tokenizer.json").unlink()
+    assert run_here("train --max-steps 4") == 0
+    assert "going on from out/checkpoints/step-4" in capfd.readouterr().out
+
+
+# ---- killed at any moment
+
+
+class Killed(BaseException):
+    pass
+
+
+def killed_at(monkeypatch, number, command):
+    """Whether a run was killed at its so-manieth change of a directory: from there on there are no more of them."""
+    left = number
+
+    def once(change):
+        def or_kill(*arguments, **settings):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise Killed
+            return change(*arguments, **settings)
+
+        return or_kill
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink", "mkdir", "rmdir"):
+            patch.setattr(os, name, once(getattr(os, name)))
+        patch.setattr(shutil, "rmtree", once(shutil.rmtree))
+        patch.setattr("elo.common.written.write_json", once(write_json))
+        try:
+            assert run_here(command) == 0
+        except Killed:
+            return True
+        return False
+
+
+@pytest.mark.parametrize("before", [None, "sft --keep every --epochs 1"])
+def test_killed_at_any_moment(project, monkeypatch, before):
+    """The same command goes on, from nothing or over another run, and no file of either is left."""
+    assert run_here("align --gb 0", "alone") == 0
+    command = "align --gb 0 --overwrite" if before else "align --gb 0"
+    if before:
+        assert run_here(before) == 0
+    put("mine/notes", "epoch-1/notes")
+    shutil.copytree("out", "before")
+    for number in range(200):
+        shutil.rmtree("out")
+        shutil.copytree("before", "out")
+        is_killed = killed_at(monkeypatch, number, command)
+        is_done = is_killed and not before and Path("out/config.json").exists()  # but the list was being written
+        if is_killed:
+            assert run_here(command) == (2 if is_done else 0)
+        found = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
+        found -= {"run.json.new"} if is_done else set()
+        assert found == {*os.listdir("base"), "elo.json", "run.json", "mine/notes", "epoch-1/notes"}
+        assert Path("out/model.safetensors").read_bytes() == Path("alone/model.safetensors").read_bytes()
+        if not is_killed:
+            return
+    raise AssertionError("it never ends")
+
+
+# ---- links
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "adapter", "original", "epoch-1"])
+def test_nothing_is_removed_through_a_link(project, name, capfd):
+    files = "step-1/.metadata", "adapter_config.json", "tokenizer.model", "config.json", "notes"
+    put(*files, out="elsewhere")
+    Path("out").mkdir()
+    Path("out", name).symlink_to("../elsewhere")
+    for overwrite in ("", " --overwrite"):
+        assert run_here("sft --keep best" + overwrite) == 2
+        assert f"--out out: {name} is there" in capfd.readouterr().err
+        assert all_there(*files, out="elsewhere")
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "epoch-1", "metrics.jsonl"])
+def test_a_run_does_not_go_on_through_a_link(project, monkeypatch, name, capfd):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        assert run_here("sft --keep best") == 0
+    os.rename(Path("out", name), "elsewhere")
+    Path("out", name).symlink_to("../elsewhere")
+    there = sorted(Path("elsewhere").rglob("*"))
+    assert run_here("sft --keep best") == 2
+    assert f"--out out: {name} is there" in capfd.readouterr().err
+    assert sorted(Path("elsewhere").rglob("*")) == there
+    Path("out", name).unlink()
+    os.rename("elsewhere", Path("out", name))
+    assert run_here("sft --keep best") == 0
+
+
+def test_out_may_be_a_link(project):
+    Path("elsewhere").mkdir()
+    Path("out").symlink_to("elsewhere")
+    assert run_here("train --max-steps 2") == 0
+    assert run_here("train --max-steps 2 --overwrite") == 0
+    assert Path("elsewhere/config.json").exists()
+
+
+# ---- what is read
+
+
+@pytest.fixture
+def tuned(project):
+    """A finished run with the models of epochs."""
+    assert run_here("sft --keep every --epochs 2", "R") == 0
+    return Path("R")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "--model R",
+        "--model R/epoch-1",
+        "--model R/../R/epoch-1/.",
+        "--model link/epoch-1",
+        "--model epoch-link",
+        "--model weights-linked",
+        "--data R/metrics.jsonl",
+        "--data R/epoch-1/chats.json",
+        "--data R/*.jsonl",
+        "--data .",
+    ],
+)
+def test_no_input_is_replaced(tuned, options, capfd):
+    Path("link").symlink_to("R")
+    Path("epoch-link").symlink_to("R/epoch-2")
+    shutil.copytree("base", "weights-linked")
+    Path("weights-linked/model.safetensors").unlink()
+    Path("weights-linked/model.safetensors").symlink_to("../R/epoch-1/model.safetensors")
+    before = {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()}
+    for out in ("R", "link"):
+        assert run_here(f"sft {options} --overwrite", out) == 2
+        (line,) = capfd.readouterr().err.splitlines()
+        assert f"--out {out}: " in line
+        assert options.split()[0] in line
+    assert {path: path.read_bytes() for path in tuned.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("option", ["--elo", "--after", "--target", "--source", "--cache"])
+def test_no_input_of_stage_2_is_replaced(project, option, capfd):
+    put("epoch-1/x.jsonl")
+    for place in ("out", "out/epoch-1"):
+        if option == "--elo":  # which is opened first
+            shutil.rmtree("out", ignore_errors=True)
+            assert run_here("train --max-steps 1", place) == 0
+        assert run_here(f"align {option} {place} --overwrite") == 2
+        assert f"{option}" in capfd.readouterr().err
+    assert Path("out/epoch-1").exists()
+
+
+def test_inputs_beside_what_is_replaced(project):
+    """A folder of one's own in --out is nobody's but one's own."""
+    shutil.copytree("base", "out/base")
+    shutil.copy("ko.jsonl", "out/ko.jsonl")
+    for overwrite in ("", " --overwrite"):
+        options = "--model out/base --target out/ko.jsonl --cache out/cache --max-steps 2"
+        assert run_here(f"train {options}{overwrite}") == 0
+    assert Path("out/ko.jsonl").read_bytes() == Path("ko.jsonl").read_bytes()
+
+
+# ---- the list
+
+
+def test_runs_that_kept_no_list(tuned):
+    """What they have certainly written goes: the epochs that there were, and no adapter."""
+    shutil.copytree(tuned / "epoch-1", tuned / "epoch-3")
+    run = json.loads((tuned / "run.json").read_text())
+    del run["written"]
+    (tuned / "run.json").write_text(json.dumps(run))
+    assert run_here("sft --epochs 1 --overwrite", "R") == 0
+    assert [path.name for path in tuned.glob("epoch-*")] == ["epoch-3"]
+    assert (tuned / "epoch-3/config.json").exists()
+
+
+def test_a_run_that_kept_no_list_goes_on(project, monkeypatch, capfd):
+    with monkeypatch.context() as patch:
+        interrupt(patch, 5)
+        assert run_here("sft --keep best") == 0
+    run = json.loads(Path("out/run.json").read_text())
+    del run["written"]
+    Path("out/run.json").write_text(json.dumps(run))
+    assert run_here("sft --keep best") == 0
+    assert "going on from" in capfd.readouterr().out
+    assert run_here("sft --keep best", "alone") == 0
+    assert result(Path("out")) == result(Path("alone"))
+    assert not list(Path("out").glob("epoch-*"))
+
+
+@pytest.mark.parametrize("name", ["../base/config.json", "/etc/passwd", "a/../../base", ".", "..", "", "a\0b", 7, None])
+def test_a_list_names_nothing_outside(tmp_path, name):
+    (tmp_path / "run.json").write_text(json.dumps({"written": ["config.json", name]}))
+    with pytest.raises(UserError, match="written must list files of this directory"):
+        Written(tmp_path)
+
+
+def test_the_beginning_of_a_list_is_a_run_s(project, capfd):
+    """A kill may leave it while the first one is written."""
+    Path("out").mkdir()
+    for part in ("", "{", '{\n  "written": [\n    "metr'):
+        Path("out/run.json.new").write_text(part)
+        assert run_here("train --max-steps 1 --overwrite") == 0
+        shutil.rmtree("out/checkpoints", ignore_errors=True)
+        assert not Path("out/run.json.new").exists()
