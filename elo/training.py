@@ -107,6 +107,7 @@ def train(
             states.between_steps(step, step == steps)
 
             while step < steps:
+                # ---- one training step ------------------------------------------------------------------------------
                 started = time.perf_counter()
                 lr = learning_rate(step, steps, options)
                 optimizer.set_learning_rate(lr)
@@ -119,7 +120,7 @@ def train(
                     raise bad_step(step + 1, what, loss, norm, batches.documents(step), states, optimizer)
                 optimizer.step()
                 step += 1
-
+                # ---- its record, and perhaps a state ----------------------------------------------------------------
                 seconds = time.perf_counter() - started
                 metrics.write(
                     {
