@@ -18,7 +18,10 @@ from elo.runs.processes import World
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of the loop. The defaults are this project's own: the paper gives no hyperparameters."""
+    """Options of the loop.
+
+    The defaults are this project's own: the paper's are in its Table 7, of whose text we have lost the cells.
+    """
 
     lr: float
     warmup: float

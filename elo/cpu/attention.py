@@ -5,7 +5,8 @@ batched matrix products. Here a block of queries goes against all its keys at on
 enough for fast products and small enough to stay in cache. As in flash attention (arXiv 2205.14135), the softmax is
 computed again in the backward pass, so that sequence x sequence scores never exist as a whole.
 
-Outside of training it is torch's operator, so that logits are those of transformers to the last bit.
+Outside of training it is torch's operator, so that in fp32 logits are those of transformers to the last
+bit; for bf16 see elo/cpu/linear.py.
 """
 
 import math

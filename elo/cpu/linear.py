@@ -5,7 +5,9 @@ the speed of oneDNN; without AVX-512 MKL is the faster one. bf16 matrices have n
 AVX-512 or AMX: torch's is 8 to 30 times slower than its fp32 one. There both factors go to fp32, which changes no
 value, and the product is rounded to bf16: what processors that have the instructions do.
 
-Outside of training these are torch's own operators, so that logits are those of transformers to the last bit.
+Outside of training these are torch's own operators, so that in fp32 logits are those of transformers to the
+last bit. In bf16 the two round in other places: of SmolLM2 on 1,024 tokens their logits differ by up to 1.7, and from
+fp32's those of transformers by 0.14 (root mean square), ours by 0.12.
 """
 
 import torch

@@ -24,8 +24,10 @@ def stream(
     """Continue prompts together. Each step yields the new token of every row, None for rows that have ended.
 
     A row ends with the first token that is in its `stops`, which is yielded too, after `max_new_tokens`, or when it
-    fills the model's context. No row's result depends on the others. names: tell the random numbers of rows apart
-    (default: their indices). cache: already holds the first `cache.lengths[row]` tokens of each prompt, not all.
+    fills the model's context. No row sees another, and the same batch gives the same; but in bf16 the rounding of
+    matrix products depends on a batch's shape, so that in another batch two tokens that are almost equally likely may
+    change places. In fp32 that takes a tie. names: tell the random numbers of rows apart (default: their indices).
+    cache: already holds the first `cache.lengths[row]` tokens of each prompt, not all.
     """
     context = model.config.max_position_embeddings
     for prompt in prompts:

@@ -1,9 +1,12 @@
 """A model's answers to MT-Bench, Japanese MT-Bench or LogicKor, in FastChat's model_answer format.
 
 Two turns a question; the second sees the model's own first answer. Answers are written as they come to
-OUT/model_answer/NAME.jsonl, and a run that was stopped goes on with the questions that are missing there. Sampled
-answers depend on the seed, the question and the turn alone: they are the same for any batch, any number of processes
-and after any interruption. Under torchrun the questions are divided over the processes.
+OUT/model_answer/NAME.jsonl, and a run that was stopped goes on with the questions that are missing there. Batches are
+made of all questions, whichever are missing, and under torchrun divided over the processes: the same command gives the
+same answers after any interruption and for any number of processes, on one kind of machine. The random numbers of an
+answer depend on the seed, the question and the turn alone. In fp32 so does the answer; in bf16 the rounding of matrix
+products depends on the shape of a batch, and with another --batch-size or --limit two tokens that are almost equally
+likely may change places. So a file has answers of one --batch-size only; those of a smaller --limit are kept.
 
 The files of the benchmarks are those of lm-sys/FastChat, Stability-AI/FastChat (jp-stable) and instructkr/LogicKor.
 """
@@ -12,7 +15,7 @@ import sys
 import time
 import uuid
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from itertools import chain
 from pathlib import Path
@@ -30,7 +33,7 @@ from elo.model.checkpoint import Checkpoint, load_model
 from elo.model.decoder import CausalLM
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES
-from elo.runs.processes import World, process_group
+from elo.runs.processes import process_group
 from elo.text.chat_format import ChatFormat, Messages, chat_format, check_messages
 from elo.text.tokenizer import load_tokenizer
 from eval.jsonl import JsonLines, digest
@@ -98,6 +101,7 @@ def main(arguments: Namespace) -> None:
         **options,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
+        "batch_size": arguments.batch_size,
         "chat_format": format.name,
         "setting": arguments.setting,
         "model": digest(checkpoint.fingerprint(), tokenizer.fingerprint),
@@ -119,19 +123,26 @@ def main(arguments: Namespace) -> None:
                 results.clear()
             answered = answers_so_far(results, settings)
         done = world.from_rank_0(set(answered))
-        missing = [question for question in questions if question.id not in done]
+        groups = batches(questions, benchmark, arguments.batch_size)
+        missing = [batch for batch in groups if any(question.id not in done for question in batch)]
         world.say(f"{path}: {len(done)} of {len(questions)} questions were answered before")
         if missing:
             model = pack_weights(load_model(arguments.model, world.device, DTYPES[arguments.dtype]))
-            bar = tqdm(total=len(missing), unit="question", disable=world.rank > 0 or not sys.stderr.isatty())
-            for batch in batches(missing, benchmark, arguments.batch_size, world):
+            bar = tqdm(
+                total=len(questions),
+                initial=len(done),
+                unit="question",
+                disable=world.rank > 0 or not sys.stderr.isatty(),
+            )
+            for start in range(0, len(missing), world.size):
                 records = []
-                if batch:
+                for batch in missing[start + world.rank : start + world.rank + 1]:
                     temperature = benchmark.temperature(batch[0].category)
                     sampling = Sampling(temperature=temperature, seed=arguments.seed, **options)
                     answers = answer(model, format, batch, examples, parameters["max_new_tokens"], sampling)
                     for question, given in zip(batch, answers, strict=True):
-                        records.append(to_record(question, name, given, settings[question.id]))
+                        if question.id not in done:
+                            records.append(to_record(question, name, given, settings[question.id]))
                 for record in chain.from_iterable(world.gather(records)):
                     if results is not None:
                         results.append(record)
@@ -232,15 +243,12 @@ def is_complete(record: Record) -> bool:
     return False
 
 
-def batches(questions: Sequence[Question], benchmark: Benchmark, size: int, world: World) -> Iterator[list[Question]]:
-    """This process's share in batches of one temperature; all processes get the same number of batches."""
+def batches(questions: Sequence[Question], benchmark: Benchmark, size: int) -> list[list[Question]]:
+    """All questions in batches of one temperature, whichever of them are answered and by how many processes."""
     groups: dict[float, list[Question]] = {}
     for question in questions:
         groups.setdefault(benchmark.temperature(question.category), []).append(question)
-    for group in groups.values():
-        mine = group[world.rank :: world.size]
-        for start in range(0, -(-len(group) // world.size), size):
-            yield mine[start : start + size]
+    return [group[start : start + size] for group in groups.values() for start in range(0, len(group), size)]
 
 
 def random_name(id: int | str, turn: int) -> int:

@@ -8,6 +8,7 @@ hellaswag, sentineg) and marc_ja. Their files, as published or as the Parquet fi
     marc_ja/{train,valid}-v1.0.json
 
 With --samples a run that was stopped goes on where it was. Under torchrun the questions are divided over the processes.
+The same command gives the same figures either way; with another --limit or --batch-tokens they agree within rounding.
 """
 
 import math
@@ -64,7 +65,8 @@ def main(arguments: Namespace) -> None:
         done: Scores = {}
         samples = None
         if arguments.samples:
-            made_with = digest(Checkpoint(arguments.model).fingerprint(), tokenizer.fingerprint, arguments.dtype)
+            how = arguments.dtype, arguments.batch_tokens
+            made_with = digest(Checkpoint(arguments.model).fingerprint(), tokenizer.fingerprint, *how)
             samples = SamplesFile(arguments.samples, made_with, questions)
             done = world.from_rank_0(samples.read() if world.rank == 0 else None)
         scorer = Scorer(pack_weights(model))

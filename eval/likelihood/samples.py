@@ -17,7 +17,8 @@ class SamplesFile:
     """Results of one model, in any order; a last line that a kill cut short is taken away.
 
     Besides what the line says, `prompt` is a fingerprint of the question as the model saw it and `model` one of the
-    model and the dtype. A file with any other is refused: its results would be taken for this run's.
+    model, the dtype and the size of a batch. A file with any other is refused: its results would be taken for this
+    run's.
     """
 
     def __init__(self, path: Path, model: str, questions: dict[str, Sequence[Question]]) -> None:
@@ -53,7 +54,9 @@ class SamplesFile:
         except (ValueError, TypeError, KeyError, RecursionError):
             raise UserError(f"{where}: not a result of this command; give --samples another name") from None
         if model != self.model:
-            raise UserError(f"{where}: a result of another model or --dtype; give --samples another name")
+            raise UserError(
+                f"{where}: a result of another model, --dtype or --batch-tokens; give --samples another name"
+            )
         if not isinstance(task, str) or task not in self.questions:
             return {}
         questions = self.questions[task]

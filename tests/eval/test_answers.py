@@ -214,8 +214,8 @@ def test_a_full_context_is_an_empty_answer_that_is_told(benches, ask, tmp_path):
 
 
 def test_a_run_asks_only_what_is_missing_and_forgives_a_torn_line(ask, tmp_path, monkeypatch):
-    whole = turns_of(ask(out=tmp_path / "whole")[2])
-    ask("mt_bench")
+    whole = turns_of(ask("mt_bench", "--batch-size", 2, out=tmp_path / "whole")[2])
+    ask("mt_bench", "--batch-size", 2)
     path = tmp_path / "out" / "model_answer" / "tiny.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[:3]) + lines[3][: len(lines[3]) // 2])
@@ -227,15 +227,25 @@ def test_a_run_asks_only_what_is_missing_and_forgives_a_torn_line(ask, tmp_path,
     )
     status, _, records = ask("mt_bench", "--batch-size", 2)
     assert status == 0
-    assert len(asked) == 5
+    assert len(asked) == 6  # those of the fourth's batch once more
     assert turns_of(records) == whole
     assert len(records) == 8
     asked.clear()
     path.write_bytes(path.read_bytes().rstrip(b"\n"))  # complete, but for its line end
-    assert ask("mt_bench", "--limit", 1)[0] == 0
+    assert ask("mt_bench", "--batch-size", 2, "--limit", 1)[0] == 0
     assert not asked
-    ask("mt_bench", "--overwrite")
+    ask("mt_bench", "--batch-size", 2, "--overwrite")
     assert len(asked) == 8
+
+
+@pytest.mark.parametrize("kept", [1, 3, 4, 6])
+def test_in_bf16_too_a_run_goes_on_as_if_it_had_not_been_stopped(kept, ask, tmp_path):
+    """Where the same question in another batch is rounded otherwise."""
+    options = ["mt_bench", "--dtype", "bf16", "--batch-size", 3]
+    whole = turns_of(ask(*options, new=24)[2])
+    path = tmp_path / "out" / "model_answer" / "tiny.jsonl"
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:kept]))
+    assert turns_of(ask(*options, new=24)[2]) == whole
 
 
 @pytest.mark.parametrize(
@@ -246,6 +256,7 @@ def test_a_run_asks_only_what_is_missing_and_forgives_a_torn_line(ask, tmp_path,
         (["--top-p", 0.9], "top_p was 1.0, is 0.9"),
         (["--top-k", 0], "top_k was 50, is 0"),
         (["--dtype", "bf16"], "dtype was fp32, is bf16"),
+        (["--batch-size", 3], "batch_size was 16, is 3"),
         (["--chat-format", "qwen2"], "chat_format was chatml, is qwen2"),
     ],
 )
@@ -296,9 +307,9 @@ def test_mistakes_are_one_line(ask, tmp_path, benches):
 
 
 def test_processes_divide_the_questions_and_change_nothing(model, benches, ask, tmp_path):
-    alone = turns_of(ask(out=tmp_path / "1")[2])
+    alone = turns_of(ask("mt_bench", "--dtype", "bf16", "--batch-size", 2, out=tmp_path / "1")[2])
     options = ["--bench", "mt_bench", "--bench-dir", benches["mt_bench"], "--model", model, "--out", tmp_path / "2"]
-    options += ["--dtype", "fp32", "--max-new-tokens", 6, "--batch-size", 2]
+    options += ["--dtype", "bf16", "--max-new-tokens", 6, "--batch-size", 2]
     pair = fork_group(2, "eval.__main__", ["answers", *options])
     said = [process.communicate() for process in pair]
     assert [process.returncode for process in pair] == [0, 0], said

@@ -205,11 +205,12 @@ def test_results_of_another_model_data_or_shots_are_refused(root, finished, tmp_
         assert samples.read_text() == finished[0]
         return capfd.readouterr().err
 
-    assert "samples.jsonl:1: a result of another model or --dtype" in refused(*words, "--dtype", "bf16")
+    assert "samples.jsonl:1: a result of another model, --dtype or --batch-tokens" in refused(*words, "--dtype", "bf16")
+    assert "another model, --dtype or --batch-tokens" in refused(*words, "--batch-tokens", 700)
     assert "a result of other data or another --shots" in refused(*words, "--shots", 1)
     other = shutil.copytree(root / "model", tmp_path / "other")
     families.write("small", other, seed=1)
-    assert "samples.jsonl:1: a result of another model or --dtype" in refused(*words, "--model", other)
+    assert "samples.jsonl:1: a result of another model, --dtype or --batch-tokens" in refused(*words, "--model", other)
     data = shutil.copytree(root / "data", tmp_path / "data")
     path = data / "kobest" / "copa" / "test.jsonl"
     path.write_text(path.read_text().replace("강물이 불어났다.", "강물이 늘었다."))

@@ -1,5 +1,7 @@
 """Logits and gradients of the decoder against transformers, for every family and variant."""
 
+from pathlib import Path
+
 import families
 import pytest
 import torch
@@ -8,6 +10,8 @@ from transformers import AutoModelForCausalLM
 from elo.model.checkpoint import load_model
 from elo.model.loss import IGNORE
 from elo.runs.sharding import use_faster_operators
+
+SMOLLM2 = Path(__file__).resolve().parents[2] / "models" / "SmolLM2-135M-Instruct"
 
 
 @pytest.mark.parametrize("variant", families.VARIANTS)
@@ -43,3 +47,20 @@ def test_logits_and_gradients_equal_transformers(variant, tmp_path):
     for name, parameter in theirs.named_parameters():
         error = (gradients[name].grad - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, f"{name}: {error}"
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("variant", [*families.VARIANTS, "SmolLM2-135M-Instruct"])
+def test_bf16_is_as_near_to_fp32_as_that_of_transformers(variant, tmp_path):
+    """Two correct programs round bf16 in other places, so that neither is the other's reference; fp32 is of both."""
+    directory = SMOLLM2
+    if variant in families.VARIANTS:
+        directory = families.write(variant, tmp_path)
+    elif not (SMOLLM2 / "config.json").exists():
+        pytest.skip(f"no {SMOLLM2}")
+    exact = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    tokens = torch.randint(0, exact.config.vocab_size, (16, 40), generator=torch.Generator().manual_seed(1))
+    expected = exact(tokens).logits
+    theirs = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.bfloat16)(tokens).logits.float()
+    ours = load_model(directory, "cpu", torch.bfloat16)(tokens).float()
+    assert (ours - expected).norm() < 1.1 * (theirs - expected).norm()
