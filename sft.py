@@ -3,8 +3,9 @@
     torchrun --nproc_per_node=8 sft.py --model runs/chat --data tagengo.parquet --languages ko,en \\
         --samples 31000 --epochs 10 --out runs/sft
 
-The loss counts the assistant's words and its end-of-turn token, nothing else. With --validation-fraction every epoch
-ends with the loss on held-out conversations.
+The loss counts the assistant's words and its end-of-turn token, nothing else: no empty answers, and none that the data
+take out of it, as by {"weight": 0} in a message. With --validation-fraction every epoch ends with the loss on held-out
+conversations.
 """
 
 import math

@@ -68,6 +68,17 @@ def test_both_languages_are_learned(project, monkeypatch, capfd):
     assert (out / "tokenizer.json").read_bytes() == (project / "model" / "tokenizer.json").read_bytes()
 
 
+def test_a_records_system_message_and_its_switches_change_what_is_learned(project, monkeypatch):
+    records = json.loads((project / "chats.json").read_text())
+    weights = {}
+    for name, fields in {"as it is": {}, "system": {"system": "Be kind."}, "part": {"loss_mask": [0, 0]}}.items():
+        changed = [record | (fields if number % 2 else {}) for number, record in enumerate(records)]
+        (project / "chats.json").write_text(json.dumps(changed))
+        assert run(project, monkeypatch, "--max-steps", "2", "--out", project / name) == 0
+        weights[name] = load_file(project / name / "model.safetensors")["model.embed_tokens.weight"]
+    assert not any(weights["as it is"].equal(weights[name]) for name in ("system", "part"))
+
+
 def test_what_is_kept(project, monkeypatch):
     losses = iter([3.0, 1.0, 2.0] * 2)  # of three epochs, the second is the best
     monkeypatch.setattr(sft, "evaluate", lambda *_: next(losses))

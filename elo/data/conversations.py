@@ -29,9 +29,8 @@ from elo.data.conversation_files import (
     language_list,
     read_conversation_records,
     read_language,
-    read_messages,
-    text_bytes,
 )
+from elo.data.conversation_records import is_blank, read_messages, text_bytes
 from elo.data.json_records import MalformedError, place
 from elo.model.loss import IGNORE
 from elo.text.chat_format import ChatFormat
@@ -135,6 +134,7 @@ class Report:
     unanswered: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     malformed: dict[str, list] = field(default_factory=dict)
+    unread: set[str] = field(default_factory=set)  # fields
 
     def lines(self) -> list[str]:
         drawn = (f"{count:,} of {self.found[name]:,} {name}".strip() for name, count in self.drawn.items())
@@ -145,6 +145,8 @@ class Report:
             lines.append(f"{self.unanswered:,} of them without the last message, which has no answer")
         lines += [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
         lines += [f"skipped {count:,}: {kind} (first at {first})" for kind, (count, first) in self.malformed.items()]
+        if self.unread:
+            lines.append(f"fields that are not read: {', '.join(sorted(self.unread))}")
         return lines
 
 
@@ -171,7 +173,9 @@ def load_conversations(
     if samples is not None and samples < len(found_languages):
         raise UserError(f"--samples {samples} are fewer than the {len(found_languages)} languages")
     pools = _pools(languages, samples, seed)
-    records = ((file, *record) for file, path in enumerate(files) for record in read_conversation_records(path))
+    records = (
+        (file, *record) for file, path in enumerate(files) for record in read_conversation_records(path, report.unread)
+    )
     for file, number, record in tqdm(records, unit=" conversations", desc="tokenizing", disable=not progress):
         try:
             language = read_language(record, number)
@@ -181,7 +185,7 @@ def load_conversations(
             pool = pools.get(language) if languages else pools[None]
             if pool is None:
                 continue
-            messages = read_messages(record, number)
+            messages = read_messages(record, number, report.unread)
             head = file, number, found_languages.setdefault(language or "", len(found_languages))
             pool.offer(partial(make_example, format, messages, seq_len, head, report.dropped))
         except MalformedError as error:
@@ -209,7 +213,7 @@ def make_example(
 
     Raises `MalformedError` for one that the checkpoint's chat template refuses, as many do with a system message.
     """
-    blank = [message for message in messages if message["role"] == "assistant" and not message["content"].strip()]
+    blank = [message for message in messages if message["role"] == "assistant" and is_blank(message["content"])]
     if blank:
         dropped["an answer without text"] += len(blank)
         messages = [{**message, TRAIN: message[TRAIN] and message not in blank} for message in messages]
@@ -220,7 +224,8 @@ def make_example(
         if is_trained and next_role != "assistant":
             ends.append(number)
     if not ends:
-        dropped["no answer in it"] += 1
+        has_answers = any(message["role"] == "assistant" for message in messages)
+        dropped["no answer in it is to be trained" if has_answers else "no answer in it"] += 1
         return None
     # Encoded anew for every end: where Mistral's system message stands depends on it.
     try:
