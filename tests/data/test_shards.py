@@ -113,6 +113,8 @@ def test_the_number_of_processes_changes_nothing(tmp_path, build, small_batches)
     assert all(np.array_equal(found[0].tokens, other.tokens) for other in found)
     assert all(np.array_equal(found[0].documents, other.documents) for other in found)
     assert len({shard.digest for shard in found}) == 1
+    for shard in found:
+        assert np.array_equal(shard.counts, np.bincount(shard.tokens, minlength=len(shard.counts)))
     ends = np.cumsum(found[0].documents["tokens"])
     assert np.array_equal(found[0].documents["offset"][1:], ends[:-1])
     assert ends[-1] == len(found[0].tokens)

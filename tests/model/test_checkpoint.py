@@ -69,6 +69,13 @@ def test_export_is_a_checkpoint_for_transformers(variant, shard_bytes, tmp_path,
     assert (out / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
     assert (out / "generation_config.json").read_bytes() == (base / "generation_config.json").read_bytes()
     assert not [name for name in files if name.startswith(".")]
+    shards = {path: load_file(path) for path in out.glob("*.safetensors")}
+    sizes = [[tensor.nbytes for tensor in shard.values()] for shard in shards.values()]
+    assert all(sum(shard) <= shard_bytes or len(shard) == 1 for shard in sizes)
+    if len(shards) > 1:
+        index = json.loads((out / "model.safetensors.index.json").read_text())
+        assert index["metadata"]["total_size"] == sum(map(sum, sizes))
+        assert index["weight_map"] == {name: path.name for path, shard in shards.items() for name in shard}
     theirs, info = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, output_loading_info=True)
     assert not any(info.values())
     assert Checkpoint(out).dtype("model.norm.weight") == torch.bfloat16
@@ -287,6 +294,8 @@ def test_metadata_for_other_readers(tmp_path):
     export(tmp_path / "out", load_model(base, "cpu", torch.float32), Checkpoint(base))
     with safe_open(tmp_path / "out" / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
+    header = int.from_bytes((tmp_path / "out" / "model.safetensors").read_bytes()[:8], "little")
+    assert header % 8 == 0  # the numbers behind it are aligned for readers that map the file
 
 
 def test_a_fingerprint_is_of_all_tensors_and_of_the_configuration(tmp_path):

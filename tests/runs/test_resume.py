@@ -122,6 +122,26 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(project, alone, monkeyp
     assert seconds == sorted(seconds)
 
 
+def test_random_numbers_go_on(project, monkeypatch):
+    """Whatever torch's generator is for: a run that draws in each step draws the same after an interruption."""
+    write, drawn = Metrics.write, []
+
+    def draw_and_write(self, line):
+        drawn.append(torch.rand(1).item())
+        write(self, line)
+
+    monkeypatch.setattr(Metrics, "write", draw_and_write)
+    torch.manual_seed(1)
+    assert run_here("train --max-steps 6", "alone") == 0
+    torch.manual_seed(1)
+    with monkeypatch.context() as patch:
+        interrupt(patch, 3)
+        assert run_here("train --max-steps 6") == 0
+    torch.manual_seed(2)
+    assert run_here("train --max-steps 6") == 0
+    assert drawn[6:] == drawn[:6]
+
+
 @pytest.mark.parametrize("command", ["train --save-every 4", "sft --keep best --save-every 3"])
 def test_killed_between_metrics_and_state(project, alone, monkeypatch, command):
     """The lines after the state go, and so does one that was cut short."""

@@ -5,13 +5,16 @@ from pathlib import Path
 import families
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import finish, make_base, start_group
 from transformers import AutoModelForCausalLM
 
 from elo.model.checkpoint import Checkpoint
 from elo.model.decoder import build
+from elo.model.saving import export
 from elo.runs.processes import process_group
 from elo.runs.sharding import ParallelOptions, parallelize
+from elo.slicing import freeze_all_but_layers
 
 TOKENS = torch.arange(60).view(2, 30)
 
@@ -36,6 +39,20 @@ def test_dtype_is_what_is_computed_in(dtype, tmp_path):
         model(TOKENS, TOKENS).backward()
         for parameter in model.parameters():
             assert parameter.dtype == parameter.grad.dtype == torch.float32
+
+
+def test_what_was_frozen_is_written_as_the_base_has_it(tmp_path):
+    """It is computed in bf16, and nothing of that is left in the result."""
+    base = Checkpoint(families.write("llama3", tmp_path / "base"))
+    with process_group() as world:
+        model = build(base.config)
+        freeze_all_but_layers(model)
+        parallelize(model, world, ParallelOptions("bf16", compile=False))
+        base.load_into(model)
+        (tmp_path / "out").mkdir()
+        export(tmp_path / "out", model, base)
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("base", "out"))
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 def test_checkpointed_blocks_are_computed_again_for_the_backward_pass(tmp_path):
