@@ -326,14 +326,14 @@ def reply(pieces, directory):
     asked = endpoint()
     asked._client, asked.stop = Client(pieces), threading.Event()
     try:
-        text = asked.ask("system", "user")
+        text, finish = asked.ask("system", "user")
     except GaveUpError as error:
         assert len(str(error)) < 1000
         return
     for prompt in PROMPTS:
         assert prompt.rating(text) == UNPARSED or 0 <= prompt.rating(text) <= 10
     with JsonLines(directory / "judgments.jsonl") as results:
-        results.append({"judgment": text})
+        results.append({"judgment": text, "finish_reason": finish})
     assert read_jsonl(directory / "judgments.jsonl")
 
 
