@@ -160,14 +160,15 @@ class Epochs:
 
     def finish(self, steps: int) -> None:
         """The model of the run: the last one, or that of the best epoch, if one has ended."""
-        if self.keep == "best" and self.best:
+        best = self.world.on_rank_0(self.best_so_far) if self.keep == "best" else None
+        if best:
             if self.world.rank == 0:
                 # A copy first: of files that were moved, a kill half-way would leave a part here and a part there.
-                copy(self.directory(self.best[1]), self.out)
-                self.remove(self.directory(self.best[1]))
+                copy(self.directory(best[1]), self.out)
+                self.remove(self.directory(best[1]))
             return
         if self.keep == "best":
-            self.world.say(f"no epoch has ended: the model is that after step {steps}")
+            self.world.say(f"no epoch's model is there: it is that after step {steps}")
         notes = {"sft.json": {**self.notes, "steps": steps}}
         export(self.out, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import families
@@ -190,13 +191,27 @@ def test_a_model_at_the_end_of_any_run(project, monkeypatch, keep, steps, capfd)
         patch.setattr(sft.Epochs, "finish", lambda *_: sys.exit(3))
         assert run(project, patch, *options) == 3
     assert run(project, monkeypatch, *options) == 0
-    assert ("no epoch has ended: the model is that after step 1" in capfd.readouterr().out) == (
+    assert ("no epoch's model is there: it is that after step 1" in capfd.readouterr().out) == (
         keep == "best" and steps == 1
     )
     notes = json.loads((out / "sft.json").read_text())
     assert notes.get("epoch") == (1 if keep == "best" and steps > 1 else None)
     assert load_model(out, "cpu", torch.float32)
     assert [path.name for path in out.glob("epoch-*")] == (["epoch-1"] if keep == "every" and steps > 1 else [])
+
+
+def test_a_model_where_that_of_the_best_epoch_is_gone(project, monkeypatch):
+    losses = iter([1.0, 2.0])
+
+    def remove_and_evaluate(*_):
+        shutil.rmtree(project / "out/epoch-1", ignore_errors=True)
+        return next(losses)
+
+    monkeypatch.setattr(sft, "evaluate", remove_and_evaluate)
+    options = ["--epochs", "2", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
+    assert run(project, monkeypatch, *options) == 0
+    assert json.loads((project / "out/sft.json").read_text())["steps"] == 8
+    assert load_model(project / "out", "cpu", torch.float32)
 
 
 def test_the_best_epoch_is_no_nan(project, monkeypatch):

@@ -219,7 +219,7 @@ def adopt(aside: Path, directory: Path, out: Path | None = None, last: str = CON
         return [(directory.relative_to(written.out) / name).as_posix() for name in names]
 
     files = [path.relative_to(aside).as_posix() for path in sorted(aside.rglob("*")) if path.is_file()]
-    files.sort(key=lambda name: name == last)
+    files = [*(name for name in files if name != last), last]
     written.check(listed(files))
     written.remove(listed(model_files(directory)))
     written.add(listed(files))

@@ -54,6 +54,8 @@ def project(tmp_path_factory):
         target_fraction=0.9,
         gb=None,
         text_field="text",
+        target_field=None,
+        source_field=None,
         skip_malformed=False,
         cache=directory / "cache",
         workers=1,
@@ -115,6 +117,7 @@ def test_metrics(data, step):
         assert all(json.loads(line)["step"] <= step for line in kept)
 
     with case_directory() as directory:
+        (directory / RUN).write_text(json.dumps({"written": [METRICS]}))
         (directory / METRICS).write_bytes(b"\n".join([*lines, b""]))
         result_or_user_error(go_on, writes=directory)
 

@@ -3,15 +3,22 @@
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from small_runs import make_project, result, run_here, states
 from test_resume import interrupt
 
+import align
+import merge_chat_vector
+import sft
+import train
 from elo.common.errors import UserError
 from elo.common.fields import write_json
+from elo.common.options import PATHS, Parser
 from elo.common.written import Written
+from elo.runs.replacing import INPUTS
 
 
 @pytest.fixture(scope="module")
@@ -290,6 +297,17 @@ def test_no_input_of_stage_2_is_replaced(project, option, capfd):
         assert run_here(f"align {option} {place} --overwrite") == 2
         assert f"{option}" in capfd.readouterr().err
     assert Path("out/epoch-1").exists()
+
+
+@pytest.mark.parametrize("script", [train, align, sft, merge_chat_vector])
+def test_every_option_that_names_an_input_is_looked_at(script, monkeypatch):
+    parsers = []
+    monkeypatch.setattr(Parser, "parse_args", lambda parser: parsers.append(parser))
+    with suppress(AttributeError):  # what is done with the arguments
+        script.parse_arguments()
+    named = {action.dest for action in parsers[0]._actions if action.type is Path or action.metavar in PATHS}
+    assert named - {"out"} <= set(INPUTS)
+    assert {"model", "out"} <= named
 
 
 def test_inputs_beside_what_is_replaced(project):
