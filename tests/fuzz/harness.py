@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, Phase, settings
 
 from elo.common.errors import UserError, message_line
 from elo.common.terminal import printable
+from elo.text import template_process
 
 SECONDS = 15  # of computing; a case takes milliseconds
 WAITING = 300  # seconds by the clock, which a loaded machine may need, and what waits for ever does not end in
@@ -153,6 +154,7 @@ CHANGES = {
     "os.chown",
     "os.utime",
 }
+RENDERER = [sys.executable, "-P", Path(template_process.__file__)]
 FOR_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 HOSTILE = "elo-fuzz-"  # in the name of every directory with hostile files
 
@@ -185,6 +187,8 @@ class _Watch:
                 # A removal relative to an open directory, as shutil.rmtree does it, is not followed.
                 if isinstance(path, str | bytes | os.PathLike) and os.path.isabs(os.fsdecode(path)):
                     self.written(event, path)
+        elif event == "subprocess.Popen" and list(arguments[1]) == RENDERER:
+            return  # it renders chat templates, with limits of its own
         elif event in FORBIDDEN or event == "exec" and HOSTILE in getattr(arguments[0], "co_filename", ""):
             self.seen.append(f"{event} {arguments!r:.200}")
 
