@@ -88,7 +88,7 @@ def run(arguments: Namespace, world: World) -> None:
     data = {"conversations": every.digest(), "model": base.fingerprint(), **({TIME: now} if chat.needs_time else {})}
     open_run(arguments, world, goes_on, data)
 
-    model = parallelize(build(tuned_config(base.config, chat)), world, parallel)
+    model = parallelize(build(tuned_config(base.config, chat)), world, parallel, shapes_vary=True)
     base.load_into(model)
     epochs = Epochs(arguments, model, base, chat, batches, validation, world)
     done = train(model, batches, options, world, arguments.out, after_step=epochs.after_step)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from elo.common.chunks import even_chunk
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object
 from elo.common.options import Parser, not_negative, positive_int, seed, share
@@ -138,7 +139,8 @@ class PackedBatches:
     """Consecutive windows of the stream, `batch_tokens` a step; satisfies `training.Batches`.
 
     Window i of a step goes to process i modulo their number, so that the batch is the same for any number of them.
-    A process that has one window fewer than others gets an empty one: all must call the model equally often.
+    A process that has fewer windows than others gets empty ones: all must call the model equally often. So do the last
+    micro-batch of a step and the last step: one shape is compiled once, and its kernels compute every step.
     A label is its token, or the token's row of a head that `active` narrowed.
     """
 
@@ -151,7 +153,7 @@ class PackedBatches:
         active: ActiveVocabulary | None = None,
     ) -> None:
         self.active = active
-        self.windows, self.micro_batch, self.world = windows, micro_batch, world
+        self.windows, self.world = windows, world
         if batch_tokens is None:
             batch_tokens = LARGEST_BATCH
             while batch_tokens > windows.seq_len and windows.tokens < FEWEST_STEPS * batch_tokens:
@@ -159,6 +161,8 @@ class PackedBatches:
         elif batch_tokens % windows.seq_len:
             raise UserError(f"--batch-tokens {batch_tokens} is not a multiple of --seq-len {windows.seq_len}")
         self.windows_per_step = max(1, batch_tokens // windows.seq_len)
+        # Of a micro-batch: at most `micro_batch`, and few empty ones in the last of a step.
+        self.rows = even_chunk(-(-min(self.windows_per_step, len(windows)) // world.size), micro_batch)
 
     def __len__(self) -> int:
         return -(-len(self.windows) // self.windows_per_step)
@@ -171,11 +175,10 @@ class PackedBatches:
         window_range = self._window_range(step)
         mine = window_range[self.world.rank :: self.world.size]
         most = -(-len(window_range) // self.world.size)
-        for start in range(0, most, self.micro_batch):
-            pairs = [self.windows[index] for index in mine[start : start + self.micro_batch]]
-            empty = min(self.micro_batch, most - start) - len(pairs)
+        for start in range(0, most, self.rows):
+            pairs = [self.windows[index] for index in mine[start : start + self.rows]]
             length = self.windows.seq_len
-            pairs += [(torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE))] * empty
+            pairs += [(torch.zeros(length, dtype=torch.long), torch.full((length,), IGNORE))] * (self.rows - len(pairs))
             tokens, labels = zip(*pairs, strict=True)
             tokens, labels = torch.stack(tokens), torch.stack(labels)
             if self.active:

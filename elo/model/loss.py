@@ -113,7 +113,7 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, softmax: Soft
         for columns in weight.split(width):
             columns = columns.to(dtype)
             tile = matmul_t(h, columns)  # (tokens, columns)
-            tile_logsumexp = softmax(tile)
+            tile_logsumexp = _fill_and(softmax, tile, count, width)
             logsumexp = torch.logaddexp(logsumexp, tile_logsumexp)
             total.lerp_(matmul_t(tile, columns.T).float(), (tile_logsumexp - logsumexp).exp_())
         # Rounded as the other logits are.
@@ -121,6 +121,18 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, softmax: Soft
         loss += ((logsumexp - target_logit) * counts).sum()
         hidden_grad[rows] = total.sub_(target).mul_(counts)
     return loss, hidden_grad
+
+
+def _fill_and(softmax: Softmax, tile: Tensor, rows: int, columns: int) -> Tensor:
+    """`softmax` of a tile that may be smaller than the others: one that is compiled gets a single shape."""
+    if tile.shape == (rows, columns) or softmax is softmax_:
+        return softmax(tile)
+    filled = tile.new_full((rows, columns), -math.inf)
+    filled[: tile.shape[0], : tile.shape[1]] = tile
+    filled[tile.shape[0] :] = 0
+    logsumexp = softmax(filled)[: tile.shape[0]]
+    tile.copy_(filled[: tile.shape[0], : tile.shape[1]])
+    return logsumexp
 
 
 def _by_tokens(
@@ -146,7 +158,8 @@ def _by_tokens(
         h, count, target = hidden[rows].to(dtype), counts[rows, None], targets[rows]
         logits = product(h, weight)  # (chunk, vocabulary)
         target_logit = logits.gather(1, target[:, None])
-        loss += ((softmax(logits) - target_logit) * count).sum()
+        logsumexp = _fill_and(softmax, logits, chunk, weight.shape[0])
+        loss += ((logsumexp - target_logit) * count).sum()
         # The gradient at the logits is softmax - one_hot(label); the one-hot is applied as a row of the weight.
         if needs_hidden:
             hidden_grad[rows] = (matmul_t(logits, weight.T) - weight[target]) * count

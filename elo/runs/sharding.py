@@ -17,6 +17,7 @@ from elo.common.options import Parser, positive_int
 from elo.cpu import attention, linear
 from elo.model.decoder import CausalLM, ScaledDotProductAttention
 from elo.model.loss import softmax_to_compile_
+from elo.runs.compilation import compiled
 from elo.runs.devices import DTYPES, inference_device, set_for_training
 from elo.runs.processes import World
 
@@ -65,12 +66,14 @@ def use_faster_operators(model: nn.Module) -> None:
         module.__class__ = faster.get(type(module), type(module))
 
 
-def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> CausalLM:
+def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_vary: bool = False) -> CausalLM:
     """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
 
     Trained parameters are held in fp32 and computed in `options.dtype`, gradients are reduced in fp32. Frozen ones
     are held in that dtype as well: nothing is ever added to them. Where each process has the whole model, they are
     left as they are: fully_shard would compute with a copy of them.
+
+    shapes_vary: micro-batches are not all of one shape (`elo.runs.compilation`).
     """
     set_for_training(world.device)
     if world.device.type == "cpu":
@@ -87,13 +90,12 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions) -> Caus
         offload_policy=offload,
         ignored_params=frozen if (options.shard or world.size) == 1 and not options.cpu_offload else None,
     )
-    compiled = {"fullgraph": True, "options": {"deterministic": True}}  # kernels chosen by timing could change
     if options.compile:
-        model.softmax = torch.compile(softmax_to_compile_, **compiled)
+        model.softmax = compiled(softmax_to_compile_, world, shapes_vary)
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing
         if options.compile:
-            block.compile(**compiled)
+            block.forward = compiled(block.forward, world, shapes_vary)
         shard(block)
     shard(model)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):

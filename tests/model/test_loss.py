@@ -35,6 +35,28 @@ def test_value_and_gradients(rows_at_a_time, frozen, monkeypatch):
     torch.testing.assert_close(ours, (loss.detach(), hidden.grad, weight.grad), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_softmax_to_compile_meets_one_shape(frozen, monkeypatch):
+    """Though the last tiles are smaller, in rows and in columns."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 301 * 4 * 10)
+    monkeypatch.setitem(loss_module.TILE_ROWS, "cpu", 10)
+    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 64 * 4 * 10)
+    shapes, found = set(), []
+
+    def softmax(logits):
+        shapes.add(logits.shape)
+        return softmax_to_compile_(logits)
+
+    for function in (softmax, softmax_):
+        hidden, weight, labels = sample()
+        weight.requires_grad_(not frozen)
+        loss = linear_cross_entropy(hidden, weight, labels, function)
+        loss.backward()
+        found.append((loss.detach(), hidden.grad, weight.grad))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+    assert len(shapes) == 1
+
+
 def test_a_frozen_head_gets_no_gradient():
     hidden, weight, labels = sample()
     weight.requires_grad_(False)

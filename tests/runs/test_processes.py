@@ -124,17 +124,6 @@ def test_offloaded_parameters_are_pinned_for_a_gpu_only(monkeypatch):
     assert devices == ["cpu", "cuda"]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_blocks_and_softmax_are_compiled_or_neither(compiled, monkeypatch):
-    compiler = []
-    monkeypatch.setattr(torch, "compile", lambda function, **settings: compiler.append(settings) or "compiled")
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda block, **settings: compiler.append(settings))
-    with process_group() as world:
-        model = sharding.parallelize(small_model(), world, ParallelOptions("fp32", compile=compiled))
-    assert (model.softmax == "compiled") == compiled
-    assert compiler == [{"fullgraph": True, "options": {"deterministic": True}}] * 2 * compiled
-
-
 @pytest.mark.parametrize("variable", [None, "MALLOC_ARENA_MAX", "GLIBC_TUNABLES"])
 def test_freed_memory_is_kept_unless_the_environment_sets_the_allocator(variable, monkeypatch):
     set_to = []
