@@ -9,7 +9,6 @@ The weights are written in bfloat16, the dtype in which the model was published.
 to bfloat16 moves it by at most 1/256 of itself, far less than the quantization already did.
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -23,6 +22,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser
 
 # GGUF's names of a decoder layer's tensors, and the checkpoint's.
 LAYER_TENSORS = {
@@ -215,7 +215,7 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write SmolLM2-135M-Instruct as a Hugging Face checkpoint.")
+    parser = Parser(description="Write SmolLM2-135M-Instruct as a Hugging Face checkpoint.")
     parser.add_argument("out", type=Path, help="the directory to write")
     arguments = parser.parse_args()
     gguf = find_gguf()

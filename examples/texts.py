@@ -10,7 +10,6 @@ For each language a training file and a held-out one, `ko.train.jsonl`, `ko.held
 document a line, its text in the field `text`. The same packages give the same files.
 """
 
-import argparse
 import json
 import random
 import re
@@ -21,6 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.common.errors import UserError, exit_status
+from elo.common.options import Parser
 
 HELD_OUT_BYTES = 9_000  # of each language: a tenth of the Korean
 SEED = 1
@@ -111,7 +111,7 @@ def write(texts: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Write the demo's Korean and English corpora.")
+    parser = Parser(description="Write the demo's Korean and English corpora.")
     parser.add_argument("out", type=Path, help="the directory to write")
     out = parser.parse_args().out
     for language, texts in {"ko": korean(), "en": english()}.items():

@@ -87,12 +87,14 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tok
     if embeddings is not None:
         # Fine-tunes may add a padding token without a row for it; it is never made from text.
         beyond = sum(number >= embeddings for number in tokenizer.special_tokens.values())
-        used = max(tokenizer.bos_id or 0, tokenizer.eos_id)
-        if tokenizer.vocab_size - beyond > embeddings or used >= embeddings:
+        if tokenizer.vocab_size - beyond > embeddings:
             raise UserError(
                 f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {embeddings}; "
                 "they do not belong together"
             )
+        for text, id in tokenizer.special_tokens.items():
+            if id in (tokenizer.bos_id, tokenizer.eos_id):
+                tokenizer.special_id(text)
     return tokenizer
 
 
@@ -126,7 +128,7 @@ class Tokenizer:
         self._starts_with_space = starts_with_space
 
     def special_id(self, text: str) -> int:
-        """The id of an added token that a chat format writes. UserError if the model has no row for it."""
+        """The id of an added token that code puts among those of texts. UserError if the model has no row for it."""
         id = self.special_tokens[text]
         if self.embeddings is not None and id >= self.embeddings:
             raise UserError(

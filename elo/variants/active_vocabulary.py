@@ -60,9 +60,11 @@ class ActiveVocabulary:
     @staticmethod
     def of(shards: Sequence[TokenShard], vocab_size: int, coverage: float | None) -> "ActiveVocabulary":
         """The tokens of the shards' texts, of which a run may take a part only; without `coverage` all are kept."""
-        counts = np.zeros(vocab_size, np.int64)
+        # A tokenizer may have special tokens beyond the model's rows; no text has them.
+        counts = np.zeros(max(vocab_size, *(len(shard.counts) for shard in shards)), np.int64)
         for shard in shards:
             counts[: len(shard.counts)] += shard.counts
+        counts = counts[:vocab_size]
         occurring = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]  # the most frequent first
         covered = np.cumsum(counts[occurring])
         kept = int(np.searchsorted(covered, math.ceil((coverage or 1) * covered[-1]))) + 1

@@ -178,23 +178,25 @@ def read_examples(benchmark: Benchmark, setting: str, path: Path) -> Messages:
     return [{"role": message["role"], "content": message["content"]} for message in messages]
 
 
-# What transformers' `generate` knows besides, with the values that change nothing.
-IGNORED: dict[str, Any] = {
-    **dict.fromkeys(("typical_p", "encoder_repetition_penalty", "length_penalty", "num_beams", "num_beam_groups"), 1),
-    **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "min_length", "min_new_tokens"), 0),
-    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), 0),
-    **dict.fromkeys(("top_h", "bad_words_ids", "suppress_tokens", "begin_suppress_tokens", "sequence_bias")),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "forced_decoder_ids", "force_words_ids")),
-    **dict.fromkeys(("constraints", "penalty_alpha", "dola_layers", "exponential_decay_length_penalty")),
-    **dict.fromkeys(("stop_strings", "watermarking_config")),
-    "guidance_scale": 1,
-}
+# Fields of generation_config.json that change no answer here: what is obeyed or asked for otherwise, how transformers
+# computes and what it returns. Others do where they have a value; a value of 1 is none for some.
+HARMLESS = """
+top_k top_p min_p repetition_penalty temperature do_sample max_length max_new_tokens bos_token_id eos_token_id
+pad_token_id decoder_start_token_id transformers_version _from_model_config use_cache cache_implementation
+cache_config max_cache_len compile_config disable_compile prefill_chunk_size low_memory output_attentions
+output_hidden_states output_scores output_logits return_dict_in_generate renormalize_logits remove_invalid_values
+early_stopping is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
+prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit assistant_lookbehind target_lookbehind
+"""
+NEUTRAL_AT_1 = """
+typical_p encoder_repetition_penalty length_penalty num_beams num_beam_groups num_return_sequences guidance_scale
+"""
 
 
 def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, Any]:
     """top_k, top_p, min_p and repetition_penalty: as told, or else as transformers' `generate` has them.
 
-    Of generation_config.json also names on stderr what would change an answer there and does not here.
+    Of generation_config.json also names on stderr what would change an answer there and does not here, or is not known.
     """
     options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     path = Path(arguments.model) / "generation_config.json"
@@ -205,7 +207,10 @@ def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, An
             options[name] = fields.number(name, default=1.0)
         if fields.fields.get("min_p"):
             options["min_p"] = fields.number("min_p")
-        ignored = [name for name, neutral in IGNORED.items() if fields.fields.get(name) not in (None, neutral)]
+        if options["min_p"] > 1:
+            raise UserError(f"{path}: min_p must be a number from 0 to 1, not {options['min_p']}")
+        told = {name: value for name, value in fields.fields.items() if name not in HARMLESS.split() and value}
+        ignored = [name for name, value in told.items() if value != 1 or name not in NEUTRAL_AT_1.split()]
         if ignored:
             note(f"{path}: {', '.join(ignored)}: not implemented, and without effect on these answers")
     told = {name: getattr(arguments, name) for name in options}

@@ -166,12 +166,21 @@ def test_sampling_is_by_the_models_generation_config_as_in_transformers(ask, tmp
     told = ["--top-k", 3, "--top-p", 0.5, "--min-p", 0, "--repetition-penalty", 1.1]
     assert options("japanese_mt_bench", *told, directory=directory, out=tmp_path / "ja") == (3, 0.5, 0.0, 1.1)
     assert options("logickor", directory=directory, out=tmp_path / "ko") == (0, 1.0, 0.0, 1.0)
-    fields = {"typical_p": 0.9, "no_repeat_ngram_size": 3, "num_beams": 1, "min_length": 0, "suppress_tokens": None}
+    neutral = {"num_beams": 1, "guidance_scale": 1.0, "min_length": 0, "suppress_tokens": None, "bad_words_ids": []}
+    fields = {"typical_p": 0.9, "no_repeat_ngram_size": 3, **neutral, "min_new_tokens": 1, "unheard_of": "x"}
     (directory / "generation_config.json").write_text(json.dumps(fields))
     said = ask(directory=directory, out=tmp_path / "noted")[1]
-    assert "generation_config.json: typical_p, no_repeat_ngram_size: not implemented" in said
-    (directory / "generation_config.json").write_text('{"top_k": "many"}')
-    assert "generation_config.json: top_k must be a whole number" in ask(directory=directory)[1]
+    assert (
+        "generation_config.json: typical_p, no_repeat_ngram_size, min_new_tokens, unheard_of: not implemented" in said
+    )
+    assert "not implemented" not in ask(out=tmp_path / "whole")[1]
+    for content, mistake in (
+        ({"top_k": "many"}, "top_k must be a whole number"),
+        ({"min_p": 1.5}, "min_p must be a number from 0 to 1, not 1.5"),
+        ({"min_p": -0.5}, "min_p must be a number above 0"),
+    ):
+        (directory / "generation_config.json").write_text(json.dumps(content))
+        assert f"generation_config.json: {mistake}" in ask(directory=directory)[1]
 
 
 def test_settings_of_logickor(ask, benches, model, tmp_path):

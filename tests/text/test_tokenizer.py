@@ -497,6 +497,17 @@ def test_which_file_is_used(sentencepiece_directory, tmp_path):
     assert load_tokenizer(directory).eos_id == 0
 
 
+def test_an_end_of_documents_beyond_the_models_rows(tmp_path):
+    content = json.loads(trained("qwen2"))
+    size = 1 + max(content["model"]["vocab"].values())
+    content["added_tokens"] = [{"id": size, "content": "<|end_of_text|>", "special": True}]
+    directory = write(tmp_path, tokenizer__json=content)
+    assert load_tokenizer(directory, size + 1).eos_id == size
+    message = rf"the special token <\|end_of_text\|> has the id {size}, but the model only {size} rows of embeddings"
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(directory, size)
+
+
 def test_no_tokenizer(tmp_path):
     with pytest.raises(UserError, match=r"looked for tokenizer.json, tokenizer.model, .*vocab.json with merges.txt"):
         load_tokenizer(tmp_path)
