@@ -43,7 +43,7 @@ from elo.data.encoding import (
 from elo.data.json_records import place
 from elo.text.tokenizer import Tokenizer, load_tokenizer
 
-FORMAT = 2  # part of every shard's name: a new format is built anew
+FORMAT = 3  # part of every shard's name: a new format is built anew
 FILES = ("tokens.bin", "documents.bin", "counts.bin")
 BUILDING = ".building-"  # starts the name of a directory in which a shard is being built
 ABANDONED = 24 * 3600  # seconds without a change, after which nobody builds there any more

@@ -7,14 +7,13 @@ Hugging Face's tokenizer.json and tiktoken describe this differently:
 - tiktoken merges ANY two neighbours whose bytes together are a token, the lowest id first, and takes a piece that is
   a token as a whole without merging at all.
 
-`mergeable_ranks` decides whether, and with which tokens, the two give the same ids for every text.
+`merges.mergeable_ranks` decides whether, and with which tokens, the two give the same ids for every text.
 """
 
 import base64
 import binascii
 import re
 import unicodedata
-from collections.abc import Container, Iterable
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -65,6 +64,8 @@ class ByteLevelBPE:
     composed normal form first (Qwen2). `source` is the file, for errors.
     """
 
+    starts_with_space: frozenset[int] = frozenset()  # see `ids.StreamDecoder`; it puts no space before a text
+
     def __init__(self, ranks: dict[bytes, int], pattern: str, source: Path, nfc: bool = False) -> None:
         # tiktoken needs all 256 bytes. SmolLM2 has 235: the others get ids that are never used.
         self._missing = bytes(byte for byte in range(256) if bytes([byte]) not in ranks)
@@ -88,13 +89,17 @@ class ByteLevelBPE:
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
         """The ids of `texts`, which must be valid Unicode (no lone surrogates), as uint32."""
-        if self._nfc:
-            # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
-            # 100 combining marks that are newer than that stands among other marks.
-            texts = [t if unicodedata.is_normalized("NFC", t) else unicodedata.normalize("NFC", t) for t in texts]
-        return list(map(self._encode, texts))
+        return [self.encode_part(self.normalize(text)) for text in texts]
 
-    def _encode(self, text: str) -> np.ndarray:
+    def normalize(self, text: str) -> str:
+        # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
+        # 100 combining marks that are newer than that stands among other marks.
+        if not self._nfc or unicodedata.is_normalized("NFC", text):
+            return text
+        return unicodedata.normalize("NFC", text)
+
+    def encode_part(self, text: str, first: bool = True) -> np.ndarray:
+        """The ids of normalized text, which is encoded alike wherever it stands."""
         data = text.encode() if self._missing else b""
         if len(data.translate(None, delete=self._missing)) == len(data):
             try:
@@ -105,6 +110,11 @@ class ByteLevelBPE:
                         f"{self._source}: its Split pattern cannot cut the text that begins with {text[:40]!r}"
                     ) from None
         return np.array(self._encode_pieces(text), np.uint32)
+
+    @staticmethod
+    def shown(token: str) -> str:
+        """What an added token is decoded to."""
+        return token
 
     def merge(self, piece: bytes) -> list[int]:
         """The ids of a piece, whatever the pattern says; it need not be UTF-8.
@@ -184,16 +194,16 @@ def _to_python(pattern: str) -> str:
 
     def spell(part: re.Match[str]) -> str:
         if part["property"]:
-            return f"[{_characters(part['property'])}]"
+            return f"[{characters(part['property'])}]"
         if part["set"]:
-            return re.sub(_PROPERTY, lambda match: _characters(match.group()), part["set"])
+            return re.sub(_PROPERTY, lambda match: characters(match.group()), part["set"])
         return part.group()
 
     return _PATTERN_PART.sub(spell, pattern)
 
 
 @cache
-def _characters(one_character: str) -> str:
+def characters(one_character: str) -> str:
     """The characters that match in tiktoken, as ranges for a [set] of Python's re."""
     single_bytes = {bytes([byte]): byte for byte in range(256)}
     encoding = tiktoken.Encoding("elo", pat_str=one_character, mergeable_ranks=single_bytes, special_tokens={})
@@ -203,122 +213,6 @@ def _characters(one_character: str) -> str:
     starts = [code for previous, code in zip([-2, *codes], codes, strict=False) if code != previous + 1]
     ends = [code for code, following in zip(codes, [*codes[1:], -2], strict=False) if following != code + 1]
     return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Merges
-
-
-def mergeable_ranks(
-    vocab: dict[str, int],
-    merges: Iterable[tuple[str, str]],
-    source: Path,
-    ignore_merges: bool = False,
-    not_text: Container[str] = (),
-) -> dict[bytes, int]:
-    """The tokens (bytes -> id) with which tiktoken's rule gives the ids of the listed merges. UserError where none do.
-
-    `ignore_merges`: a piece that is in the vocabulary is one token, however its merges end (Llama 3).
-    `not_text`: the added tokens, which no piece may become by that rule.
-
-    Why it is exact: in a stretch of text that no merge has crossed the ends of, merging goes as if it stood alone. So
-    when neighbours x, y together have the bytes of a token t, then merging t's bytes alone arrives at [x, y] too, and
-    no other pair ever makes t. We keep the tokens that their own bytes merge into: for them that pair is listed. No
-    text merges into the others, so they are left out, or, with `ignore_merges`, checked not to be such a pair.
-    """
-    numbered = _numbered(vocab, merges, source)
-    bytes_of = {id: spelled for token, id in vocab.items() if (spelled := token_bytes(token))}
-    single = {id for id, spelled in bytes_of.items() if len(spelled) == 1}
-    if not single:
-        raise UserError(f"{source}: no token is written in the byte-level alphabet")
-    made = {id for _, _, id in numbered}
-    tokens = {spelled: id for id, spelled in bytes_of.items() if id in single or id in made}
-    if ignore_merges:
-        tokens |= {bytes_of[id]: id for token, id in vocab.items() if id in bytes_of and token not in not_text}
-        if _every_pair_is_listed(tokens, numbered):
-            return tokens
-
-    left = _first_parts(numbered, single)
-    ranks = {spelled: id for spelled, id in tokens.items() if id in single or id in left}
-    rest = {spelled: id for spelled, id in tokens.items() if spelled not in ranks}
-    if rest:
-        # Would the kept ones, after all, arrive at a pair that makes one of these?
-        bpe = ByteLevelBPE(ranks, GPT2_PATTERN, source)
-        late = {(x, y) for x, y, id in numbered if id not in left}
-        for spelled, id in rest.items():
-            end = bpe.merge(spelled)
-            if len(end) == 2 and (ignore_merges or tuple(end) in late):
-                why = "from a part with a larger id" if tuple(end) in late else "which is not a listed pair"
-                raise UserError(
-                    f"{source}: tiktoken cannot reproduce the merges: it would make token {id} ({spelled!r:.60}) of "
-                    f"tokens {end[0]} and {end[1]}, {why}"
-                )
-    return ranks | rest if ignore_merges else ranks
-
-
-def _numbered(vocab: dict[str, int], merges: Iterable[tuple[str, str]], source: Path) -> list[tuple[int, int, int]]:
-    """The merges as ids (left, right, made), checked to be in the order of the made ids."""
-    numbered = []
-    last = -1
-    for number, (x, y) in enumerate(merges, 1):
-        try:
-            made = vocab[x + y]
-            numbered.append((vocab[x], vocab[y], made))
-        except KeyError as error:
-            raise UserError(
-                f"{source}: merge {number} needs {error.args[0]!r}, which is not in the vocabulary"
-            ) from error
-        if made < last:
-            raise UserError(
-                f"{source}: merges out of id order: merge {number} makes token {made} after token {last}; tiktoken "
-                "merges in the order of the ids"
-            )
-        last = made
-    return numbered
-
-
-def _every_pair_is_listed(tokens: dict[bytes, int], merges: list[tuple[int, int, int]]) -> bool:
-    """Whether any two tokens that make a third are a listed merge, so that tiktoken's rule is no other one.
-
-    So it is in Llama 3's tokenizer.json, which was converted from tiktoken: about two merges for each token.
-    """
-    listed = {(x, y) for x, y, _ in merges}
-    for spelled in tokens:
-        for cut in range(1, len(spelled)):
-            x = tokens.get(spelled[:cut])
-            if x is not None and (y := tokens.get(spelled[cut:])) is not None and (x, y) not in listed:
-                return False
-    return True
-
-
-def _first_parts(merges: list[tuple[int, int, int]], single: set[int]) -> dict[int, int]:
-    """The tokens that their own bytes merge into, with the left part of their last merge. `single`: those of one byte.
-
-    Tokens arise in the order of their ids, each from smaller ones (a merge with a larger part is passed over). So two
-    parts x, y arise and meet unless, before, something merges across the boundary between them. Which two tokens are
-    at the boundary is known for every moment: going back in time from [x, y], always the later of the two is undone.
-    """
-    left: dict[int, int] = {}
-    right: dict[int, int] = {}
-    made_from: dict[tuple[int, int], int] = {}
-    for x, y, made in merges:
-        if not ((x in left or x in single) and (y in left or y in single)):
-            continue
-        at_left, at_right = x, y
-        while True:
-            undone_left, undone_right = right.get(at_left), left.get(at_right)
-            # These two were neighbours until the later one's id; of equal merges the leftmost is first, hence + 1.
-            if undone_left is not None and (undone_right is None or at_left > at_right):
-                until, at_left = at_left, undone_left
-            elif undone_right is not None:
-                until, at_right = at_right + 1, undone_right
-            else:
-                left[made], right[made] = x, y
-                made_from[x, y] = made
-                break
-            if made_from.get((at_left, at_right), until) < until:
-                break
-    return left
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -162,7 +162,7 @@ def chat_format(
     variables = template_variables(files, bos, text_of[tokenizer.eos_id])
     patterns = added_pattern(tokenizer.added), added_pattern(tokenizer.added, special_only=True)
     own = find_template(files)
-    prefix = _prefix(files) if isinstance(tokenizer.model, SentencePieceModel) else "prepend"
+    prefix = tokenizer.model.prefix.where if isinstance(tokenizer.model, SentencePieceModel) else "prepend"
 
     def made(text: str) -> ChatTemplate:
         return ChatTemplate(text, variables, str(directory), *patterns, now)
@@ -189,21 +189,6 @@ def _built_in(name: str, bos: str | None, prefix: str) -> str:
     # Mistral's texts begin with a space, which some tokenizers put in front of every text themselves.
     space = "''" if prefix == "prepend" else "' '"
     return (bos or "") + FORMATS[name].template.replace("SPACE", space)
-
-
-def _prefix(files: TokenizerFiles) -> str:
-    """Where SentencePiece's space goes in front of a text: see `ChatFormat`."""
-    content = files.json("tokenizer.json")
-    if content is None:
-        return "prepend" if files.config.get("legacy", True) else "first"
-    steps = [content.get("pre_tokenizer"), content.get("normalizer")]
-    steps += [inner for step in steps if isinstance(step, dict) for inner in (step.get("normalizers") or [])]
-    for step in (step for step in steps if isinstance(step, dict)):
-        if step.get("type") == "Metaspace":
-            return str(step.get("prepend_scheme", "always"))
-        if step.get("type") == "Prepend":
-            return "prepend"
-    return "never"
 
 
 def _candidates(tokenizer: Tokenizer, variables: dict[str, str], prefix: str) -> list[tuple[str, str]]:

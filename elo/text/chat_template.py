@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.text.tokenizer_files import AddedToken, TokenizerFiles, token_text
+from elo.text.added_tokens import AddedToken
+from elo.text.tokenizer_files import TokenizerFiles, token_text
 
 TRAIN = "train"  # the key of a message under which False says that it is not to be learned
 Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...}, and perhaps TRAIN

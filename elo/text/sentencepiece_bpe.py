@@ -8,6 +8,7 @@ import numpy as np
 import sentencepiece
 
 from elo.common.errors import UserError
+from elo.text.tokenizer_json import SPACE, Prefix
 
 # The last field of a piece in sentencepiece_model.proto, `Type type = 3`, with the values 4 and 3.
 _USER_DEFINED, _CONTROL = b"\x18\x04", b"\x18\x03"
@@ -19,12 +20,16 @@ class SentencePieceModel:
     text: piece -> id of what texts are made of. control: piece -> id of the control tokens, the unknown token, and the
     user-defined symbols, as far as they are not text. bytes_of: id -> what it decodes to. starts_with_space: the ids
     that lose their space when they come first, because encoding put it there. bos, eos: pieces, None without one.
+    prefix: where the space goes between added tokens, which the file does not tell.
     """
+
+    prefix: Prefix
 
     def __init__(self, data: bytes, source: Path) -> None:
         self._data = data
         self._source = source
-        self._processor = self._load()
+        self._processor = self._load(data)
+        self._also_whole = False
         try:
             self._read_pieces()
             self.forbid(self.control.values())
@@ -33,10 +38,10 @@ class SentencePieceModel:
         except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{source}: a damaged SentencePiece model: {error}") from error
 
-    def _load(self) -> sentencepiece.SentencePieceProcessor:
+    def _load(self, data: bytes) -> sentencepiece.SentencePieceProcessor:
         processor = sentencepiece.SentencePieceProcessor()
         try:
-            processor.LoadFromSerializedProto(self._data)
+            processor.LoadFromSerializedProto(data)
         except (RuntimeError, ValueError) as error:  # ValueError: a complaint about a piece that is not UTF-8
             raise UserError(f"{self._source}: not a SentencePiece model: {error}") from error
         return processor
@@ -52,6 +57,9 @@ class SentencePieceModel:
                 return not re.fullmatch(r"<\|.*\|>", pieces[id])
             return not (processor.is_control(id) or processor.is_unknown(id))
 
+        specs = [spec for number, spec in _protobuf_fields(self._data) if number == 3]
+        self._normalizer = dict(field for spec in specs for field in _protobuf_fields(spec))
+        self.adds_prefix = bool(self._normalizer.get(3, 1))  # add_dummy_prefix
         self.size = len(pieces)
         self.text = {piece: id for id, piece in enumerate(pieces) if is_text(id)}
         self.control = {piece: id for id, piece in enumerate(pieces) if piece not in self.text}
@@ -78,10 +86,50 @@ class SentencePieceModel:
                 self.bytes_of.pop(all_pieces[symbol], None)
         if data != self._data:
             self._data = data
-            self._processor = self._load()
+            self._processor = self._load(data)
+
+    def cut_at_added_tokens(self, also_whole: bool = False) -> None:
+        """Make `normalize` and `encode_part` usable; with `also_whole`, `encode_arrays` is these two. UserError where
+        the model itself normalizes texts."""
+        if self._normalizer.get(2) or self._normalizer.get(4, 1):  # precompiled_charsmap, remove_extra_whitespaces
+            raise UserError(f"{self._source}: added tokens that are text are not supported beside its normalization")
+        if (self.prefix.where != "never") != self.adds_prefix:
+            raise UserError(
+                f"{self._source}: whether a text gets a space in front is said differently there than in "
+                "tokenizer.json or tokenizer_config.json"
+            )
+        self._also_whole = also_whole
+        # Of a field that comes twice the last one counts: normalizer_spec = {add_dummy_prefix = false}.
+        self._plain = self._load(self._data + b"\x1a\x02\x18\x00")
 
     def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        if self._also_whole:
+            return [self.encode_part(self.normalize(text), True) for text in texts]
         return [np.array(self._processor.encode(text), np.uint32) for text in texts]
+
+    def normalize(self, text: str) -> str:
+        """What is done to a text before the added tokens that are `normalized` are looked for."""
+        if not self.prefix.by_normalizer:
+            return text
+        return (SPACE if text and self.prefix.where == "prepend" else "") + text.replace(" ", SPACE)
+
+    def encode_part(self, text: str, first: bool) -> np.ndarray:
+        """The ids of normalized text that stands between added tokens; `first`: before all of them."""
+        where = "never" if self.prefix.by_normalizer else self.prefix.where
+        # SentencePiece itself puts a space before any text, also one that begins with a space.
+        has_one = where != "prepend" and text.startswith((" ", SPACE)) and (self._also_whole or not first)
+        if text and not has_one and (where in ("prepend", "always") or (first and where == "first")):
+            text = SPACE + text
+        return np.array(self.encode_plain(text), np.uint32)
+
+    def encode_plain(self, text: str) -> list[int]:
+        """The ids of exactly this text, without a space in front."""
+        return self._plain.encode(text)
+
+    @staticmethod
+    def shown(token: str) -> str:
+        """What an added token is decoded to."""
+        return token.replace(SPACE, " ")
 
 
 def _user_defined_symbols(model: bytes) -> Iterator[tuple[str, bytes]]:

@@ -4,42 +4,39 @@
     ids = tokenizer.encode_document("Text.")    # [128000, 1199, 13, 128001]
 
 Text never becomes a special token: `encode("<|im_end|>")` are the ids of these ten characters. Special tokens are added
-by code, with the ids in `special_tokens`. So the ids are those of Hugging Face's tokenizer without its added tokens, of
-`sp.encode` in SentencePiece, and of `encode_ordinary` in tiktoken.
+by code, with the ids in `special_tokens`. Added tokens that are not special are text like any other. So the ids are
+those of Hugging Face's tokenizer with `encode_special_tokens`, of `sp.encode` in SentencePiece, and of
+`encode_ordinary` in tiktoken.
 """
 
-import codecs
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from elo.common.errors import UserError
+from elo.text.added_tokens import AddedToken, read_added_tokens
 from elo.text.byte_level_bpe import (
     BYTE_ALPHABET,
     GPT2_PATTERN,
     LLAMA3_PATTERN,
     QWEN2_PATTERN,
     ByteLevelBPE,
-    mergeable_ranks,
     read_tiktoken,
     token_bytes,
 )
+from elo.text.ids import Tokenizer
+from elo.text.merges import mergeable_ranks
 from elo.text.sentencepiece_bpe import SentencePieceModel
-from elo.text.tokenizer_files import (
-    AddedToken,
-    TokenizerFiles,
-    field,
+from elo.text.sentencepiece_json import sentencepiece_of
+from elo.text.tokenizer_files import TokenizerFiles, field, read_merges_txt, read_pair, read_vocabulary, token_text
+from elo.text.tokenizer_json import (
+    Prefix,
+    check_bpe,
+    check_decoder,
     has_byte_level,
     is_nfc,
-    read_added_tokens,
-    read_merges_txt,
-    read_pair,
     read_pattern,
+    read_prefix,
     read_template_bos,
-    read_vocabulary,
-    token_text,
 )
 
 # SentencePiece, or Llama 3's lines of `base64 rank`; the content tells which.
@@ -49,7 +46,7 @@ MODEL_FILES = ("tokenizer.model", "tokenizer.model.v3", "original/tokenizer.mode
 END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
-def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tokenizer":
+def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint directory. UserError naming the file when it cannot be represented exactly.
 
     With the number of the model's `embeddings` also if it makes tokens for which there is none.
@@ -58,7 +55,8 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tok
     1. tokenizer.json, if it is a byte-level BPE (Llama 3, Qwen2, SmolLM2);
     2. tokenizer.model, tokenizer.model.v3 or original/tokenizer.model: SentencePiece (Llama 2, Mistral, whose
        tokenizer.json restates it) or Llama 3's own format;
-    3. vocab.json with merges.txt, of a tokenizer_class that tells how to cut text (Qwen2, GPT-2).
+    3. tokenizer.json, if it is a BPE with byte fallback (Llama 2, Mistral as transformers 5 saves them);
+    4. vocab.json with merges.txt, of a tokenizer_class that tells how to cut text (Qwen2, GPT-2).
 
     Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json together.
     """
@@ -71,11 +69,7 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tok
         kind = _from_sentencepiece if files.read(name)[:1] == b"\n" else _from_llama3_model
         tokenizer = kind(files, name)
     elif tokenizer_json is not None:
-        pre_tokenizer = tokenizer_json.get("pre_tokenizer") or {}
-        raise UserError(
-            f"{files.path('tokenizer.json')}: not a byte-level BPE (pre_tokenizer: {pre_tokenizer!r:.100}). If it "
-            "restates a SentencePiece model (Llama 2, Mistral), its file tokenizer.model is needed next to it"
-        )
+        tokenizer = _from_sentencepiece_json(files, tokenizer_json)
     elif files.read("vocab.json") is not None and files.read("merges.txt") is not None:
         tokenizer = _from_vocab_json(files)
     else:
@@ -86,7 +80,7 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tok
     tokenizer.fingerprint, tokenizer.embeddings = files.fingerprint(), embeddings
     if embeddings is not None:
         # Fine-tunes may add a padding token without a row for it; it is never made from text.
-        beyond = sum(number >= embeddings for number in tokenizer.special_tokens.values())
+        beyond = sum(token.special and token.id >= embeddings for token in tokenizer.added.values())
         if tokenizer.vocab_size - beyond > embeddings:
             raise UserError(
                 f"{directory}: the tokenizer has {tokenizer.vocab_size} tokens, the model only {embeddings}; "
@@ -98,103 +92,6 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> "Tok
     return tokenizer
 
 
-class Tokenizer:
-    """Text to ids and back; made by `load_tokenizer`. Can be pickled.
-
-    vocab_size: 1 + the largest id. special_tokens: text -> id of all added and control tokens. bos_id and eos_id: what
-    the family puts before (None: nothing) and after a document in pretraining. fingerprint: SHA-256 (hex) of the files.
-    """
-
-    bos_id: int | None
-    eos_id: int
-    fingerprint: str
-    embeddings: int | None = None  # rows of the model's embedding, where that is known
-
-    def __init__(
-        self,
-        model: ByteLevelBPE | SentencePieceModel,
-        bytes_of: dict[int, bytes],
-        added: dict[str, AddedToken],
-        starts_with_space: frozenset[int] = frozenset(),
-    ) -> None:
-        """`bytes_of`: what the ids of ordinary tokens decode to. `starts_with_space`: see `StreamDecoder`."""
-        self.model = model
-        self.added = added
-        self.special_tokens = {text: token.id for text, token in added.items()}
-        self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
-        # Of the added tokens only those that are not special are text: Qwen's <tool_call> is what a model writes.
-        text_tokens = {token.id: text.encode(errors="replace") for text, token in added.items() if not token.special}
-        self._bytes_of = text_tokens | bytes_of
-        self._starts_with_space = starts_with_space
-
-    def special_id(self, text: str) -> int:
-        """The id of an added token that code puts among those of texts. UserError if the model has no row for it."""
-        id = self.special_tokens[text]
-        if self.embeddings is not None and id >= self.embeddings:
-            raise UserError(
-                f"the special token {text} has the id {id}, but the model only {self.embeddings} rows of embeddings; "
-                "give it more first (in transformers: resize_token_embeddings)"
-            )
-        return id
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`, never one of a special token. UserError for lone surrogates: they are not Unicode text."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        """`encode` for many texts, in this thread."""
-        return [ids.tolist() for ids in self.encode_arrays(texts)]
-
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """The same as arrays of uint32: 4 bytes a token, and no list of Python's integers on the way from tiktoken."""
-        for text in texts:
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                raise UserError(
-                    f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
-                ) from error
-        return self.model.encode_arrays(texts)
-
-    def encode_document(self, text: str) -> list[int]:
-        """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return [*bos, *self.encode(text), self.eos_id]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; the inverse of `encode`. Special and unknown ids give nothing, broken UTF-8 U+FFFD."""
-        stream = self.stream_decoder()
-        return "".join([*map(stream.push, ids), stream.flush()])
-
-    def stream_decoder(self) -> "StreamDecoder":
-        """A decoder that takes one id at a time."""
-        return StreamDecoder(self._bytes_of, self._starts_with_space)
-
-
-class StreamDecoder:
-    """`push` returns the characters that an id completes, `flush` what is left at the end; together: `decode`.
-
-    `starts_with_space`: SentencePiece puts a space before a text, so one is taken off these if they come first.
-    """
-
-    def __init__(self, bytes_of: dict[int, bytes], starts_with_space: frozenset[int]) -> None:
-        self._bytes_of = bytes_of
-        self._starts_with_space = starts_with_space
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._at_start = True
-
-    def push(self, id: int) -> str:
-        data = self._bytes_of.get(int(id), b"")
-        if self._at_start and data:
-            self._at_start = False
-            if int(id) in self._starts_with_space:
-                data = data[1:]
-        return self._utf8.decode(data)
-
-    def flush(self) -> str:
-        return self._utf8.decode(b"", final=True)
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Byte-level BPE: Llama 3, Qwen2, SmolLM2
 
@@ -202,14 +99,8 @@ class StreamDecoder:
 def _from_tokenizer_json(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
     source = files.path("tokenizer.json")
     model = field(content, "model", dict, source, {})
-    for option, supported in (
-        ("type", ("BPE", None)),
-        ("dropout", (None, 0)),
-        ("continuing_subword_prefix", (None, "")),
-        ("end_of_word_suffix", (None, "")),
-    ):
-        if model.get(option) not in supported:
-            raise UserError(f"{source}: {option} = {model[option]!r:.100} in the model is not supported")
+    check_bpe(model, source)
+    check_decoder(content, source, None)
     ignore_merges = field(model, "ignore_merges", bool, source, False)
     nfc = is_nfc(field(content, "normalizer", dict, source, {}), source)
     pattern = read_pattern(field(content, "pre_tokenizer", dict, source, {}), source)
@@ -263,14 +154,14 @@ def _byte_level(
         if id not in bytes_of and token not in added:
             # No text becomes this token, but a model might say it.
             bytes_of[id] = token_bytes(token) or token.encode(errors="replace")
-    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added)
+    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added, source)
 
 
 def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
     ranks = read_tiktoken(files.read(name) or b"", files.path(name))
     added = read_added_tokens(files, {}) or _llama3_added_tokens(len(ranks))
     bpe = ByteLevelBPE(ranks, LLAMA3_PATTERN, files.path(name))
-    tokenizer = Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added)
+    tokenizer = Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added, files.path(name))
     return _with_document_ends(tokenizer, files, "<|begin_of_text|>")
 
 
@@ -305,9 +196,44 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
     renamed = {token.id for token in added.values()}
     added |= {piece: AddedToken(id, special=True) for piece, id in model.control.items() if id not in renamed}
 
-    tokenizer = Tokenizer(model, model.bytes_of, added, model.starts_with_space)
+    model.prefix = _prefix(files, model)
+    if not all(token.special for token in added.values()):
+        model.cut_at_added_tokens()
+    tokenizer = Tokenizer(model, model.bytes_of, added, files.path(name))
     add_bos = field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), True)
     return _with_document_ends(tokenizer, files, model.bos if add_bos else None, model.eos)
+
+
+def _prefix(files: TokenizerFiles, model: SentencePieceModel) -> Prefix:
+    if (content := files.json("tokenizer.json")) is not None:
+        return read_prefix(content, files.path("tokenizer.json"), uncut=False)
+    source = files.path("tokenizer_config.json")
+    if not field(files.config, "add_prefix_space", bool, source, model.adds_prefix):
+        return Prefix("never")
+    return Prefix("prepend" if field(files.config, "legacy", bool, source, True) else "first")
+
+
+def _from_sentencepiece_json(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
+    source = files.path("tokenizer.json")
+    model = field(content, "model", dict, source, {})
+    vocab = read_vocabulary(field(model, "vocab", dict, source, {}), source)
+    merges = [read_pair(merge, source) for merge in field(model, "merges", list, source, [])]
+    unknown = model.get("unk_token") or token_text(files.config.get("unk_token")) or "<unk>"
+    added = read_added_tokens(files, vocab)
+    try:
+        check_bpe(model, source)
+        if not model.get("byte_fallback") or model.get("ignore_merges"):
+            raise UserError(f"{source}: neither byte-level, nor with byte_fallback and without ignore_merges")
+        prefix = read_prefix(content, source)
+        check_decoder(content, source, prefix)
+        sentencepiece = sentencepiece_of(vocab, merges, unknown, prefix, added, source)
+    except UserError as error:
+        raise UserError(
+            f"{error}. If it restates a SentencePiece model, put that, tokenizer.model, next to it"
+        ) from error
+    tokenizer = Tokenizer(sentencepiece, sentencepiece.bytes_of, added, source)
+    bos = read_template_bos(field(content, "post_processor", dict, source, {}), source)
+    return _with_document_ends(tokenizer, files, bos or _config_bos(files))
 
 
 def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Path) -> None:

@@ -8,6 +8,7 @@ from harness import case_directory, cases, result_or_user_error
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import TEXTS, changed_bytes, changed_json, changed_json_file, dumped, values
+from small_tokenizer import llama_json
 
 from elo.text.chat_format import chat_format
 from elo.text.tokenizer import load_tokenizer
@@ -160,6 +161,22 @@ def test_llama3_lines(data):
 
 
 # ---- SentencePiece
+
+
+@cases(40)
+@given(st.data())
+def test_a_tokenizer_json_that_restates_sentencepiece(data):
+    document = json.loads(json.dumps(llama_json(data.draw(st.sampled_from(["first", "prepend"])))))
+    added = {"id": 500, "content": "뭐?", "special": False, "normalized": True, "lstrip": False, "rstrip": True}
+    document["added_tokens"].append(added | {"single_word": False})
+    part = data.draw(st.sampled_from(["added_tokens", "normalizer", "pre_tokenizer", "decoder", "model", "vocab"]))
+    if part == "vocab":
+        vocab = document["model"]["vocab"]
+        for token in data.draw(st.lists(st.sampled_from(sorted(vocab)), min_size=1, max_size=4)):
+            vocab[data.draw(st.sampled_from([token, *TEXTS, "▁" * 2000]))] = data.draw(st.integers(-2, 600) | values)
+    else:
+        document[part] = data.draw(changed_json(document[part]))
+    try_with({"tokenizer.json": dumped(document)}, lambda directory: load_tokenizer(directory).encode_batch(WORDS))
 
 
 @cases(60, share=1.5)

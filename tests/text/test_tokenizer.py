@@ -18,6 +18,7 @@ import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_tokenizer import TRAINING_TEXT, llama_json, sentencepiece_model
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from elo.common.errors import UserError
@@ -27,19 +28,15 @@ from elo.text.byte_level_bpe import (
     LLAMA3_PATTERN,
     QWEN2_PATTERN,
     ByteLevelBPE,
-    mergeable_ranks,
 )
+from elo.text.merges import mergeable_ranks
+from elo.text.sentencepiece_json import sentencepiece_of
 from elo.text.tokenizer import Tokenizer, load_tokenizer
+from elo.text.tokenizer_json import Prefix
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers of ../shared/data are not here")
 
-TRAINING_TEXT = [
-    "The quick brown fox doesn't jump over 1234 lazy dogs; they're   asleep.\n\n\tIndented = {code: 42}\r\n",
-    "효율적인 언어 학습은 적은 비용으로 새로운 언어를 배웁니다. 한국어 문장을 2023년에 모았습니다!",
-    "日本語の文章もあります。これは東京タワーです。١٢٣ ½ Ⅷ 😀👍🏽 naïve café",
-    "<|im_start|>user\n[INST] hello [/INST]</s><|endoftext|> <tool_call>",
-] * 3
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 # Pieces where the rules of the families meet: digits after spaces, contractions, marks, bytes without a token.
@@ -140,19 +137,12 @@ def loaded(tmp_path_factory):
 
 
 def train_sentencepiece(directory: Path, **options: object) -> Path:
-    directory.mkdir(exist_ok=True, parents=True)
-    settings = {"vocab_size": 500, "byte_fallback": True, "model_type": "bpe", "character_coverage": 0.98}
-    settings |= {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "minloglevel": 2}
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TRAINING_TEXT), model_prefix=str(directory / "tokenizer"), **settings | options
-    )
-    (directory / "tokenizer.vocab").unlink()
-    return directory
+    return write(directory, tokenizer__model=sentencepiece_model(**options))
 
 
 @pytest.fixture(scope="module")
 def sentencepiece_directory(tmp_path_factory):
-    return train_sentencepiece(tmp_path_factory.mktemp("sp"), control_symbols=["[INST]", "[/INST]"])
+    return train_sentencepiece(tmp_path_factory.mktemp("sp"), control_symbols="[INST],[/INST]")
 
 
 def processor_of(directory: Path) -> sentencepiece.SentencePieceProcessor:
@@ -258,7 +248,7 @@ def test_sentencepiece_decodes_as_its_model_says(tmp_path, add_dummy_prefix):
 
 def test_user_defined_symbols_that_are_special_are_not_found_in_text(tmp_path):
     symbols = ["<|im_end|>", "[DOC_1]", "[CALL]"]
-    directory = train_sentencepiece(tmp_path / "sp", user_defined_symbols=symbols)
+    directory = train_sentencepiece(tmp_path / "sp", user_defined_symbols=",".join(symbols))
     reference = processor_of(directory)
     call = reference.piece_to_id("[CALL]")
     write(directory, tokenizer_config__json={"added_tokens_decoder": {call: {"content": "[CALL]", "special": True}}})
@@ -354,6 +344,89 @@ def test_accepted_merges_are_exact_and_nothing_else_is_accepted():
     assert 100 < accepted < 300
 
 
+@pytest.mark.parametrize("scheme", ["first", "always", "never", "prepend"])
+def test_a_tokenizer_json_that_restates_sentencepiece(tmp_path, scheme):
+    """As transformers 5 saves Llama 2 and Mistral, and with the normalizer of transformers 4."""
+    directory = write(tmp_path, tokenizer__json=llama_json(scheme))
+    ours, reference = load_tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    reference.encode_special_tokens = True
+
+    @settings(max_examples=300, deadline=None)
+    @given(texts)
+    def check(text):
+        ids = ours.encode(text)
+        assert ids == reference.encode(text, add_special_tokens=False).ids
+        assert ours.decode(ids) == reference.decode(ids)
+
+    check()
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (None, 2, 500)
+    assert pickle.loads(pickle.dumps(ours)).encode_batch(PIECES) == ours.encode_batch(PIECES)
+    every = range(reference.get_vocab_size())
+    assert [ours.decode([id]) for id in every] == [reference.decode([id]) for id in every]
+    content = llama_json(scheme) | {"post_processor": json.loads(begin_of_text(0).__getstate__())}
+    content["added_tokens"] = content["added_tokens"] + [{"id": 500, "content": "<|begin_of_text|>", "special": True}]
+    assert load_tokenizer(write(tmp_path, tokenizer__json=content)).bos_id == 500
+
+
+LLAMA_REFUSED = {
+    "byte_fallback": {"model": lambda model: {"byte_fallback": False}},
+    "ignore_merges": {"model": lambda model: {"ignore_merges": True}},
+    "type = 'Unigram'": {"model": lambda model: {"type": "Unigram"}},
+    "dropout = 0.5": {"model": lambda model: {"dropout": 0.5}},
+    "continuing_subword_prefix = '##'": {"model": lambda model: {"continuing_subword_prefix": "##"}},
+    "merges out of order": {"model": lambda model: {"merges": [*model["merges"], model["merges"][0]]}},
+    "merge 1 needs 'zzz'": {"model": lambda model: {"merges": [["zzz", "t"]]}},
+    "1 of the 256 tokens <0x00> to <0xFF> are missing": {
+        "model": lambda model: {"vocab": {"x" if t == "<0x41>" else t: id for t, id in model["vocab"].items()}}
+    },
+    "gaps": {"model": lambda model: {"vocab": model["vocab"] | {"zzz": 600}}},
+    "unk_token 't'": {"model": lambda model: {"unk_token": "t"}},
+    "'NFKC'": {"normalizer": lambda _: {"type": "NFKC"}},
+    "'Lowercase'": {"normalizer": lambda _: {"type": "Lowercase"}},
+    "'split': True": {"pre_tokenizer": lambda old: {"split": True}},
+    "'Whitespace'": {"pre_tokenizer": lambda _: {"type": "Whitespace"}},
+    "decoder {'type': 'ByteFallback'}": {"decoder": lambda _: {"type": "ByteFallback"}},
+    "post_processor 'BertProcessing'": {"post_processor": lambda _: {"type": "BertProcessing"}},
+}
+
+
+@pytest.mark.parametrize("message", LLAMA_REFUSED)
+def test_what_a_tokenizer_json_that_restates_sentencepiece_may_not_say(tmp_path, message):
+    content = dict(llama_json())
+    for name, change in LLAMA_REFUSED[message].items():
+        new = change(content[name])
+        content[name] = new if name == "decoder" else (content[name] or {}) | new
+    with pytest.raises(UserError, match=r"tokenizer.json.*" + re.escape(message)):
+        load_tokenizer(write(tmp_path, tokenizer__json=content))
+
+
+def test_merges_of_characters_are_exact_or_refused(tmp_path):
+    """Random vocabularies over two letters, as above; here several merges may make one token."""
+    rnd = random.Random(1)
+    short_texts = ["".join(letters) for n in range(1, 8) for letters in itertools.product("ab", repeat=n)]
+    source, accepted = Path("tokenizer.json"), 0
+    for _ in range(60):
+        vocab = {"<unk>": 0} | {f"<0x{byte:02X}>": byte + 1 for byte in range(256)} | {"a": 257, "b": 258}
+        merges: dict[tuple[str, str], None] = {}
+        for _ in range(rnd.randint(1, 9)):
+            tokens = list(vocab)[257:]
+            made = rnd.choice(tokens) + rnd.choice(tokens)
+            if len(made) < 7:
+                vocab.setdefault(made, len(vocab))
+                cuts = [(made[:cut], made[cut:]) for cut in range(1, len(made))]
+                merges |= dict.fromkeys(cut for cut in cuts if set(cut) <= vocab.keys() and rnd.random() < 0.8)
+        vocab.setdefault("".join(rnd.choices("ab", k=4)), len(vocab))
+        reference = tokenizers.Tokenizer(models.BPE(vocab, list(merges), byte_fallback=True))
+        try:
+            ours = sentencepiece_of(vocab, list(merges), "<unk>", Prefix("never"), {}, source)
+        except UserError:
+            continue
+        accepted += 1
+        for text in short_texts:
+            assert ours.encode_arrays([text])[0].tolist() == reference.encode(text).ids
+    assert accepted > 20
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Special tokens, documents, decoding
 
@@ -399,15 +472,6 @@ def test_added_tokens_of_a_fine_tune(sentencepiece_directory, tmp_path):
     assert ours.special_tokens["<|im_end|>"] == 500 and ours.vocab_size == 501
     assert ours.special_tokens["<|im_start|>"] == 3 and "[INST]" not in ours.special_tokens
     assert ours.eos_id == 2
-
-
-def test_added_tokens_that_are_not_special_are_text(tmp_path):
-    content = json.loads(trained("qwen2"))
-    content["added_tokens"] += [{"id": 900, "content": "<tool_call>", "special": False}]
-    ours = load_tokenizer(write(tmp_path, tokenizer__json=content))
-    assert 900 not in ours.encode("<tool_call>")
-    assert ours.decode([900, 2, 1, *ours.encode("{}")]) == "<tool_call>{}"
-    assert ours.special_tokens["<tool_call>"] == 900 and ours.vocab_size == 901
 
 
 def test_entries_that_no_merge_makes_are_not_tokens_of_text(tmp_path):
@@ -485,7 +549,7 @@ def test_which_file_is_used(sentencepiece_directory, tmp_path):
         "pre_tokenizer": {"type": "Metaspace"},
     }
     directory = write(tmp_path / "mistral", tokenizer__json=content)
-    with pytest.raises(UserError, match=r"tokenizer.json.*Metaspace.*tokenizer.model is needed"):
+    with pytest.raises(UserError, match=r"tokenizer.json.*Metaspace.*put that, tokenizer.model, next to it"):
         load_tokenizer(directory)
     shutil.copy(sentencepiece_directory / "tokenizer.model", directory / "tokenizer.model.v3")
     ours = load_tokenizer(directory)
@@ -697,3 +761,16 @@ def test_published_mistral(tmp_path):
     assert ours.encode("[REFERENCE_DOC_1]") == reference.encode("[REFERENCE_DOC_1]", bos=False, eos=False)
     assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (1, 2, 32768)
     assert ours.special_tokens["[/INST]"] == 4
+
+
+@needs_shared
+@pytest.mark.parametrize("scheme", ["first", "prepend"])
+def test_published_mistral_without_its_model_file(tmp_path, scheme):
+    model = (SHARED / "tokenizers/mistral-v0.3/tokenizer.model").read_bytes()
+    directory = write(tmp_path, tokenizer__json=llama_json(scheme, model))
+    ours, reference = load_tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    reference.encode_special_tokens = True
+    rnd, pieces = random.Random(0), [*llama_json(scheme, model)["model"]["vocab"], *PIECES]
+    documents = [*corpus(), *("".join(rnd.choices(pieces, k=6)).replace("▁", rnd.choice("▁ ")) for _ in range(5000))]
+    expected = [encoding.ids for encoding in reference.encode_batch(documents, add_special_tokens=False)]
+    assert ours.encode_batch(documents) == expected

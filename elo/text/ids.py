@@ -1,0 +1,122 @@
+"""Text to ids and back."""
+
+import codecs
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from elo.common.errors import UserError
+from elo.text.added_tokens import AddedToken, AddedTokenSplitter
+from elo.text.byte_level_bpe import ByteLevelBPE
+from elo.text.sentencepiece_bpe import SentencePieceModel
+
+
+class Tokenizer:
+    """Text to ids and back; made by `tokenizer.load_tokenizer`. Can be pickled.
+
+    vocab_size: 1 + the largest id. special_tokens: text -> id of all added and control tokens. bos_id and eos_id: what
+    the family puts before (None: nothing) and after a document in pretraining. fingerprint: SHA-256 (hex) of the files.
+    """
+
+    bos_id: int | None
+    eos_id: int
+    fingerprint: str
+    embeddings: int | None = None  # rows of the model's embedding, where that is known
+
+    def __init__(
+        self,
+        model: ByteLevelBPE | SentencePieceModel,
+        bytes_of: dict[int, bytes],
+        added: dict[str, AddedToken],
+        source: Path,
+    ) -> None:
+        """`bytes_of`: what the ids of ordinary tokens decode to. `source`: the file, for errors."""
+        self.model = model
+        self.added = added
+        self.special_tokens = {text: token.id for text, token in added.items()}
+        self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
+        as_text = {text: token for text, token in added.items() if not token.special}
+        self._splitter = AddedTokenSplitter(added, model.normalize, source) if as_text else None
+        shown = {
+            token.id: model.shown(model.normalize(text) if token.normalized else text).encode(errors="replace")
+            for text, token in as_text.items()
+        }
+        self._bytes_of = bytes_of | shown
+        self._starts_with_space = model.starts_with_space
+        if model.starts_with_space:
+            self._starts_with_space |= {id for id, spelled in shown.items() if spelled[:1] == b" "}
+
+    def special_id(self, text: str) -> int:
+        """The id of an added token that code puts among those of texts. UserError if the model has no row for it."""
+        id = self.special_tokens[text]
+        if self.embeddings is not None and id >= self.embeddings:
+            raise UserError(
+                f"the special token {text} has the id {id}, but the model only {self.embeddings} rows of embeddings; "
+                "give it more first (in transformers: resize_token_embeddings)"
+            )
+        return id
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of `text`, never one of a special token. UserError for lone surrogates: they are not Unicode text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """`encode` for many texts, in this thread."""
+        return [ids.tolist() for ids in self.encode_arrays(texts)]
+
+    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
+        """The same as arrays of uint32: 4 bytes a token, and no list of Python's integers on the way from tiktoken."""
+        for text in texts:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise UserError(
+                    f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
+                ) from error
+        if self._splitter is None:
+            return self.model.encode_arrays(texts)
+        return [np.concatenate([np.array([], np.uint32), *self._parts(text)]) for text in texts]
+
+    def _parts(self, text: str) -> Iterator[np.ndarray]:
+        for number, part in enumerate(self._splitter.split(text)):
+            is_token = isinstance(part, int)
+            yield np.array([part], np.uint32) if is_token else self.model.encode_part(part, first=number == 0)
+
+    def encode_document(self, text: str) -> list[int]:
+        """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
+        bos = [] if self.bos_id is None else [self.bos_id]
+        return [*bos, *self.encode(text), self.eos_id]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; the inverse of `encode`. Special and unknown ids give nothing, broken UTF-8 U+FFFD."""
+        stream = self.stream_decoder()
+        return "".join([*map(stream.push, ids), stream.flush()])
+
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder that takes one id at a time."""
+        return StreamDecoder(self._bytes_of, self._starts_with_space)
+
+
+class StreamDecoder:
+    """`push` returns the characters that an id completes, `flush` what is left at the end; together: `decode`.
+
+    `starts_with_space`: SentencePiece puts a space before a text, so one is taken off these if they come first.
+    """
+
+    def __init__(self, bytes_of: dict[int, bytes], starts_with_space: frozenset[int]) -> None:
+        self._bytes_of = bytes_of
+        self._starts_with_space = starts_with_space
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = True
+
+    def push(self, id: int) -> str:
+        data = self._bytes_of.get(int(id), b"")
+        if self._at_start and data:
+            self._at_start = False
+            if int(id) in self._starts_with_space:
+                data = data[1:]
+        return self._utf8.decode(data)
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
