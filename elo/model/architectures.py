@@ -17,7 +17,7 @@ Windows = tuple[int | None, ...]  # each layer's attention window in tokens, Non
 class Architecture:
     name: str  # of its class in transformers, as in config.json's `architectures`
     model_type: str
-    defaults: dict[str, Any]  # of transformers, for fields that config.json leaves out
+    defaults: dict[str, Any]  # of transformers, for fields that config.json leaves out; these need not be NEUTRAL
     windows: Callable[[Fields, int], Windows]  # of config.json and the number of layers
     qkv_bias: bool = False  # whatever `attention_bias` says, which counts where `defaults` has it
     query_key_norm: bool = False  # an RMSNorm of each head's query and key before they are rotated

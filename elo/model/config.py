@@ -60,9 +60,8 @@ class ModelConfig:
     def from_json(fields: dict[str, Any], where: str = "config.json") -> "ModelConfig":
         """Both dialects: `rope_theta` + `rope_scaling` (transformers 4) and `rope_parameters` (transformers 5)."""
         architecture = _architecture(fields, where)
-        has_bias = "attention_bias" in architecture.defaults
         for name, neutral in NEUTRAL.items():
-            if name in fields and fields[name] not in neutral and not (has_bias and name == "attention_bias"):
+            if name in fields and fields[name] not in neutral and name not in architecture.defaults:
                 raise UserError(f"{where}: {name} = {shown(fields[name])} is not implemented for {architecture.name}")
 
         read = Fields({**architecture.defaults, **fields}, where)

@@ -64,15 +64,15 @@ class Attention(nn.Module):
         self.attend = ScaledDotProductAttention()
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, (batch, heads, sequence, head_dim); keys and values, (batch, kv_heads, sequence, head_dim)."""
-        q, k, v = (
-            layer(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2)
-            for layer in (self.q_proj, self.k_proj, self.v_proj)
-        )
-        return q, k, v
+        """Queries, (batch, sequence, heads x head_dim); keys and values, (batch, sequence, kv_heads x head_dim)."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+
+    def split_heads(self, x: Tensor) -> Tensor:
+        """(batch, heads, sequence, head_dim)"""
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, extend: Extend | None = None) -> Tensor:
-        q, k, v = self.project(x)
+        q, k, v = (self.split_heads(part) for part in self.project(x))
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if extend is not None:
             k, v = extend(k, v)
@@ -92,8 +92,13 @@ class MLP(nn.Module):
         self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The gate and what passes through it."""
+        return self.gate_proj(x), self.up_proj(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        gate, up = self.project(x)
+        return self.down_proj(F.silu(gate) * up)
 
 
 class Block(nn.Module):

@@ -1,7 +1,6 @@
 """A model for inference on a CPU: fewer and larger products, of weights that lie as its kernels want them."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elo.cpu import onednn
@@ -28,28 +27,29 @@ class PackedLinear(nn.Module):
 class PackedAttention(Attention):
     """Queries, keys and values are one product; all else is the decoder's."""
 
-    def __init__(self, attention: Attention) -> None:
-        nn.Module.__init__(self)  # not Attention's, which makes layers
-        self.head_dim = attention.head_dim
-        layers = attention.q_proj, attention.k_proj, attention.v_proj
-        self.heads = [layer.out_features // self.head_dim for layer in layers]
-        self.qkv_proj, self.o_proj = PackedLinear(*layers), PackedLinear(attention.o_proj)
-        self.q_norm, self.k_norm, self.attend = attention.q_norm, attention.k_norm, attention.attend
-
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return self.qkv_proj(x).view(*x.shape[:2], -1, self.head_dim).transpose(1, 2).split(self.heads, 1)
+        return self.qkv_proj(x).split(self.widths, -1)
 
 
-class PackedMLP(nn.Module):
-    """The gate and what passes through it are one product."""
+class PackedMLP(MLP):
+    """The gate and what passes through it are one product; all else is the decoder's."""
 
-    def __init__(self, mlp: MLP) -> None:
-        super().__init__()
-        self.gate_up_proj, self.down_proj = PackedLinear(mlp.gate_proj, mlp.up_proj), PackedLinear(mlp.down_proj)
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.gate_up_proj(x).chunk(2, dim=-1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+
+def _pack_attention(attention: Attention) -> None:
+    layers = attention.q_proj, attention.k_proj, attention.v_proj
+    attention.widths = [layer.out_features for layer in layers]
+    attention.qkv_proj, attention.o_proj = PackedLinear(*layers), PackedLinear(attention.o_proj)
+    del attention.q_proj, attention.k_proj, attention.v_proj
+    attention.__class__ = PackedAttention
+
+
+def _pack_mlp(mlp: MLP) -> None:
+    mlp.gate_up_proj, mlp.down_proj = PackedLinear(mlp.gate_proj, mlp.up_proj), PackedLinear(mlp.down_proj)
+    del mlp.gate_proj, mlp.up_proj
+    mlp.__class__ = PackedMLP
 
 
 def pack_weights(model: CausalLM) -> CausalLM:
@@ -68,8 +68,8 @@ def pack_weights(model: CausalLM) -> CausalLM:
     for block in model.model.layers:
         # What these do not know stays as it is.
         if type(block.self_attn) is Attention:
-            block.self_attn = PackedAttention(block.self_attn)
+            _pack_attention(block.self_attn)
         if type(block.mlp) is MLP:
-            block.mlp = PackedMLP(block.mlp)
+            _pack_mlp(block.mlp)
     model.lm_head = PackedLinear(model.lm_head)
     return model
