@@ -6,7 +6,7 @@ theta + scale * (theta_instruct - theta_base)
 import math
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ BLOCK = 2**20
 
 # The ids that end a text or fill a batch, which instruction tuning may have changed.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+# Of a configuration's fields those that change no hidden state.
+MAY_DIFFER = ("vocab_size", "max_position_embeddings", "tie_word_embeddings")
 
 
 @dataclass(frozen=True)
@@ -149,7 +151,7 @@ def _check_same(ours: Checkpoint, other: Checkpoint, *names: str, hint: str = ""
 def _other_mathematics(merge: Merge) -> Iterator[str]:
     ours = merge.model
     for other in (other for vector in merge.vectors for other in (vector.base, vector.instruct)):
-        for name in ("rope", "rms_norm_eps", "sliding_windows"):
+        for name in (field.name for field in fields(ModelConfig) if field.compare and field.name not in MAY_DIFFER):
             if getattr(other.config, name) != getattr(ours.config, name):
                 yield f"{name} differs between {ours.directory}, whose the result has, and {other.directory}"
 

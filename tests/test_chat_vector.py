@@ -74,7 +74,7 @@ def assert_same_bits(found, expected):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
-@pytest.mark.parametrize("variant", ["llama3.1", "smollm2", "mistral-v0.3", "qwen2", "qwen2.5-tied"])
+@pytest.mark.parametrize("variant", [*families.ONE_EACH, "qwen2"])
 def test_the_formula_and_the_logits(variant, dtype, tmp_path, monkeypatch):
     model = families.write(variant, tmp_path / "model", 0, dtype)
     base = families.write(variant, tmp_path / "base", 1, torch.float32)

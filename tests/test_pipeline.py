@@ -1,4 +1,4 @@
-"""All stages in a row, from a base model to one that can be talked to, for the three families."""
+"""All stages in a row, from a base model to one that can be talked to, for every architecture."""
 
 import json
 import sys
@@ -53,7 +53,7 @@ def run(script, monkeypatch, *words):
     assert exit_.value.code == 0
 
 
-@pytest.mark.parametrize("variant", ["llama3.1", "mistral-v0.1", "qwen2.5-tied"])
+@pytest.mark.parametrize("variant", families.ONE_EACH)
 def test_from_a_base_model_to_a_chat(variant, tmp_path, monkeypatch, capfd):
     base = write_model(tmp_path / "base", variant, monkeypatch, seed=0)
     instruct = write_model(tmp_path / "instruct", variant, monkeypatch, seed=1)

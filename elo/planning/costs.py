@@ -28,6 +28,8 @@ class Call(NamedTuple):
 # What these keep and compute is known here. A block with anything else in it is not planned.
 CONTAINERS = (Block, Attention, MLP, nn.Identity)
 KNOWN = (*CONTAINERS, nn.Linear, LoraLinear, RMSNorm, ScaledDotProductAttention)
+# Nor is a model with anything else beside its blocks.
+ROOT = {"", "model", "model.layers", "model.embed_tokens", "model.norm", "lm_head"}
 
 
 @lru_cache(maxsize=256)
@@ -54,6 +56,15 @@ def calls(block: Block, seq_len: int) -> list[Call]:
     for hook in hooks:
         hook.remove()
     return found
+
+
+def check_planned(model: CausalLM) -> None:
+    """Raises UserError for what the planner does not know outside of the blocks, where it counts by name."""
+    for name, module in model.named_modules():
+        if name not in ROOT and not name.startswith("model.layers."):
+            raise UserError(f"{name}: a {type(module).__name__} is not known to the planner (elo/planning)")
+    if len({parameters(block) for block in model.model.layers}) > 1:
+        raise UserError("layers of different sizes are not known to the planner (elo/planning)")
 
 
 def has_mask(block: Block, seq_len: int) -> bool:
@@ -92,6 +103,7 @@ def count_flops(model: CausalLM, seq_len: int, activation_checkpointing: bool = 
     attention is counted as the flash kernels compute it: half of the square of tokens, its scores once more in the
     backward pass. Where a sliding window cuts there is a mask, and the whole square is computed.
     """
+    check_planned(model)
     forward = backward = recomputed = attention = 0.0
     needs_grad = is_trained(model.model.embed_tokens)  # the hidden states at this place
     for block in model.model.layers:

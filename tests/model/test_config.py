@@ -31,6 +31,11 @@ def test_missing_fields_take_the_defaults_of_transformers(fields, tmp_path):
     assert set(ours.sliding_windows) == {4096 if fields["model_type"] == "mistral" else None}
 
 
+def test_every_architecture_has_variants():
+    """Over which the tests of everything else run."""
+    assert {build()[0].__name__ for build in families.VARIANTS.values()} == {known.name for known in ARCHITECTURES}
+
+
 def test_both_dialects_say_the_same():
     rope = families.LLAMA3_ROPE
     old = {**LLAMA, "rope_theta": 5e5, "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}

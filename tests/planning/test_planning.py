@@ -136,7 +136,7 @@ def test_peak_memory(method, setup):
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("variant", ["qwen2", "qwen3", "qwen3-bias-sliding", "mistral-v0.1"])
+@pytest.mark.parametrize("variant", [*families.ONE_EACH, "qwen2", "qwen3"])
 def test_activations_are_what_autograd_keeps(variant, method, dtype):
     config, dtype_ = family(variant), planning.DTYPES[dtype]
     model, cpu = make(config, method).model, torch.device("cpu")
@@ -184,6 +184,14 @@ def test_a_module_that_is_not_known_is_refused():
     model = make(family("llama3"), "full").model
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()
     with pytest.raises(UserError, match="layer's mlp.act_fn: a GELU is not known to the planner"):
+        count_flops(model, SEQ_LEN)
+    model = make(family("llama3"), "full").model
+    model.model.embed_norm = torch.nn.Identity()
+    with pytest.raises(UserError, match="model.embed_norm: a Identity is not known to the planner"):
+        count_flops(model, SEQ_LEN)
+    model = make(family("llama3"), "full").model
+    model.model.layers[2].mlp.down_proj = torch.nn.Linear(112, 48, bias=True, device="meta")
+    with pytest.raises(UserError, match="layers of different sizes are not known"):
         count_flops(model, SEQ_LEN)
 
 

@@ -58,25 +58,27 @@ VARIANTS = {
     "llama2": lambda: llama(num_key_value_heads=6),
     "llama3": lambda: llama(rope_parameters={"rope_type": "default", "rope_theta": 500000.0}),
     "llama3.1": lambda: llama(rope_parameters=LLAMA3_ROPE, head_dim=16),
-    "llama3.2-tied": lambda: llama(rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
     "smollm2": lambda: llama(tie_word_embeddings=True, rms_norm_eps=1e-5, num_attention_heads=3, num_key_value_heads=1),
     "llama-linear": lambda: llama(rope_parameters={"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}),
     "llama-yarn": lambda: llama(rope_parameters={**YARN, "beta_fast": 16, "beta_slow": 2, "truncate": False}),
     "llama-yarn-mscale": lambda: llama(rope_parameters={**YARN, "mscale": 1.0, "mscale_all_dim": 0.7}),
-    "mistral-v0.1": lambda: mistral(sliding_window=7),
+    "llama-bias": lambda: llama(attention_bias=True),
+    "llama3.2-tied": lambda: llama(rope_parameters={**LLAMA3_ROPE, "factor": 32.0}, tie_word_embeddings=True),
     "mistral-v0.3": lambda: mistral(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "mistral-nemo": lambda: mistral(head_dim=16, num_attention_heads=4),
+    "mistral-v0.1": lambda: mistral(sliding_window=7),
     "qwen2": lambda: qwen2(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
-    "qwen2.5-tied": lambda: qwen2(tie_word_embeddings=True),
     "qwen2-sliding": lambda: qwen2(use_sliding_window=True, sliding_window=5, max_window_layers=2),
     "qwen2-yarn": lambda: qwen2(rope_parameters=YARN),
+    "qwen2.5-tied": lambda: qwen2(tie_word_embeddings=True),
     "qwen3": lambda: qwen3(rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
     "qwen3-tied": lambda: qwen3(tie_word_embeddings=True),
     "qwen3-bias-sliding": lambda: qwen3(
         attention_bias=True, use_sliding_window=True, sliding_window=5, max_window_layers=1
     ),
-    "llama-bias": lambda: llama(attention_bias=True),
 }
+# The last one of each architecture, for tests that take longer.
+ONE_EACH = tuple({build()[0]: name for name, build in VARIANTS.items()}.values())
 
 
 def write(variant: str, directory: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **saving) -> Path:

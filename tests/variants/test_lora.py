@@ -87,7 +87,7 @@ def loss(model, tokens=TOKENS):
 
 
 CASES = [
-    ("llama3", OPTIONS),
+    *((variant, OPTIONS) for variant in families.ONE_EACH),
     ("mistral-v0.1", LoraOptions(lora_rank=2, lora_target_modules=("q_proj", "v_proj"))),
     ("qwen2", OPTIONS),
     ("qwen2.5-tied", LoraOptions(lora_rank=16, lora_alpha=8.0, lora_target_modules=("down_proj",))),
