@@ -14,6 +14,7 @@ import merge_chat_vector
 import sft
 import train
 from elo.common.errors import exit_status
+from elo.common.terminal import printable
 from elo.generation import chat as generation
 from elo.model.checkpoint import load_model
 from elo.text.chat_format import chat_format
@@ -90,4 +91,5 @@ def test_from_a_base_model_to_a_chat(variant, tmp_path, monkeypatch, capfd):
     ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
     assert chat_format(tuned, load_tokenizer(tuned)).prompt(messages) == ids
     answer = theirs.generate(torch.tensor([ids]), max_new_tokens=5, do_sample=False)[0, len(ids) :]
-    assert said.rstrip("\n") == load_tokenizer(tuned).decode(answer.tolist())
+    text = printable(load_tokenizer(tuned).decode(answer.tolist()), keep="\n\t")  # random weights may say anything
+    assert said.rstrip("\n") == text.rstrip("\n")
