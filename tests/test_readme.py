@@ -101,6 +101,18 @@ def test_new_benchmark(tmp_path):
     assert question == ("Question: Dry a cup\nAnswer:", ["wipe it", "fill it"], 0)
 
 
+def test_diff_of_an_architecture():
+    """The lines that docs/architectures.md adds are in the files that it names."""
+    text, checked = "", 0
+    for line in re.findall(r"^    (\+.+)$", (ROOT / "docs/architectures.md").read_text(), re.MULTILINE):
+        if line.startswith("+++ "):
+            text = (ROOT / line[4:]).read_text()
+        else:
+            assert f"{line[1:]}\n" in text, line
+            checked += 1
+    assert checked > 20
+
+
 # ---- commands
 
 

@@ -203,6 +203,8 @@ def test_states_are_snapshots(project, monkeypatch):
 def test_how_many_states_stay(project):
     assert run_here("train --save-every 2 --max-steps 9 --keep-checkpoints 3") == 0
     assert states(Path("out")) == ["step-6", "step-8", "step-9"]
+    assert run_here("train --save-every 3 --max-steps 11", "more") == 0
+    assert states(Path("more")) == ["step-9", "step-11"]  # by their numbers, not by their letters
     assert run_here("train --max-steps 4", "plain") == 0
     assert not Path("plain/checkpoints").exists()  # the state before the export, for which nobody asked
 
