@@ -355,6 +355,15 @@ def test_a_list_names_nothing_outside(tmp_path, name):
         Written(tmp_path)
 
 
+def test_a_run_json_that_is_no_run_s(project, capfd):
+    put("run.json")
+    for content, message in (("precious", "not valid JSON"), ("{}", "no options of a run there; mend it")):
+        Path("out/run.json").write_text(content)
+        assert run_here("train --overwrite") == 2
+        assert message in capfd.readouterr().err
+        assert Path("out/run.json").read_text() == content
+
+
 def test_the_beginning_of_a_list_is_a_run_s(project, capfd):
     """A kill may leave it while the first one is written."""
     Path("out").mkdir()
