@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elo import pretraining
-from elo.common.errors import exit_status
+from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 from elo.model.checkpoint import Checkpoint
 from elo.model.decoder import build
@@ -24,7 +24,7 @@ from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import open_slice, slice_name
-from elo.training import train
+from elo.training import planned_steps, train
 
 
 def main() -> None:
@@ -53,12 +53,16 @@ def run(arguments: Namespace, world: World) -> None:
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
+    held_out = pretraining.open_validation(arguments, base.config)
     if arguments.gb == 0:
+        if held_out:
+            raise UserError("--gb 0 only puts the layers back: python -m eval perplexity is what measures the result")
         open_run(arguments, world, goes_on, {})
         write_replaced(arguments, base, trained, layers)
         return close_run(arguments, world)
 
-    windows = pretraining.open_windows(arguments, base.config, world, after=arguments.after or arguments.elo)
+    after = arguments.after or arguments.elo
+    windows = pretraining.open_windows(arguments, base.config, world, after, held_out)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
     open_run(arguments, world, goes_on, pretraining.data_of(base, trained, windows))
 
@@ -66,7 +70,8 @@ def run(arguments: Namespace, world: World) -> None:
     base.load_into(model)
     if trained:
         trained.load_into(model, partial(slice_name, layers=layers))
-    done = train(model, batches, options, world, arguments.out)
+    after_step = pretraining.watch(held_out, model, arguments, planned_steps(batches, options), world)
+    done = train(model, batches, options, world, arguments.out, after_step)
     notes = {"elo.json": pretraining.notes(arguments, layers, batches, done)}
     export(arguments.out, model, base, notes=notes, wait=world.wait)
     return close_run(arguments, world)

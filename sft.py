@@ -33,7 +33,8 @@ from elo.text.built_in_formats import FORMATS
 from elo.text.chat_format import ChatFormat, chat_format
 from elo.text.chat_result import tuned_config, write_chat_files
 from elo.text.tokenizer import load_tokenizer
-from elo.training import evaluate, train
+from elo.training import train
+from elo.validation import summed_losses
 
 TIME = "time"  # in run.json's data
 
@@ -65,6 +66,8 @@ def run(arguments: Namespace, world: World) -> None:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {base.config.max_position_embeddings} positions")
     if arguments.keep == "best" and not arguments.validation_fraction:
         raise UserError("--keep best needs --validation-fraction, to tell which epoch is the best")
+    if arguments.validate_every and not arguments.validation_fraction:
+        raise UserError("--validate-every needs --validation-fraction, which holds conversations out")
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
@@ -117,19 +120,22 @@ class Epochs:
     ) -> None:
         self.out, self.keep, self.model, self.base = arguments.out, arguments.keep, model, base
         self.batches, self.validation, self.world = batches, validation, world
+        self.validate_every = arguments.validate_every
         self.chat_files = partial(write_chat_files, chat)
         self.best = world.on_rank_0(self.best_so_far)
         self.notes = {"base": str(Path(arguments.model).resolve()), "options": option_values(arguments)}
 
-    def after_step(self, step: int) -> dict[str, Any]:
+    def after_step(self, step: int, is_last: bool) -> dict[str, Any]:
         epoch, rest = divmod(step, self.batches.steps_per_epoch)
-        if rest:
-            return {}
-        ended: dict[str, Any] = {"epoch": epoch}
+        is_due = not rest or (self.validate_every and (is_last or step % self.validate_every == 0))
+        ended: dict[str, Any] = {} if rest else {"epoch": epoch}
         is_best = False
+        if self.validation is not None and is_due:
+            loss = ended["validation_loss"] = self.held_out_loss()
+            self.world.say(f"{f'step {step}' if rest else f'epoch {epoch}'}: held-out loss {loss:.4f}")
+        if rest:
+            return ended
         if self.validation is not None:
-            loss = ended["validation_loss"] = evaluate(self.model, self.validation, self.world)
-            self.world.say(f"epoch {epoch}: held-out loss {loss:.4f}")
             is_best = self.best is None or (number(loss), epoch) < self.best
             self.best = (number(loss), epoch) if is_best else self.best
         if self.keep == "every" or (self.keep == "best" and is_best):
@@ -140,10 +146,20 @@ class Epochs:
                     self.remove(directory)
         return ended
 
+    def held_out_loss(self) -> float:
+        """In nats a trained token, over all that is held out. Collective."""
+        batches, steps = self.validation, range(len(self.validation))
+        pairs = ((0, *pair) for step in steps for pair in batches.micro_batches(step))
+        return summed_losses(self.model, pairs, 1, self.world)[0] / sum(map(batches.label_count, steps))
+
     def best_so_far(self) -> tuple[float, int] | None:
         """(loss, epoch) of the best epoch that an interrupted run saved."""
         lines = read_metrics(self.out)
-        ended = [(number(line["validation_loss"]), line["epoch"]) for line in lines if "validation_loss" in line]
+        ended = [
+            (number(line["validation_loss"]), line["epoch"])
+            for line in lines
+            if {"validation_loss", "epoch"} <= line.keys()
+        ]
         return min((best for best in ended if (self.directory(best[1]) / CONFIG).exists()), default=None)
 
     def directory(self, epoch: int) -> Path:

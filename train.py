@@ -19,7 +19,7 @@ from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import parse_layers
-from elo.training import TrainingOptions, train
+from elo.training import TrainingOptions, planned_steps, train
 from elo.variants import active_vocabulary, lora
 from elo.variants.active_vocabulary import ActiveVocabulary
 from elo.variants.lora import LoraOptions
@@ -57,12 +57,13 @@ def run(arguments: Namespace, world: World) -> None:
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
 
-    windows = pretraining.open_windows(arguments, model.config, world)
+    held_out = pretraining.open_validation(arguments, base.config)
+    windows = pretraining.open_windows(arguments, base.config, world, held_out=held_out)
     active = None
     if narrows:
         coverage = arguments.active_vocabulary_coverage
         active = ActiveVocabulary.of(windows.mixture.shards, model.config.vocab_size, coverage)
-        active.narrow(model)
+        active.narrow(model, keep=held_out is not None)
         world.say(str(active))
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world, active)
     open_run(arguments, world, goes_on, pretraining.data_of(base, None, windows))
@@ -74,7 +75,8 @@ def run(arguments: Namespace, world: World) -> None:
         base.load_into(model, method.base_name)
     if adapters:
         lora.initialize(model, arguments.seed)
-    done = train(model, batches, options, world, arguments.out)
+    after_step = pretraining.watch(held_out, model, arguments, planned_steps(batches, options), world)
+    done = train(model, batches, options, world, arguments.out, after_step)
     notes = pretraining.notes(arguments, method.layers, batches, done)
     if adapters:
         lora.export(arguments.out, model, base, adapters, notes, arguments.merge, world.wait)

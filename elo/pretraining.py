@@ -1,7 +1,9 @@
 """What stages 1 and 2 share: continual pretraining on packed windows of the two-language corpus."""
 
+import hashlib
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +13,26 @@ from torch import Tensor
 from elo.common.chunks import even_chunk
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object
-from elo.common.options import Parser, not_negative, positive_int, seed, share
+from elo.common.options import Parser, not_negative, positive, positive_int, seed, share
+from elo.common.terminal import note
 from elo.data.corpus import Mixture, Windows
 from elo.data.documents import SUPPORTED
 from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
 from elo.model.config import ModelConfig
+from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.directory import option_values
 from elo.runs.processes import World
 from elo.text.tokenizer import load_tokenizer
+from elo.validation import HeldOut
 from elo.variants.active_vocabulary import ActiveVocabulary
 
 DEFAULT_MODEL = "models/Llama-3.1-8B"
 LARGEST_BATCH = 2**19  # tokens
 FEWEST_STEPS = 100
+VALIDATION_MB, VALIDATIONS = 1.0, 10
 
 
 def add_arguments(parser: Parser, gb: float | None = None) -> None:
@@ -39,8 +45,15 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     amount = "all at that ratio" if gb is None else f"{gb:g}"
     group.add_argument("--gb", type=not_negative, default=gb, help=f"10^9 bytes of text, both languages ({amount})")
     group.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet (%(default)s)")
-    for option in ("--target-field", "--source-field"):
-        group.add_argument(option, metavar="NAME", help="where that language's has another name")
+    for option in ("--target-field", "--source-field", "--validation-field"):
+        group.add_argument(option, metavar="NAME", help="where that text's has another name")
+    group.add_argument("--validation", nargs="+", metavar="PATH", help=(
+        "held-out text, never trained on: its loss and bits per byte while training"
+        f"{'; with --method elo those of the slice' if gb is None else ''}"))  # fmt: skip
+    group.add_argument("--validation-mb", type=positive, metavar="MB", help=(
+        f"10^6 bytes of it, equal parts of each file's beginning (default: {VALIDATION_MB:g})"))  # fmt: skip
+    group.add_argument("--validate-every", type=positive_int, metavar="N", help=(
+        f"steps, and after the last (default: a {VALIDATIONS}th of them)"))  # fmt: skip
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--cache", type=Path, help="tokens of earlier runs (default: token-cache beside --out)")
     group.add_argument("--workers", type=positive_int, help="processes that tokenize (default: one a core)")
@@ -53,9 +66,42 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     )
 
 
-def open_windows(arguments: Namespace, config: ModelConfig, world: World, after: Path | None = None) -> Windows:
+def open_validation(arguments: Namespace, config: ModelConfig) -> HeldOut | None:
+    """The text of --validation. Raises UserError for its options without it."""
+    names = ("validation_mb", "validate_every", "validation_field")
+    if not arguments.validation:
+        for name in (name for name in names if getattr(arguments, name) is not None):
+            raise UserError(f"--{name.replace('_', '-')} needs --validation PATH")
+        return None
+    return HeldOut(
+        find_texts("--validation", arguments.validation),
+        load_tokenizer(arguments.model, config.vocab_size),
+        arguments.seq_len,
+        arguments.validation_mb or VALIDATION_MB,
+        arguments.validation_field or arguments.text_field,
+        arguments.skip_malformed,
+    )
+
+
+def watch(
+    held_out: HeldOut | None, model: CausalLM, arguments: Namespace, steps: int, world: World
+) -> Callable[[int, bool], dict[str, Any]]:
+    """What `training.train` does after each of its steps."""
+    if held_out is None:
+        return lambda step, is_last: {}
+    return held_out.watch(model, arguments.validate_every or max(1, steps // VALIDATIONS), world)
+
+
+def open_windows(
+    arguments: Namespace,
+    config: ModelConfig,
+    world: World,
+    after: Path | None = None,
+    held_out: HeldOut | None = None,
+) -> Windows:
     """Tokenize both languages, or reuse their tokens, and open their stream; one process a node does the work.
 
+    Files and documents that `held_out` has are not in the stream, and are named on stderr.
     With `after`, the directory of an earlier run, the stream begins where that run stopped reading it. Raises
     UserError if it read another stream: other texts, seed or fraction.
     """
@@ -63,9 +109,9 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
         raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
     if arguments.target_fraction == 0:
         raise UserError("--target-fraction 0: there would be nothing of the target language")
-    languages = [(find_texts("--target", arguments.target), arguments.target_field)]
+    languages = [("--target", find_texts("--target", arguments.target, held_out), arguments.target_field)]
     if arguments.target_fraction < 1:
-        languages.append((find_texts("--source", arguments.source), arguments.source_field))
+        languages.append(("--source", find_texts("--source", arguments.source, held_out), arguments.source_field))
     load_tokenizer(arguments.model, config.vocab_size)
     cache = arguments.cache or arguments.out.parent / "token-cache"
 
@@ -79,20 +125,25 @@ def open_windows(arguments: Namespace, config: ModelConfig, world: World, after:
                 skip_malformed=arguments.skip_malformed,
                 workers=arguments.workers,
             )
-            for files, field in languages
+            for _, files, field in languages
         ]
 
     opened = shards() if world.local_rank == 0 else None
     world.wait()
-    target, source = [*(opened or shards()), None][:2]
+    opened = opened or shards()
+    left_out = [held_out.find(shard) for shard in opened] if held_out else []
+    for (option, *_), numbers in zip(languages, left_out, strict=False):
+        if len(numbers):
+            note(f"{option}: {len(numbers):,} documents are left out, which --validation has too")
+    target, source = [*opened, None][:2]
     start, stream = read_consumed(after) if after else (0, {})
-    mixture = Mixture(target, source, arguments.target_fraction, arguments.seed, arguments.gb, start)
-    for name, value in mixture.identity.items():
-        if after and value != stream.get(name):
+    mixture = Mixture(target, source, arguments.target_fraction, arguments.seed, arguments.gb, start, left_out)
+    for name in {**mixture.identity, **stream} if after else ():
+        if mixture.identity.get(name) != stream.get(name):
             raise UserError(
                 f"{after}: that run had other {name.replace('_', ' ')}; its documents can only be told from new ones "
-                "with the same --target, --source, --text-field, --target-field, --source-field, --target-fraction "
-                "and --seed"
+                "with the same --target, --source, --text-field, --target-field, --source-field, --target-fraction, "
+                "--seed and --validation"
             )
     return Windows(mixture, arguments.seq_len)
 
@@ -123,16 +174,37 @@ def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> d
     return {
         **shards,
         "first document": windows.mixture.start,
+        "documents of --validation": stream.get("left_out"),
         "base model": base.fingerprint(),
         **({"stage-1 model": trained.fingerprint()} if trained else {}),
     }
 
 
-def find_texts(option: str, patterns: list[str]) -> list[Path]:
+def find_texts(option: str, patterns: list[str], held_out: HeldOut | None = None) -> list[Path]:
+    """The files of an option, but for copies of those held out, which are named on stderr."""
     try:
-        return find_files(patterns)
+        files = find_files(patterns)
     except UserError as error:
         raise UserError(f"{option}: {error}; put the texts of that language there or name them with {option}") from None
+    kept = list(files)
+    by_size: dict[int, list[Path]] = {}
+    for file in held_out.files if held_out else ():
+        by_size.setdefault(file.stat().st_size, []).append(file)
+    for file in files if by_size else ():
+        for other in by_size.get(file.stat().st_size, ()):
+            if digest(file) == digest(other):
+                note(f"{option}: {file} is left out, which --validation has too")
+                kept.remove(file)
+                break
+    if not kept:
+        raise UserError(f"{option}: --validation has all of it, and none is left to train on")
+    return kept
+
+
+@cache
+def digest(file: Path) -> bytes:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
 
 
 class PackedBatches:

@@ -66,33 +66,19 @@ def planned_steps(batches: Batches, options: TrainingOptions) -> int:
     return len(batches) if options.max_steps is None else min(options.max_steps, len(batches))
 
 
-@torch.no_grad()
-def evaluate(model: CausalLM, batches: Batches, world: World) -> float:
-    """The mean loss over all of `batches`, in nats a label. Collective."""
-    total = torch.zeros((), device=world.device)
-    labels_counted = 0
-    for step in range(len(batches)):
-        labels_counted += batches.label_count(step)
-        for tokens, labels in batches.micro_batches(step):
-            total += model(tokens.to(world.device), labels.to(world.device))
-    # Without a backward pass what the root gathered would stay, instead of its sharded parameters.
-    model.reshard()
-    return world.sum(total.item())[0] / labels_counted
-
-
 def train(
     model: CausalLM,
     batches: Batches,
     options: TrainingOptions,
     world: World,
     out: Path,
-    after_step: Callable[[int], dict[str, Any]] = lambda step: {},
+    after_step: Callable[[int, bool], dict[str, Any]] = lambda step, is_last: {},
 ) -> int:
     """Train through `batches`, from the newest state in `out`/checkpoints on; returns the number of steps done.
 
-    Writes a line a step to `out`/metrics.jsonl, with what `after_step` returns, and states: every `save_every`, after
-    the last step, and after SIGTERM or Ctrl-C, on which EarlyExit is raised. Raises UserError when the loss or the
-    gradient is not finite, or with `stop_on_spike` out of range, before the parameters are touched.
+    Writes a line a step to `out`/metrics.jsonl, with what `after_step(step, is_last)` returns, and states: every
+    `save_every`, after the last step, and after SIGTERM or Ctrl-C, on which EarlyExit is raised. Raises UserError when
+    the loss or the gradient is not finite, or with `stop_on_spike` out of range, before the parameters are touched.
     """
     steps = planned_steps(batches, options)
     optimizer = Optimizer(model, options)
@@ -133,7 +119,7 @@ def train(
                         "seconds": time.perf_counter() - begun,
                         "memory_bytes": peak_memory(world.device),
                         **({"spike": wrong} if wrong else {}),
-                        **after_step(step),
+                        **after_step(step, step == steps),
                     }
                 )
                 if wrong and world.rank == 0:

@@ -82,7 +82,7 @@ def test_a_records_system_message_and_its_switches_change_what_is_learned(projec
 
 def test_what_is_kept(project, monkeypatch):
     losses = iter([3.0, 1.0, 2.0] * 2)  # of three epochs, the second is the best
-    monkeypatch.setattr(sft, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(sft.Epochs, "held_out_loss", lambda *_: next(losses))
     options = ["--epochs", "3", "--validation-fraction", "0.2"]
     every, best = project / "every", project / "best"
     assert run(project, monkeypatch, *options, "--out", every, "--keep", "every") == 0
@@ -207,7 +207,7 @@ def test_a_model_where_that_of_the_best_epoch_is_gone(project, monkeypatch):
         shutil.rmtree(project / "out/epoch-1", ignore_errors=True)
         return next(losses)
 
-    monkeypatch.setattr(sft, "evaluate", remove_and_evaluate)
+    monkeypatch.setattr(sft.Epochs, "held_out_loss", remove_and_evaluate)
     options = ["--epochs", "2", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
     assert run(project, monkeypatch, *options) == 0
     assert json.loads((project / "out/sft.json").read_text())["steps"] == 8
@@ -216,7 +216,7 @@ def test_a_model_where_that_of_the_best_epoch_is_gone(project, monkeypatch):
 
 def test_the_best_epoch_is_no_nan(project, monkeypatch):
     losses = iter([math.nan, 2.0, math.nan])
-    monkeypatch.setattr(sft, "evaluate", lambda *_: next(losses))
+    monkeypatch.setattr(sft.Epochs, "held_out_loss", lambda *_: next(losses))
     options = ["--epochs", "3", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
     assert run(project, monkeypatch, *options) == 0
     assert json.loads((project / "out/sft.json").read_text())["epoch"] == 2

@@ -45,6 +45,9 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument("--samples", type=positive_int, help="conversations in all (default: as many as there are)")
     group.add_argument("--validation-fraction", type=share, default=0.0, help="to hold out (%(default)s)")
+    group.add_argument(
+        "--validate-every", type=positive_int, metavar="N", help="its loss every N steps too (default: every epoch)"
+    )
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--seed", type=seed, default=0, help="of draw, split and shuffle (%(default)s)")
     group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens of the longest one (%(default)s)")

@@ -7,7 +7,9 @@ The stream is the same for every `gigabytes`: a run takes a stretch of it, and a
 that another one `consumed` takes none of its documents.
 """
 
+import hashlib
 import math
+from collections.abc import Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -32,6 +34,7 @@ class Mixture:
 
     start, gigabytes: the stretch has the documents that stand at [start, start + gigabytes * 10^9). Without
     `gigabytes` it goes on until one language is used up. A target_fraction of 1 needs no source.
+    left_out: documents of each shard, by number, that are not in the stream, such as those of --validation.
     Memory: 9 bytes a document of the stretch, and about 60 a document of the larger shard while it is shuffled.
     Raises `UserError` if a shard has not enough text.
     """
@@ -44,6 +47,7 @@ class Mixture:
         seed: int,
         gigabytes: float | None = None,
         start: int = 0,
+        left_out: Sequence[np.ndarray] = (),
     ) -> None:
         # An exact fraction: with floats the documents at the border of two stages could be in both or in neither.
         fraction = Fraction(target_fraction).limit_denominator(100_000)
@@ -60,11 +64,18 @@ class Mixture:
             "target_fraction": str(fraction),
             "seed": seed,
         }
+        missing = [*left_out, *[np.empty(0, np.int64)] * 2][: len(self.shards)]
+        if any(map(len, missing)):
+            self.identity["left_out"] = [hashlib.sha256(numbers).hexdigest()[:32] for numbers in missing]
+        self.bytes = [
+            shard.bytes - int(shard.documents["bytes"][numbers].sum(dtype=np.int64))
+            for shard, numbers in zip(self.shards, missing, strict=True)
+        ]
         end = self._end(gigabytes)
 
         documents, keys, self.before = [], [], []
         for language, (shard, share) in enumerate(zip(self.shards, self.shares, strict=True)):
-            order, before = _shuffled(shard, seed, language)
+            order, before = _shuffled(shard, seed, language, missing[language])
             # Stands at or after `start` and before `end`.
             low, high = np.searchsorted(before, [math.ceil(start * share), math.ceil(end * share)])
             documents.append(order[low:high] * len(LANGUAGES) + language)
@@ -82,13 +93,13 @@ class Mixture:
     def _end(self, gigabytes: float | None) -> int:
         """The position in the stream, in bytes, at which this stretch ends."""
         if gigabytes is None:
-            present = (math.floor(shard.bytes / share) for shard, share in zip(self.shards, self.shares, strict=True))
+            present = (math.floor(size / share) for size, share in zip(self.bytes, self.shares, strict=True))
             return max(self.start, min(present))
         end = self.start + round(gigabytes * 10**9)
         missing = [
-            f"{_gigabytes(end * share)} of {name} text are needed and {_gigabytes(shard.bytes)} are there"
-            for name, shard, share in zip(LANGUAGES, self.shards, self.shares, strict=False)
-            if end * share > shard.bytes
+            f"{_gigabytes(end * share)} of {name} text are needed and {_gigabytes(size)} are there"
+            for name, size, share in zip(LANGUAGES, self.bytes, self.shares, strict=False)
+            if end * share > size
         ]
         if missing:
             raise UserError(f"--gb {gigabytes:g}{self._after()}: " + "; ".join(missing))
@@ -197,10 +208,12 @@ class Windows:
         return dict(zip(names, map(int, totals[1:]), strict=True)) | {"position": position}
 
 
-def _shuffled(shard: TokenShard, seed: int, language: int) -> tuple[np.ndarray, np.ndarray]:
-    """The documents of a shard in random order, and how many bytes of text come before each."""
+def _shuffled(shard: TokenShard, seed: int, language: int, left_out: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The documents of a shard in random order, but for those left out, and how many bytes of text come before each."""
     # RandomState, because numpy promises that its numbers never change; a Generator's may with the next version.
     order = np.random.RandomState([seed, language]).permutation(len(shard.documents))
+    if len(left_out):
+        order = order[~np.isin(order, left_out)]
     sizes = np.array(shard.documents["bytes"])[order]
     return order, np.cumsum(sizes, dtype=np.int64) - sizes
 

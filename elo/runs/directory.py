@@ -34,12 +34,13 @@ from elo.runs.replacing import (
 from elo.runs.signals import restarted
 from elo.runs.states import remove_states
 
-LARGEST_METRICS, LONGEST_METRIC = 2**30, 2**16  # bytes of the file and of a line, which has some hundred
+LARGEST_METRICS, LONGEST_METRIC = 2**30, 2**19  # bytes of the file and of a line, which has some hundred
 
 # Options that a run may go on with other values of.
 CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
 # Change nothing that is computed.
 WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"}
+WATCHING |= {"validation", "validation_mb", "validation_field", "validate_every"}  # what it leaves out is data's
 # How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
 LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"}
 
@@ -179,8 +180,8 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
             break
         try:
             lines.append(json.loads(line))
-            names = ("loss", "grad_norm", "seconds", *(("epoch",) if "validation_loss" in lines[-1] else ()))
-            numbers = [lines[-1][name] for name in names] + [lines[-1].get("validation_loss", 0)]
+            numbers = [lines[-1][name] for name in ("loss", "grad_norm", "seconds")]
+            numbers += [lines[-1].get(name, 0) for name in ("epoch", "validation_loss")]
             # Not all steps: after a power failure lines may be missing that a state on the disk knows of.
             is_right = isinstance(step := lines[-1]["step"], int) and step > before and all(map(is_number, numbers))
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):

@@ -21,8 +21,8 @@ EPOCH = re.compile(r"epoch-[1-9][0-9]{0,17}")  # a folder with the model of one
 FINISHED = (CONFIG, ADAPTER_CONFIG)  # written last: a model, or a LoRA adapter
 
 # Options that name what a command reads, and those of them that name texts, in folders of any depth.
-INPUTS = ("model", "elo", "after", "instruct", "base", "data", "target", "source", "cache")
-TEXTS = ("data", "target", "source")
+INPUTS = ("model", "elo", "after", "instruct", "base", "data", "target", "source", "validation", "cache")
+TEXTS = ("data", "target", "source", "validation")
 
 
 def check_inputs(arguments: Namespace) -> None:

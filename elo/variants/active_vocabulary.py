@@ -13,7 +13,8 @@ the whole head of the base.
 
 import math
 from argparse import ArgumentTypeError, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,6 +28,7 @@ from elo.data.shards import TokenShard
 from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, local_rows
 from elo.model.decoder import CausalLM
 
+WHOLE_HEAD = "whole_head.weight"
 BLOCK = 8192  # rows of the base's head in memory at a time
 
 
@@ -86,16 +88,24 @@ class ActiveVocabulary:
         """For elo.json."""
         return {"kept": self.kept, "sharing": self.sharing, "of": len(self.row_of), "coverage": self.coverage}
 
-    def narrow(self, model: CausalLM) -> None:
-        """Give a model that has no memory yet a frozen head of these rows, not tied to its embedding."""
+    def narrow(self, model: CausalLM, keep: bool = False) -> None:
+        """Give a model that has no memory yet a frozen head of these rows, not tied to its embedding.
+
+        keep: the whole head stays beside it, for `whole_head`.
+        """
         rows = self.kept + bool(self.sharing)
+        if keep:
+            model.whole_head = model.lm_head
         model.lm_head = nn.Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
         model.is_tied = False
 
     @torch.no_grad()
     def load_into(self, model: CausalLM, base: Checkpoint, source: Callable[[str], str]) -> None:
         """`Checkpoint.load_into`, with the head's rows gathered; each process keeps only its part of them."""
-        base.load_into(model, lambda name: None if name == HEAD else source(name))
+        if hasattr(model, "whole_head") and base.config.tie_word_embeddings:
+            model.whole_head.weight = model.model.embed_tokens.weight
+        stored = {HEAD: None, WHOLE_HEAD: HEAD}
+        base.load_into(model, lambda name: stored[name] if name in stored else source(name))
         name = EMBEDDING if base.config.tie_word_embeddings else HEAD
         head = model.lm_head.weight
         start, stop = local_rows(head)
@@ -107,6 +117,17 @@ class ActiveVocabulary:
                 rows = base.rows(name, first, min(first + BLOCK, len(self.row_of)))[tokens - first]
                 gathered.index_add_(0, self.row_of[tokens] - start, (rows * self.weight[tokens, None]).float())
         (head.to_local() if isinstance(head, DTensor) else head).copy_(gathered)
+
+
+@contextmanager
+def whole_head(model: CausalLM) -> Iterator[None]:
+    """Meanwhile a model that was narrowed computes its loss over the whole vocabulary; any other is as it is."""
+    head = model.lm_head
+    model.lm_head = getattr(model, "whole_head", head)
+    try:
+        yield
+    finally:
+        model.lm_head = head
 
 
 def _coverage(text: str) -> float:

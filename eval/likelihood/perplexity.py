@@ -2,35 +2,24 @@
 
 Documents are taken one by one and cut into windows; every token that has a predecessor in its window counts. The
 family's BOS stands in front of a document, and no other special token anywhere. Bits per byte, which compare models
-with different tokenizers, are the bits of the counted tokens over all bytes of the text.
+with different tokenizers, are the bits of the counted tokens over all bytes of the text. So are those of --validation
+while a model is trained (`elo.validation`).
 """
 
-import math
 from argparse import Namespace
-from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-
-import torch
-from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
 from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive_int
 from elo.common.terminal import say
-from elo.data.documents import SUPPORTED, Document, read_documents
+from elo.data.documents import SUPPORTED, read_documents
 from elo.data.finding import find_files
 from elo.model.checkpoint import load_model
 from elo.model.config import ModelConfig
-from elo.model.decoder import CausalLM
-from elo.model.loss import IGNORE
 from elo.runs.devices import DTYPES, inference_device
-from elo.text.tokenizer import Tokenizer, load_tokenizer
-
-BATCH_TOKENS = 8192
-SORTED_TOGETHER = 512  # windows, so that those of a batch are of about one length
+from elo.text.tokenizer import load_tokenizer
+from elo.validation import check_seq_len, score_file
 
 
 def add_arguments(parser: Parser) -> None:
@@ -45,8 +34,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def main(arguments: Namespace) -> None:
-    if arguments.seq_len < 2:
-        raise UserError(f"--seq-len {arguments.seq_len}: a window needs at least 2 tokens")
+    check_seq_len(arguments.seq_len)
     files = find_files(arguments.data)
     check_output("--json", arguments.json, files)
     tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
@@ -62,52 +50,3 @@ def main(arguments: Namespace) -> None:
         say(figures.format(**results[-1]))
     if arguments.json:
         write_json(Path(arguments.json), {"files": results})
-
-
-@dataclass
-class Score:
-    """Sums over the documents of a file; `nats` is their summed cross-entropy."""
-
-    documents: int = 0
-    bytes: int = 0
-    tokens: int = 0
-    nats: float = 0.0
-
-    def figures(self) -> dict[str, float]:
-        loss = self.nats / self.tokens
-        return {
-            "documents": self.documents,
-            "tokens": self.tokens,
-            "bytes": self.bytes,
-            "loss": loss,
-            "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
-        }
-
-
-@torch.inference_mode()
-def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterator[Document], seq_len: int) -> Score:
-    """The model's score on documents, in windows of `seq_len` tokens, in bounded memory."""
-    score = Score()
-    device = model.lm_head.weight.device
-
-    def windows() -> Iterator[Tensor]:
-        for document in documents:
-            score.documents += 1
-            score.bytes += len(document.text.encode("utf-8"))
-            ids = tokenizer.encode(document.text)
-            ids = torch.tensor(ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids])
-            # A window of one token predicts nothing.
-            yield from (window for window in ids.split(seq_len) if len(window) > 1)
-
-    stream = windows()
-    while group := sorted(islice(stream, SORTED_TOGETHER), key=len):
-        while group:
-            size = max(1, BATCH_TOKENS // len(group[-1]))
-            batch, group = group[-size:], group[:-size]
-            # Right padding needs no mask under causal attention: no real token looks at it.
-            tokens = pad_sequence([window[:-1] for window in batch], batch_first=True)
-            labels = pad_sequence([window[1:] for window in batch], batch_first=True, padding_value=IGNORE)
-            score.tokens += int((labels != IGNORE).sum())
-            score.nats += model(tokens.to(device), labels.to(device)).item()
-    return score

@@ -136,6 +136,18 @@ def test_each_shape_keeps_its_kernels(fast_compiler):
             assert graphs() == 2 * min(number + 1, 3)
 
 
+def test_validation_adds_no_graphs(fast_compiler, tmp_path, monkeypatch):
+    """Its shapes are others than those of training, and every one of them would be compiled."""
+    monkeypatch.chdir(make_project(tmp_path, documents=20))
+    (tmp_path / "held.txt").write_text("a few words\n" * 20)
+    assert run_here("train --max-steps 2 --compile", "plain") == 0
+    before = graphs()
+    torch.compiler.reset()
+    counters.clear()
+    assert run_here("train --max-steps 2 --compile --validation held.txt --validate-every 1", "watched") == 0
+    assert graphs() == before > 0
+
+
 # ---- failures
 
 

@@ -425,6 +425,7 @@ def test_other_options_are_refused_and_all_named(project, monkeypatch, capfd):
 MAY_CHANGE = {
     *("resume", "restart", "overwrite", "out"),
     *("save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"),
+    *("validation", "validation_mb", "validation_field", "validate_every"),
     *("micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"),
 }
 

@@ -1,0 +1,212 @@
+"""Loss and bits per UTF-8 byte of held-out text, for `python -m eval perplexity` and for runs that watch it.
+
+Documents are taken one by one and cut into windows; every token that has a predecessor in its window counts. The
+family's BOS stands in front of a document, and no other special token anywhere. Bits per byte, which compare models
+with different tokenizers, are the bits of the counted tokens over all bytes of the text.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from elo.common.errors import UserError
+from elo.data.documents import Document, read_documents
+from elo.data.shards import TokenShard
+from elo.model.decoder import CausalLM
+from elo.model.loss import IGNORE
+from elo.runs.processes import World
+from elo.text.tokenizer import Tokenizer
+from elo.variants.active_vocabulary import whole_head
+
+BATCH_TOKENS = 8192
+SORTED_TOGETHER = 512  # windows, so that those of a batch are of about one length
+MOST_FILES = 100  # all of them stand in a line of metrics.jsonl
+
+Batch = tuple[Tensor, Tensor]  # tokens and labels, each (rows, length)
+
+
+@dataclass
+class Score:
+    """Sums over the documents of a file; `nats` is their summed cross-entropy."""
+
+    documents: int = 0
+    bytes: int = 0
+    tokens: int = 0
+    nats: float = 0.0
+
+    def figures(self) -> dict[str, float]:
+        loss = self.nats / self.tokens
+        return {
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "bytes": self.bytes,
+            "loss": loss,
+            "perplexity": math.exp(min(loss, 700.0)),
+            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+        }
+
+
+class Encoded(NamedTuple):
+    bytes: int  # of its UTF-8 text
+    ids: list[int]  # without special tokens
+
+
+def encode(tokenizer: Tokenizer, text: str) -> Encoded:
+    return Encoded(len(text.encode("utf-8")), tokenizer.encode(text))
+
+
+def make_batches(documents: Iterable[Encoded], bos_id: int | None, seq_len: int, score: Score) -> Iterator[Batch]:
+    """Windows of `seq_len` tokens in batches, in bounded memory; what they have is added to `score`."""
+
+    def windows() -> Iterator[Tensor]:
+        for document in documents:
+            score.documents += 1
+            score.bytes += document.bytes
+            ids = torch.tensor(document.ids if bos_id is None else [bos_id, *document.ids])
+            # A window of one token predicts nothing.
+            yield from (window for window in ids.split(seq_len) if len(window) > 1)
+
+    stream = windows()
+    while group := sorted(islice(stream, SORTED_TOGETHER), key=len):
+        while group:
+            size = max(1, BATCH_TOKENS // len(group[-1]))
+            batch, group = group[-size:], group[:-size]
+            # Right padding needs no mask under causal attention: no real token looks at it.
+            tokens = pad_sequence([window[:-1] for window in batch], batch_first=True)
+            labels = pad_sequence([window[1:] for window in batch], batch_first=True, padding_value=IGNORE)
+            score.tokens += int((labels != IGNORE).sum())
+            yield tokens, labels
+
+
+def check_seq_len(seq_len: int) -> None:
+    if seq_len < 2:
+        raise UserError(f"--seq-len {seq_len}: a window needs at least 2 tokens")
+
+
+@torch.inference_mode()
+def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterable[Document], seq_len: int) -> Score:
+    """The score of a model, which is no run's, on documents."""
+    score, device = Score(), model.lm_head.weight.device
+    encoded = (encode(tokenizer, document.text) for document in documents)
+    for tokens, labels in make_batches(encoded, tokenizer.bos_id, seq_len, score):
+        score.nats += model(tokens.to(device), labels.to(device)).item()
+    return score
+
+
+@torch.no_grad()
+def summed_losses(model: CausalLM, batches: Iterable[tuple[int, Tensor, Tensor]], groups: int, world: World) -> list:
+    """The nats of each group of batches, (group, tokens, labels), summed over all processes.
+
+    Collective: every process has equally many. Nothing of it is compiled: the shapes are others than in training,
+    whose graphs are not to change; and a head narrowed for training is the whole one.
+    """
+    totals = torch.zeros(groups, dtype=torch.float64, device=world.device)
+    with torch.compiler.set_stance("force_eager"), whole_head(model):
+        for group, tokens, labels in batches:
+            totals[group] += model(tokens.to(world.device), labels.to(world.device))
+    # Without a backward pass what the root gathered would stay, instead of its sharded parameters.
+    model.reshard()
+    return world.sum(*totals.tolist())
+
+
+class HeldOut:
+    """The texts of --validation, tokenized: of `megabytes` (10^6 bytes) each file's beginning has an equal part."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        megabytes: float,
+        text_field: str = "text",
+        skip_malformed: bool = False,
+    ) -> None:
+        check_seq_len(seq_len)
+        if len(files) > MOST_FILES:
+            raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
+        self.files = files
+        self.scores = [Score() for _ in files]
+        self.batches: list[tuple[int, Tensor, Tensor]] = []
+        # Every document as it stands in a shard, by its numbers of tokens and bytes there.
+        self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+        on_malformed = (lambda *_: None) if skip_malformed else None
+        for number, (file, score) in enumerate(zip(files, self.scores, strict=True)):
+            documents = read_documents([file], text_field, on_malformed)
+            encoded = self._beginning(documents, tokenizer, int(megabytes * 10**6) // len(files))
+            self.batches += [(number, *batch) for batch in make_batches(encoded, tokenizer.bos_id, seq_len, score)]
+            if not score.tokens:
+                raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
+
+    def _beginning(self, documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
+        """The first `size` bytes of documents, of which the last one may be a part."""
+        for document in documents:
+            text = document.text.encode("utf-8")[:size].decode("utf-8", "ignore")
+            if not text:
+                return
+            whole = encode(tokenizer, document.text)
+            ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *whole.ids, tokenizer.eos_id]
+            self.documents[len(ids), whole.bytes].add(np.array(ids, "<u4").tobytes())
+            yield (part := whole if text == document.text else encode(tokenizer, text))
+            size -= part.bytes
+
+    def find(self, shard: TokenShard) -> np.ndarray:
+        """The numbers of the documents of a shard that are among these."""
+        table = shard.documents
+        near = np.isin(table["tokens"], [tokens for tokens, _ in self.documents])
+        near &= np.isin(table["bytes"], [size for _, size in self.documents])
+        found = []
+        for number in np.flatnonzero(near).tolist():
+            offset, tokens = int(table["offset"][number]), int(table["tokens"][number])
+            ids = shard.tokens[offset : offset + tokens].astype("<u4").tobytes()
+            if ids in self.documents.get((tokens, int(table["bytes"][number])), ()):
+                found.append(number)
+        return np.array(found, np.int64)
+
+    def evaluate(self, model: CausalLM, world: World) -> dict[str, Any]:
+        """For a line of metrics.jsonl: the loss and bits per byte of all the text, and of each file. Collective.
+
+        A batch is one process's; they are the same for any number of them.
+        """
+        # All must call the model equally often.
+        nothing = 0, torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE)
+        mine = self.batches[world.rank :: world.size]
+        mine += [nothing] * (-(-len(self.batches) // world.size) - len(mine))
+        for score, nats in zip(self.scores, summed_losses(model, mine, len(self.files), world), strict=True):
+            score.nats = nats
+        names = ("documents", "bytes", "tokens", "nats")
+        every = Score(*(sum(getattr(score, name) for score in self.scores) for name in names)).figures()
+        by_file = [
+            {"file": str(file)} | {name: score.figures()[name] for name in ("loss", "bits_per_byte")}
+            for file, score in zip(self.files, self.scores, strict=True)
+        ]
+        return {
+            "validation_loss": every["loss"],
+            "validation_bits_per_byte": every["bits_per_byte"],
+            "validation": by_file,
+        }
+
+    def watch(self, model: CausalLM, every: int, world: World) -> Callable[[int, bool], dict[str, Any]]:
+        """An `after_step` for `training.train`: evaluates every so many steps and after the last one."""
+        return partial(self._after_step, model, every, world)
+
+    def _after_step(self, model: CausalLM, every: int, world: World, step: int, is_last: bool) -> dict[str, Any]:
+        if step % every and not is_last:
+            return {}
+        record = self.evaluate(model, world)
+        files = [f"{Path(line['file']).name} {line['bits_per_byte']:.4f}" for line in record["validation"][:4]]
+        more = len(self.files) - len(files)
+        world.say(
+            f"step {step}: held-out loss {record['validation_loss']:.4f}, bits per byte "
+            f"{record['validation_bits_per_byte']:.4f} ({', '.join(files)}{f' and {more} more' if more else ''})"
+        )
+        return record
