@@ -557,7 +557,7 @@ def test_a_torn_line_is_asked_again_alone(judge, bench):
 
 def test_ctrl_c_keeps_what_was_asked(judge, bench):
     """In a process of its own, as its main thread is the one that gets the signal."""
-    with JudgeServer(lambda number, prompt: Reply(RATED, seconds=0.0 if number < 4 else 3.0)) as server:
+    with JudgeServer(lambda number, prompt: Reply(RATED, seconds=0.0 if number < 4 else 8.0)) as server:
         options = ["--bench", "mt_bench", "--bench-dir", bench, "--judge-model", "gpt-4", "--base-url", server.url]
         words = ["judge", *options, "--concurrency", 2]
         process = Fork("eval.__main__", words)
