@@ -130,6 +130,7 @@ REFUSED = [
     (both(chat("Hi", "Ho", system="A"), system="B")[0], "two system messages that differ"),
     (both(system=["A"])[0], "a system message that is not a string (['A'])"),
     ({**both()[0], **sharegpt(chat("a", "b"))}, "fields 'conversations' and 'messages' differ"),
+    ({"messages": chat("a", "b"), **sharegpt(chat("a", "c"))}, "fields 'conversations' and 'messages' differ"),
     ({"messages": [{"role": "user", "from": "gpt", "content": "x"}]}, "fields 'from' and 'role' differ"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "its content is [{'type': 'image_url'}]"),
     *(({"messages": [{"role": role, "content": "x"}]}, f"role '{role}'") for role in ("tool", "function", "developer")),

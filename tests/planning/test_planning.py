@@ -20,7 +20,7 @@ from elo.model.decoder import sliding_window_mask
 from elo.model.rotary import rotary_table
 from elo.planning import plan as planning
 from elo.planning.costs import count_flops, flops_per_token, parameters
-from elo.planning.memory import Setup, block_activations
+from elo.planning.memory import Setup, block_activations, peak_memory
 from elo.runs.sharding import use_faster_operators
 from elo.variants.lora import LoraOptions
 
@@ -178,6 +178,16 @@ def test_a_mask_is_kept_once_and_no_scores_are():
         model(torch.zeros(1, 512, dtype=torch.long))
     mask = 512 * 512 * 4
     assert [size for _, size in kept.values() if size >= mask] == [mask]
+
+
+@pytest.mark.parametrize("shard", [1, 2])
+def test_what_the_host_holds(shard):
+    """With --cpu-offload: weights, gradients and AdamW's two moments, all in fp32."""
+    model = make(family("llama3"), "full").model
+    planned = peak_memory(model, Setup(64, 32, micro_batches=2, shard=shard, cpu_offload=True))
+    held = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert planned.host == pytest.approx(held / shard, rel=0.01)
+    assert planned.optimizer == 0
 
 
 def test_a_module_that_is_not_known_is_refused():
