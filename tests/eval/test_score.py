@@ -113,6 +113,13 @@ def test_fastchats_arithmetic(score, tmp_path):
     assert out.splitlines()[0].split() == ["model", "turn", "all", "judgments", "unparsed"]
 
 
+def test_logickors_arithmetic(score, tmp_path):
+    """score.py: the average is over the two turns, however many of a turn have a rating."""
+    lines = [judgment(1, 1, 8), judgment(2, 1, 4), judgment(1, 2, 9), judgment(2, 2, -1)]
+    models = score(write_jsonl(tmp_path / "a.jsonl", [line | {"bench": "logickor"} for line in lines]))[3]
+    assert (models["m"]["first"], models["m"]["second"], models["m"]["average"]) == (6, 9, 7.5)
+
+
 def test_categories_come_from_the_questions_or_from_the_judgments(score, tmp_path):
     bench = write_bench(tmp_path / "mt", "mt_bench")
     plain = [judgment(81 + index, turn, index + turn) for index in range(8) for turn in (1, 2)]

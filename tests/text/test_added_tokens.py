@@ -167,6 +167,23 @@ def test_files_that_say_different_things(tmp_path):
     assert 500 not in ours.encode("dd.. ee..") and ours.special_tokens["dd.."] == 500
 
 
+@pytest.mark.parametrize("is_special", [False, True])
+def test_what_a_record_leaves_out(is_special, tmp_path):
+    """As in tokenizers: `normalized` unless it is special, and none of the rest."""
+    record = {"content": "e\u0301x", "special": is_special}
+    reference = with_added("qwen2", [])
+    reference.add_tokens([tokenizers.AddedToken(**record)])
+    id = reference.token_to_id("e\u0301x")
+    ours = load(
+        tmp_path,
+        tokenizer__json=json.loads(base("qwen2")),
+        tokenizer_config__json={"added_tokens_decoder": {str(id): record}},
+    )
+    for text in ("éx", "a e\u0301x b"):
+        assert ours.encode(text) == reference.encode(text, add_special_tokens=False).ids
+        assert (id in ours.encode(text)) == (not is_special)
+
+
 def test_what_is_refused(tmp_path):
     content = json.loads(with_added("qwen2", [token("é", "normalized")]).to_str())
     content["added_tokens"] += [token("e\u0301", "normalized") | {"id": 900}]
