@@ -555,6 +555,16 @@ def test_a_torn_line_is_asked_again_alone(judge, bench):
     assert "gpt-4_single.jsonl:3: not a line of JSON" in err
 
 
+def test_a_judgment_by_another_prompt_is_asked_for_again(judge, bench):
+    """Though the words that were sent are the same: those who read the file go by the prompt's name."""
+    with JudgeServer() as server:
+        lines = judge(server.url)[2]
+        lines[3]["judge"][1] = "single-v0"
+        write_jsonl(bench / "model_judgment" / "gpt-4_single.jsonl", lines)
+        assert len(judge(server.url)[2]) == len(lines) + 1
+        assert server.asked[len(lines) :] == [server.asked[3]]
+
+
 def test_ctrl_c_keeps_what_was_asked(judge, bench):
     """In a process of its own, as its main thread is the one that gets the signal."""
     with JudgeServer(lambda number, prompt: Reply(RATED, seconds=0.0 if number < 4 else 8.0)) as server:
