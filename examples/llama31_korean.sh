@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Llama-3.1-8B learns Korean on one node: README.md's pipeline, planned before and checked between.
+#
+#     bash examples/llama31_korean.sh
+#
+# Again after an interruption, it goes on where it was. It needs data/target (Korean) and data/source (English), a
+# Korean and an English text that are in neither, data/heldout.ko.jsonl and data/heldout.en.jsonl, and conversations,
+# data/tagengo.parquet. Everything in capitals can be set from outside: GPUS=4 GPU=A100-80GB bash examples/...
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+: "${GPUS:=8}" "${GPU:=H100}" "${MODELS:=models}" "${DATA:=data}" "${RUNS:=runs/llama31-korean}"
+: "${GB:=9}" "${ALIGNMENT_GB:=1}" "${SEQ_LEN:=4096}" "${SAMPLES:=31000}" "${EPOCHS:=10}" "${OPTIONS:=}"
+BASE=$MODELS/Llama-3.1-8B
+INSTRUCT=$MODELS/Llama-3.1-8B-Instruct
+TEXTS="--target $DATA/target --source $DATA/source --seq-len $SEQ_LEN"
+STAGE="--save-every 15m --resume $OPTIONS" # --resume: what is finished is passed over
+
+run() { # print a command, then run it
+    printf '\n$ %s\n' "$*"
+    "$@"
+}
+
+torchrun_on_gpus="torchrun --standalone --nproc_per_node=$GPUS"
+
+for model in Llama-3.1-8B Llama-3.1-8B-Instruct; do
+    [ -e "$MODELS/$model/config.json" ] || run hf download "meta-llama/$model" --local-dir "$MODELS/$model"
+done
+
+# Does it fit? The planner ends in an error where it does not.
+plan="python -m elo.planning --model $BASE --gpu $GPU --gpus $GPUS --seq-len $SEQ_LEN"
+run $plan --layers 1,32
+run $plan --stage align --micro-batch 1 --activation-checkpointing
+run $plan --stage sft --activation-checkpointing
+
+run $torchrun_on_gpus train.py --model "$BASE" --layers 1,32 --gb "$GB" $TEXTS $STAGE --out "$RUNS/elo"
+run $torchrun_on_gpus align.py --model "$BASE" --elo "$RUNS/elo" --gb "$ALIGNMENT_GB" $TEXTS $STAGE \
+    --micro-batch 1 --activation-checkpointing --out "$RUNS/aligned"
+
+# Has it helped? Bits per byte of the held-out texts, before and after.
+for model in "$BASE" "$RUNS/aligned"; do
+    json=$RUNS/$(basename "$model").perplexity.json
+    [ -e "$json" ] || run python -m eval perplexity --model "$model" --seq-len "$SEQ_LEN" \
+        --data "$DATA/heldout.ko.jsonl" "$DATA/heldout.en.jsonl" --json "$json"
+done
+python - "$RUNS/Llama-3.1-8B.perplexity.json" "$RUNS/aligned.perplexity.json" <<'END'
+import json, sys
+before, after = ([file["bits_per_byte"] for file in json.load(open(path))["files"]] for path in sys.argv[1:])
+for language, old, new in zip(("Korean", "English"), before, after, strict=True):
+    print(f"{language}: {old:.3f} bits a byte before, {new:.3f} after")
+if after[0] >= before[0]:
+    sys.exit("the alignment has not made the model better in Korean: more text, or another --lr, before it is tuned")
+END
+
+[ -e "$RUNS/chat/config.json" ] || run python merge_chat_vector.py --model "$RUNS/aligned" --base "$BASE" \
+    --instruct "$INSTRUCT" --out "$RUNS/chat"
+run $torchrun_on_gpus sft.py --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en \
+    --samples "$SAMPLES" --epochs "$EPOCHS" --activation-checkpointing $STAGE --out "$RUNS/sft"
+run python -m elo.generation --model "$RUNS/sft" --prompt "안녕하세요? 자기소개를 해 주세요."

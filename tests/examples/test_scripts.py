@@ -1,0 +1,83 @@
+"""examples/*.sh, with a tiny model of the names that they expect, and stand-ins for what a cluster has."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shown_place import write_place
+
+ROOT = Path(__file__).resolve().parents[2]
+STAND_INS = {
+    "python": 'exec {python} "$@"',
+    "torchrun": 'exec {python} -m torch.distributed.run "$@"',
+    "hf": 'echo "hf has been called: $*" >&2; exit 1',
+    "scontrol": 'if [ "$*" = "show hostnames nodes[1-2]" ]; then printf "localhost\\nother\\n"; else exit 1; fi',
+    # Every node runs the command; here both are this machine.
+    "srun": 'for node in 1 2; do "$@" & pids="$pids $!"; done; for pid in $pids; do wait $pid || status=$?; done\n'
+    "exit ${{status:-0}}",
+}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = write_place(tmp_path_factory.mktemp("scripts"))
+    (place / "bin").mkdir()
+    for name, body in STAND_INS.items():
+        file = place / "bin" / name
+        file.write_text("#!/bin/bash\n" + body.format(python=sys.executable) + "\n")
+        file.chmod(0o755)
+    return place
+
+
+def run(place, script, *words, **environment):
+    own = {"PATH": f"{place / 'bin'}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    command = ["bash", str(ROOT / "examples" / script), *map(str, words)]
+    return subprocess.run(command, cwd=place, env=os.environ | own | environment, capture_output=True, text=True)
+
+
+def test_the_pipeline_goes_on_after_what_stopped_it(place):
+    settings = {
+        "GPUS": "1",
+        "MODELS": place / "models",
+        "DATA": place / "data",
+        "RUNS": place / "runs",
+        "GB": "0.00002",
+        "ALIGNMENT_GB": "0.000006",
+        "SEQ_LEN": "64",
+        "SAMPLES": "12",
+        "EPOCHS": "1",
+        "OPTIONS": "--dtype fp32 --lr 1e-2 --max-steps 8",
+    }
+    settings = {name: str(value) for name, value in settings.items()}
+    held_out = place / "data/heldout.en.jsonl"
+    held_out.rename(place / "elsewhere.jsonl")
+    stopped = run(place, "llama31_korean.sh", **settings)
+    assert stopped.returncode == 2, stopped.stderr
+    assert "heldout.en.jsonl" in stopped.stderr.splitlines()[-1]
+    assert not (place / "runs/chat").exists()
+    model = place / "runs/aligned/model.safetensors"
+    written = model.stat().st_mtime_ns
+
+    (place / "elsewhere.jsonl").rename(held_out)
+    finished = run(place, "llama31_korean.sh", **settings)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.count("this run is finished") == 2
+    assert model.stat().st_mtime_ns == written
+    assert (place / "runs/sft/sft.json").exists()
+    assert "Korean: " in finished.stdout and "bits a byte before" in finished.stdout
+
+
+def test_a_job_of_two_nodes(place):
+    job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "nodes[1-2]"}
+    job |= {"SLURM_GPUS_ON_NODE": "1", "PORT": str(random.SystemRandom().randrange(20_000, 30_000))}
+    texts = ["--target", place / "data/target", "--source", place / "data/source", "--seq-len", 64]
+    command = ["train.py", "--model", place / "models/Qwen2-7B", *texts, "--gb", "0.00001", "--max-steps", 3]
+    command = [ROOT / command[0], *command[1:], "--dtype", "fp32", "--out", place / "job"]
+    for said in ("", "this run is finished"):
+        ended = run(place, "slurm.sh", *command, **job)
+        assert ended.returncode == 0, ended.stderr
+        assert said in ended.stdout
+    assert '"processes": 2' in (place / "job/run.json").read_text()
