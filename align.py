@@ -4,27 +4,29 @@
 
 The documents are those that come after the ones stage 1 consumed. --gb 0 only puts the layers back. Without --elo the
 unchanged model is trained: the control "alignment only", on the same documents if --after names the stage-1 run.
+
+--scale A puts back a part of what stage 1 has learned, theta_0 + A (theta_ELO - theta_0): 1, the default, is what the
+paper does; auto tries some on the text of --validation before the alignment.
 """
 
+import math
 from argparse import Namespace
-from functools import partial
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from elo import pretraining
 from elo.common.errors import UserError, exit_status
-from elo.common.options import Parser
-from elo.model.checkpoint import Checkpoint
-from elo.model.decoder import build
+from elo.common.options import Parser, not_negative
+from elo.model.decoder import CausalLM, build
 from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.slicing import open_slice, slice_name
+from elo.slicing import Replaced
 from elo.training import planned_steps, train
+from elo.validation import HeldOut
+
+AUTO, TRIED = "auto", (0.0, 0.1, 0.25, 0.5, 1.0)
 
 
 def main() -> None:
@@ -36,6 +38,8 @@ def main() -> None:
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--elo", type=Path, metavar="DIR", help="stage-1 result whose layers go into --model")
+    parser.add_argument("--scale", type=scales, metavar="A[,A...]", help=(
+        "of their update, for all or for each of them, or auto (default: 1)"))  # fmt: skip
     parser.add_argument(
         "--after", type=Path, metavar="DIR", help="take the documents after this run's (default: --elo)"
     )
@@ -47,53 +51,66 @@ def parse_arguments() -> Namespace:
     return parser.parse_args()
 
 
+def scales(text: str) -> str | list[float]:
+    return AUTO if text == AUTO else [not_negative(part) for part in text.split(",")]
+
+
 def run(arguments: Namespace, world: World) -> None:
     base = pretraining.open_base(arguments.model)
-    trained, layers = open_slice(arguments.elo, base) if arguments.elo else (None, ())
+    replaced = Replaced(base, arguments.elo, arguments.scale) if arguments.elo else None
+    start = replaced or base
+    if arguments.scale and not replaced:
+        raise UserError("--scale is of the layers of --elo DIR, which is not given")
+    is_auto = arguments.scale == AUTO
+    if is_auto and not arguments.validation:
+        raise UserError("--scale auto needs --validation PATH, text to choose by")
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
     held_out = pretraining.open_validation(arguments, base.config)
     if arguments.gb == 0:
-        if held_out:
+        if held_out and not is_auto:
             raise UserError("--gb 0 only puts the layers back: python -m eval perplexity is what measures the result")
         open_run(arguments, world, goes_on, {})
-        write_replaced(arguments, base, trained, layers)
+        if is_auto:
+            choose_scale(replaced, parallelize(build(base.config), world, parallel), held_out, world)
+        save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
         return close_run(arguments, world)
 
     after = arguments.after or arguments.elo
     windows = pretraining.open_windows(arguments, base.config, world, after, held_out)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
-    open_run(arguments, world, goes_on, pretraining.data_of(base, trained, windows))
+    open_run(arguments, world, goes_on, pretraining.data_of(base, replaced and replaced.trained, windows))
 
     model = parallelize(build(base.config), world, parallel)
-    base.load_into(model)
-    if trained:
-        trained.load_into(model, partial(slice_name, layers=layers))
+    if is_auto:
+        choose_scale(replaced, model, held_out, world)
+    else:
+        start.load_into(model)
     after_step = pretraining.watch(held_out, model, arguments, planned_steps(batches, options), world)
     done = train(model, batches, options, world, arguments.out, after_step)
-    notes = {"elo.json": pretraining.notes(arguments, layers, batches, done)}
-    export(arguments.out, model, base, notes=notes, wait=world.wait)
+    export(arguments.out, model, base, notes=notes(arguments, replaced, batches, done), wait=world.wait)
     return close_run(arguments, world)
 
 
-def write_replaced(arguments: Namespace, base: Checkpoint, trained: Checkpoint | None, layers: tuple[int, ...]) -> None:
-    """--gb 0: the base's tensors as they are, but for the trained layers."""
+def choose_scale(replaced: Replaced, model: CausalLM, held_out: HeldOut, world: World) -> None:
+    """--scale auto: load the model, not aligned yet, with the one that needs the fewest bits for a byte held out."""
+    found = {}
+    for scale in TRIED:
+        replaced.scales = (scale,) * len(replaced.layers)
+        replaced.load_into(model, replaced.trained_name if found else lambda name: name)
+        bits = held_out.evaluate(model, world)["validation_bits_per_byte"]
+        found[scale] = bits if math.isfinite(bits) else math.inf
+    best = min(found, key=found.__getitem__)
+    replaced.scales = (best,) * len(replaced.layers)
+    replaced.load_into(model, replaced.trained_name)
+    listed = ", ".join(f"{bits:.4f} at {scale:g}" for scale, bits in found.items())
+    world.say(f"--scale auto: {best:g}, of held-out bits per byte {listed}")
 
-    def origin(name: str) -> tuple[Checkpoint, str]:
-        in_slice = slice_name(name, layers)
-        return (base, name) if in_slice is None else (trained, in_slice)
 
-    def tensor(name: str) -> Tensor:
-        checkpoint, stored = origin(name)
-        return checkpoint.tensor(stored)
-
-    def dtype(name: str) -> torch.dtype:
-        checkpoint, stored = origin(name)
-        return checkpoint.dtype(stored)
-
-    notes = {"elo.json": pretraining.notes(arguments, layers)}
-    save(arguments.out, base.config, tensor, dtype, companions=base.directory, notes=notes)
+def notes(arguments: Namespace, replaced: Replaced | None, *trained: object) -> dict[str, dict]:
+    layers, scale = (replaced.layers, {"scale": replaced.scales}) if replaced else ((), {})
+    return {"elo.json": pretraining.notes(arguments, layers, *trained) | scale}
 
 
 if __name__ == "__main__":

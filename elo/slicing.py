@@ -4,11 +4,12 @@ Layers are numbered from 1 here, as in the paper, and from 0 in a checkpoint's t
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
@@ -60,6 +61,42 @@ def freeze_all_but_layers(model: nn.Module) -> None:
     """Equation 2 of the paper: only the detached layers are trained; embedding, norm and head stay as they are."""
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(LAYER_NAME.fullmatch(name) is not None)
+
+
+class Replaced(Checkpoint):
+    """A base model with a stage-1 result's layers back in their places, read as they are asked for, as all checkpoints.
+
+    Of a layer with the scale a it has theta_0 + a (theta_ELO - theta_0), computed in fp32 and rounded once. The paper
+    replaces: a scale of 1 gives the trained values to the bit, and 0 those of the base.
+    """
+
+    def __init__(self, base: Checkpoint, elo: Path, scales: Sequence[float] | str | None = None) -> None:
+        """scales: one, or one for each layer; all are 1 where they are yet to be found.
+
+        Raises UserError where `elo` is no slice of this base, and for another number of scales.
+        """
+        super().__init__(base.directory)
+        self.trained, self.layers = open_slice(elo, base)
+        count = len(self.layers)
+        given = [1.0] if scales is None or isinstance(scales, str) else [*scales]
+        if len(given) not in (1, count):
+            raise UserError(f"--scale: {len(given)} values for the {count} layers of {elo}; give one, or one for each")
+        self.scales = tuple(given * count)[:count]
+
+    def trained_name(self, name: str) -> str | None:
+        """The tensor's own name if it is one of the trained layers', else None: to load these only."""
+        return name if slice_name(name, self.layers) else None
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        in_slice = slice_name(name, self.layers)
+        scale = 0.0 if in_slice is None else self.scales[int(LAYER_NAME.fullmatch(in_slice)[1])]
+        if scale == 1:
+            return self.trained.rows(in_slice, start, stop)
+        before = super().rows(name, start, stop)
+        if scale == 0:
+            return before
+        after = self.trained.rows(in_slice, start, stop)
+        return before.float().add_(after.float() - before.float(), alpha=scale).to(before.dtype)
 
 
 def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int, ...]]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from pathlib import Path
 
 import families
 import pytest
@@ -15,6 +16,7 @@ import align
 import train
 from elo.common.errors import exit_status
 from elo.model.checkpoint import load_model
+from eval import __main__ as evaluation
 
 COMMON = ["--seq-len", "32", "--batch-tokens", "128", "--lr", "1e-2", "--dtype", "fp32"]
 
@@ -62,6 +64,102 @@ def test_replacement_changes_the_trained_layers_only(project, monkeypatch):
     tokens = torch.arange(60).view(2, 30)
     theirs = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     torch.testing.assert_close(load_model(out, "cpu", torch.float32)(tokens), theirs(tokens).logits, atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def scaled(tmp_path, monkeypatch):
+    """Runs align.py --gb 0 on a base and a slice of its layers 1 and 4 that were moved at random: gives the tensors."""
+    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400)
+    families.write("small", tmp_path / "base", dtype=torch.bfloat16)
+    write_tokenizer(tmp_path / "base")
+    for name in ("ko", "en"):
+        lines = [json.dumps({"text": f"{name} {number} some text " * 3}) for number in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    text = ["--model", "base", "--target", "ko.jsonl", "--source", "en.jsonl"]
+    assert run(train, monkeypatch, *text, "--max-steps", "0", "--out", "elo") == 0
+    slice_ = load_file("elo/model.safetensors")
+    generator = torch.Generator().manual_seed(0)
+    for name in (name for name in slice_ if ".layers." in name):
+        slice_[name] += 0.02 * torch.randn(slice_[name].shape, generator=generator).bfloat16()
+    save_file(slice_, "elo/model.safetensors", {"format": "pt"})
+    base = load_file("base/model.safetensors")
+
+    def align_with(*words, out="out", status=0):
+        options = ["--elo", "elo", "--gb", "0", "--out", out, "--overwrite"]
+        assert run(align, monkeypatch, *text, *options, *words) == status
+        return load_file(f"{out}/model.safetensors") if status == 0 else None
+
+    return align_with, base, slice_
+
+
+@pytest.mark.parametrize("given", ["0", "1", "0.25", "0,1", "0.5,0.125", "2"])
+def test_scales(given, scaled):
+    align_with, base, slice_ = scaled
+    values = [float(part) for part in given.split(",")]
+    found = align_with("--scale", given)
+    assert json.loads(Path("out/elo.json").read_text())["scale"] == (values * 2)[:2]
+    for name, before in base.items():
+        layer = {"layers.0.": 0, "layers.3.": 1}.get(name[6:15])
+        if layer is None:
+            assert torch.equal(found[name], before)
+            continue
+        after, a = slice_[name.replace("layers.3.", "layers.1.")], (values * 2)[layer]
+        exact = before.double() + a * (after.double() - before.double())
+        wanted = {0: before, 1: after}.get(a, exact.bfloat16())
+        assert torch.equal(found[name], wanted)
+
+
+def test_the_scale_that_validation_prefers(scaled, monkeypatch, capfd):
+    """It is found by forward passes of the replaced model, and is what the alignment starts from."""
+    align_with, _, _ = scaled
+    for name in ("ko", "en"):
+        Path(f"held.{name}.jsonl").write_text(json.dumps({"text": f"A sentence that is new, {name}. " * 5}))
+    held_out = ["--validation", "held.ko.jsonl", "held.en.jsonl"]
+    automatic = align_with("--scale", "auto", *held_out, out="auto")
+    line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("--scale auto: "))
+    said = {float(part.split(" at ")[1]): float(part.split(" at ")[0]) for part in line.split("byte ")[1].split(", ")}
+    for value, bits in said.items():
+        align_with("--scale", value, out=f"at-{value}")
+        words = ["eval", "perplexity", "--model", f"at-{value}", "--data", *held_out[1:], "--seq-len", "32"]
+        monkeypatch.setattr(sys, "argv", [*words, "--dtype", "fp32", "--json", "measured.json"])
+        with pytest.raises(SystemExit):
+            exit_status(evaluation.main)
+        files = json.loads(Path("measured.json").read_text())["files"]
+        measured = sum(file["bits_per_byte"] * file["bytes"] for file in files) / sum(file["bytes"] for file in files)
+        assert bits == pytest.approx(measured, abs=0.01)  # the model's values are rounded to bf16 in the files
+    best = min(said, key=said.get)
+    assert line.startswith(f"--scale auto: {best:g},")
+    assert json.loads(Path("auto/elo.json").read_text())["scale"] == [best] * 2
+    by_hand = load_file(f"at-{best}/model.safetensors")
+    assert all(torch.equal(automatic[name], by_hand[name]) for name in by_hand)
+
+    begun = {}
+    original = align.train
+
+    def spy(model, *rest):
+        begun.update({name: value.full_tensor().bfloat16() for name, value in model.named_parameters()})
+        return original(model, *rest)
+
+    monkeypatch.setattr(align, "train", spy)
+    align_with("--scale", "auto", *held_out, "--gb", "0.000003", "--max-steps", "1", out="aligned")
+    assert all(torch.equal(begun[name], by_hand[name]) for name in by_hand)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--scale", "0.5,0.5,1"], "--scale: 3 values for the 2 layers of elo; give one, or one for each"),
+        (["--scale", "nan"], "'nan' is not a number, 0 or more"),
+        (["--scale", "half"], "'half' is not a number"),
+        (["--scale", "0.5,"], "'' is not a number"),
+        (["--scale", "auto"], "--scale auto needs --validation PATH"),
+    ],
+)
+def test_mistakes_in_scales(words, message, scaled, capfd):
+    scaled[0](*words, status=2)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
 
 
 def test_alignment_trains_everything_on_new_documents(project, monkeypatch):
