@@ -7,8 +7,6 @@ same answers after any interruption and for any number of processes, on one kind
 answer depend on the seed, the question and the turn alone. In fp32 so does the answer; in bf16 the rounding of matrix
 products depends on the shape of a batch, and with another --batch-size or --limit two tokens that are almost equally
 likely may change places. So a file has answers of one --batch-size only; those of a smaller --limit are kept.
-
-The files of the benchmarks are those of lm-sys/FastChat, Stability-AI/FastChat (jp-stable) and instructkr/LogicKor.
 """
 
 import sys
@@ -24,7 +22,7 @@ from typing import Any, NamedTuple
 from tqdm import tqdm
 
 from elo.common.errors import UserError
-from elo.common.fields import Fields, check_output, read_json_object, write_json
+from elo.common.fields import check_output, read_json_object, write_json
 from elo.common.options import Parser, not_negative_int, positive, positive_int, share
 from elo.common.terminal import note, show
 from elo.generation.engine import generate
@@ -38,6 +36,7 @@ from elo.text.chat_format import ChatFormat, Messages, chat_format, check_messag
 from elo.text.tokenizer import load_tokenizer
 from eval.jsonl import JsonLines, digest
 from eval.judged.benchmarks import BENCHMARKS, Benchmark, Question, read_questions
+from eval.judged.sampling import sampling_options
 from eval.tables import table
 
 EXAMPLES = Path(__file__).parent / "data" / "logickor_examples.json"
@@ -56,12 +55,8 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N questions of each category")
     parser.add_argument("--chat-format", metavar="NAME", help="instead of the checkpoint's")
     parser.add_argument("--batch-size", type=positive_int, default=16, help="questions at a time (%(default)s)")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        metavar="N",
-        help=f"in an answer (default: {', '.join(f'{b.name} {b.max_new_tokens}' for b in BENCHMARKS.values())})",
-    )
+    defaults = ", ".join(f"{benchmark.name} {benchmark.max_new_tokens}" for benchmark in BENCHMARKS.values())
+    parser.add_argument("--max-new-tokens", type=positive_int, metavar="N", help=f"in an answer (default: {defaults})")
     group = parser.add_argument_group(
         "sampling",
         "The temperature is the benchmark's. The rest is by default what transformers takes, and so FastChat: the "
@@ -128,12 +123,8 @@ def main(arguments: Namespace) -> None:
         world.say(f"{path}: {len(done)} of {len(questions)} questions were answered before")
         if missing:
             model = pack_weights(load_model(arguments.model, world.device, DTYPES[arguments.dtype]))
-            bar = tqdm(
-                total=len(questions),
-                initial=len(done),
-                unit="question",
-                disable=world.rank > 0 or not sys.stderr.isatty(),
-            )
+            hidden = world.rank > 0 or not sys.stderr.isatty()
+            bar = tqdm(total=len(questions), initial=len(done), unit="question", disable=hidden)
             for start in range(0, len(missing), world.size):
                 records = []
                 for batch in missing[start + world.rank : start + world.rank + 1]:
@@ -167,54 +158,15 @@ def read_examples(benchmark: Benchmark, setting: str, path: Path) -> Messages:
     if setting == "default":
         return []
     messages = read_json_object(path).get(setting)
-    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-        raise UserError(f"{path}: {setting!r} must be a list of messages")
     try:
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise UserError("it must be a list of messages")
         check_messages(messages)
     except UserError as error:
         raise UserError(f"{path}: {setting!r}: {error}") from None
     if messages[-1]["role"] != "assistant":
         raise UserError(f"{path}: {setting!r}: its last message must be the assistant's; the question follows it")
     return [{"role": message["role"], "content": message["content"]} for message in messages]
-
-
-# Fields of generation_config.json that change no answer here: what is obeyed or asked for otherwise, how transformers
-# computes and what it returns. Others do where they have a value; a value of 1 is none for some.
-HARMLESS = """
-top_k top_p min_p repetition_penalty temperature do_sample max_length max_new_tokens bos_token_id eos_token_id
-pad_token_id decoder_start_token_id transformers_version _from_model_config use_cache cache_implementation
-cache_config max_cache_len compile_config disable_compile prefill_chunk_size low_memory output_attentions
-output_hidden_states output_scores output_logits return_dict_in_generate renormalize_logits remove_invalid_values
-early_stopping is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold
-prompt_lookup_num_tokens max_matching_ngram_size assistant_early_exit assistant_lookbehind target_lookbehind
-"""
-NEUTRAL_AT_1 = """
-typical_p encoder_repetition_penalty length_penalty num_beams num_beam_groups num_return_sequences guidance_scale
-"""
-
-
-def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, Any]:
-    """top_k, top_p, min_p and repetition_penalty: as told, or else as transformers' `generate` has them.
-
-    Of generation_config.json also names on stderr what would change an answer there and does not here, or is not known.
-    """
-    options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    path = Path(arguments.model) / "generation_config.json"
-    if benchmark.by_generation_config:
-        fields = Fields(read_json_object(path) if path.is_file() else {}, str(path))
-        options["top_k"] = fields.integer("top_k", default=50, minimum=0)
-        for name in ("top_p", "repetition_penalty"):
-            options[name] = fields.number(name, default=1.0)
-        if fields.fields.get("min_p"):
-            options["min_p"] = fields.number("min_p")
-        if options["min_p"] > 1:
-            raise UserError(f"{path}: min_p must be a number from 0 to 1, not {options['min_p']}")
-        told = {name: value for name, value in fields.fields.items() if name not in HARMLESS.split() and value}
-        ignored = [name for name, value in told.items() if value != 1 or name not in NEUTRAL_AT_1.split()]
-        if ignored:
-            note(f"{path}: {', '.join(ignored)}: not implemented, and without effect on these answers")
-    told = {name: getattr(arguments, name) for name in options}
-    return options | {name: value for name, value in told.items() if value is not None}
 
 
 def answers_so_far(results: JsonLines, settings: dict[int | str, Record]) -> dict[int | str, Record]:
@@ -282,15 +234,13 @@ def answer(
     sampling: Sampling,
 ) -> list[Answer]:
     """Answer some questions together, a batch a turn."""
-    context = model.config.max_position_embeddings
-    conversations = [list(examples) for _ in questions]
-    answers = [Answer([], [], []) for _ in questions]
+    conversations, answers = [list(examples) for _ in questions], [Answer([], [], []) for _ in questions]
     for turn in range(max(len(question.turns) for question in questions)):
         rows = [row for row, question in enumerate(questions) if turn < len(question.turns)]
         for row in rows:
             conversations[row].append({"role": "user", "content": questions[row].turns[turn]})
         prompts = {row: format.prompt(conversations[row]) for row in rows}
-        fitting = {row: prompt for row, prompt in prompts.items() if len(prompt) < context}
+        fitting = {row: prompt for row, prompt in prompts.items() if len(prompt) < model.config.max_position_embeddings}
         names = [random_name(questions[row].id, turn) for row in fitting]
         generated: list[list[int]] = []
         if fitting:
@@ -304,10 +254,8 @@ def answer(
             conversations[row].append({"role": "assistant", "content": text})
             answers[row].turns.append(text)
             answers[row].tokens.append(len(ids))
-            if ids and ids[-1] in format.stop_ids:
-                answers[row].finish.append("stop")
-            else:
-                answers[row].finish.append("length" if len(ids) == max_new_tokens else "context")
+            cut = "length" if len(ids) == max_new_tokens else "context"
+            answers[row].finish.append("stop" if ids and ids[-1] in format.stop_ids else cut)
     return answers
 
 

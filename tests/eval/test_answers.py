@@ -292,7 +292,7 @@ def test_mistakes_are_one_line(ask, tmp_path, benches):
     examples = tmp_path / "examples.json"
     user = {"role": "user", "content": "a"}
     for content, message in (
-        ({}, "'1-shot' must be a list of messages"),
+        ({}, "'1-shot': it must be a list of messages"),
         ({"1-shot": [user]}, "its last message must be the assistant's"),
         ({"1-shot": [user, {"role": "judge", "content": ""}]}, "message 2 has the role 'judge'"),
     ):
