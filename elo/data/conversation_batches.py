@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elo.data.conversations import Conversations, random_numbers
+from elo.data.conversations import Conversations
+from elo.data.drawing import random_numbers
 from elo.model.loss import IGNORE
 from elo.runs.processes import World
 

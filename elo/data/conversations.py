@@ -7,10 +7,9 @@ batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world
 """
 
 import hashlib
-import heapq
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from elo.data.conversation_files import (
     read_language,
 )
 from elo.data.conversation_records import is_blank, read_messages, text_bytes
+from elo.data.drawing import Pool, random_numbers
 from elo.data.json_records import MalformedError, place
 from elo.model.loss import IGNORE
 from elo.text.chat_format import ChatFormat
@@ -248,37 +248,6 @@ def make_example(
     return Example(np.array(ids, np.uint32), np.array(trained), row)
 
 
-class Pool:
-    """Draws `size` examples in one pass, or all: those with the smallest of random numbers.
-
-    An example is made only if it is among the smallest so far, so that of a large file little is tokenized.
-    """
-
-    def __init__(self, size: int | None, random: np.random.RandomState) -> None:
-        self.size, self.random = size, random
-        self.heap: list[tuple[float, int, Example]] = []  # the largest number first, as its negative
-        self.offered = self.refused = 0
-
-    def offer(self, make: Callable[[], Example | None]) -> None:
-        key = -self.random.random_sample()
-        self.offered += 1
-        is_full = self.size is not None and len(self.heap) >= self.size
-        if is_full and key < self.heap[0][0]:
-            return
-        self.refused += 1  # unless it can be made
-        example = make()
-        if example is None:
-            return
-        self.refused -= 1
-        heapq.heappush(self.heap, (key, self.offered, example))
-        if is_full:
-            heapq.heappop(self.heap)
-
-    def draw(self, size: int) -> list[Example]:
-        """The `size` examples with the smallest numbers."""
-        return [example for *_, example in heapq.nlargest(size, self.heap)]
-
-
 def _pools(languages: Sequence[str] | None, samples: int | None, seed: int) -> dict[str | None, Pool]:
     if not languages:
         return {None: Pool(samples, random_numbers(seed, "draw"))}
@@ -313,9 +282,3 @@ def _store(examples: list[Example], files: list[str], languages: list[str]) -> C
         files,
         languages,
     )
-
-
-def random_numbers(seed: int, *purpose: str | int) -> np.random.RandomState:
-    """Random numbers for one purpose. RandomState, because numpy promises that its numbers never change."""
-    numbers = [number for part in purpose for number in (part.encode() if isinstance(part, str) else [part])]
-    return np.random.RandomState([seed, *numbers])

@@ -137,68 +137,36 @@ ARCHITECTURES = (
     ),
 )
 
-# Fields by which relatives of these architectures change the mathematics, with the values that change nothing.
+# Fields by which relatives of these architectures change the mathematics, beside the values that change nothing.
 # `None` is a value of its own: a field that is there and null.
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu", "swish"),
-    "hidden_activation": (None, "silu", "swish"),
-    "is_causal": (None, True),
-    "use_bidirectional_attention": (None, False),
-    "is_encoder_decoder": (None, False),
-    "add_cross_attention": (None, False),
-    "pruned_heads": (None, {}),
-    "quantization_config": (None,),
-    "compression_config": (None,),
-    "attention_bias": (None, False),
-    "attention_out_bias": (None, False),
-    "attention_in_bias": (None, False),
-    "mlp_bias": (None, False),
-    "use_bias": (None, False),
-    "use_qkv_bias": (None, False),
-    "qkv_bias": (None, False),
-    "bias": (None, False),
-    "attention_dropout": (None, 0),
-    "hidden_dropout": (None, 0),
-    "resid_pdrop": (None, 0),
-    "embd_pdrop": (None, 0),
-    "partial_rotary_factor": (None, 1),
-    "rotary_pct": (None, 1),
-    "rope_interleaved": (None, False),
-    "rope_local_base_freq": (None,),
-    "use_mrope": (None, False),
-    "no_rope_layers": (None, []),
-    "no_rope_layer_interval": (None, 0),
-    "position_embedding_type": (None, "rope"),
-    "alibi": (None, False),
-    "attention_chunk_size": (None,),
-    "attn_temperature_tuning": (None, False),
-    "attention_multiplier": (None,),
-    "attention_sink_size": (None, 0),
-    "query_pre_attn_scalar": (None,),
-    "attn_logit_softcapping": (None,),
-    "final_logit_softcapping": (None,),
-    "sliding_window_pattern": (None,),
-    "logit_scale": (None, 1),
-    "logits_scaling": (None, 1),
-    "embedding_multiplier": (None, 1),
-    "residual_multiplier": (None, 1),
-    "scale_emb": (None, 1),
-    "scale_depth": (None,),
-    "scale_embedding": (None, False),
-    "clip_qkv": (None,),
-    "qk_norm": (None, False),
-    "use_qk_norm": (None, False),
-    "qk_layernorm": (None, False),
-    "norm_type": (None, "rmsnorm", "rms_norm"),
-    "use_parallel_residual": (None, False),
-    "parallel_attn": (None, False),
-    "swiglu_limit": (None,),
-    "kv_lora_rank": (None,),
-    "q_lora_rank": (None,),
-    "num_experts": (None, 0, 1),
-    "num_local_experts": (None, 0, 1),
-    "n_routed_experts": (None, 0),
-}
+_NEUTRAL: list[tuple[tuple[Any, ...], str]] = [
+    ((None, False), """
+        use_bidirectional_attention is_encoder_decoder add_cross_attention attention_bias attention_out_bias
+        attention_in_bias mlp_bias use_bias use_qkv_bias qkv_bias bias rope_interleaved use_mrope alibi
+        attn_temperature_tuning scale_embedding qk_norm use_qk_norm qk_layernorm use_parallel_residual parallel_attn
+    """),
+    ((None,), """
+        quantization_config compression_config rope_local_base_freq attention_chunk_size attention_multiplier
+        query_pre_attn_scalar attn_logit_softcapping final_logit_softcapping sliding_window_pattern scale_depth
+        clip_qkv swiglu_limit kv_lora_rank q_lora_rank
+    """),
+    ((None, 0), """
+        attention_dropout hidden_dropout resid_pdrop embd_pdrop no_rope_layer_interval attention_sink_size
+        n_routed_experts
+    """),
+    ((None, 1), """
+        partial_rotary_factor rotary_pct logit_scale logits_scaling embedding_multiplier residual_multiplier scale_emb
+    """),
+    ((None, 0, 1), "num_experts num_local_experts"),
+    (("silu", "swish"), "hidden_act"),
+    ((None, "silu", "swish"), "hidden_activation"),
+    ((None, True), "is_causal"),
+    ((None, {}), "pruned_heads"),
+    ((None, []), "no_rope_layers"),
+    ((None, "rope"), "position_embedding_type"),
+    ((None, "rmsnorm", "rms_norm"), "norm_type"),
+]  # fmt: skip
+NEUTRAL = {name: values for values, names in _NEUTRAL for name in names.split()}
 
 # Fields that change no logit: what else these architectures read, and what transformers and trainers write.
 _HARMLESS = """
