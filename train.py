@@ -3,7 +3,7 @@
     torchrun --nproc_per_node=8 train.py --layers 1,32
 
 --method full trains the whole model instead and --method lora adapters beside its frozen weights: the baselines that
-the paper compares with.
+the paper compares with. --method selective trains the same layers where they are, inside the frozen rest of the model.
 """
 
 from argparse import Namespace
@@ -12,7 +12,7 @@ from pathlib import Path
 from elo import methods, pretraining
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
-from elo.methods import DEFAULT_LAYERS, METHODS, Method
+from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS, Method
 from elo.model.config import ModelConfig
 from elo.model.saving import export
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
@@ -33,7 +33,7 @@ def main() -> None:
 
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
-    parser.add_argument("--layers", help=f"to detach and train, from 1; -1 is the last (default: {DEFAULT_LAYERS})")
+    parser.add_argument("--layers", help=f"to train, from 1; -1 is the last (default: {DEFAULT_LAYERS})")
     parser.add_argument("--method", choices=METHODS, default="elo", help="train (%(default)s)")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
@@ -86,7 +86,7 @@ def run(arguments: Namespace, world: World) -> None:
 
 
 def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptions | None) -> Method:
-    if arguments.method != "elo" and arguments.layers is not None:
+    if arguments.method not in OF_LAYERS and arguments.layers is not None:
         raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
     text = DEFAULT_LAYERS if arguments.layers is None else arguments.layers
     return methods.make(config, arguments.method, parse_layers(text, config.num_hidden_layers), adapters)

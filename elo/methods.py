@@ -1,4 +1,4 @@
-"""What `train.py` can train: ELO, and the two ways that the paper compares it with.
+"""What `train.py` can train: ELO, the two ways that the paper compares it with, and one that it names.
 
 Said once, for the script, the planner and the benchmarks.
 """
@@ -13,7 +13,8 @@ from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
 from elo.variants import lora
 from elo.variants.lora import LoraOptions
 
-METHODS = ("elo", "full", "lora")
+METHODS = ("elo", "full", "lora", "selective")
+OF_LAYERS = ("elo", "selective")  # train some of the layers
 DEFAULT_LAYERS = "1,-1"  # what the paper found best: the first and the last
 
 
@@ -28,6 +29,13 @@ def elo(config: ModelConfig, layers: tuple[int, ...]) -> Method:
     model = build(detach(config, layers))
     freeze_all_but_layers(model)
     return Method(model, partial(base_name, layers=layers), layers)
+
+
+def selective(config: ModelConfig, layers: tuple[int, ...]) -> Method:
+    """The same layers inside the whole model, all else frozen: every gradient is exact, and nothing is detached."""
+    model = build(config)
+    freeze_all_but_layers(model, layers)
+    return Method(model, lambda name: name)
 
 
 def full(config: ModelConfig) -> Method:
@@ -45,7 +53,9 @@ def low_rank(config: ModelConfig, options: LoraOptions) -> Method:
 def make(
     config: ModelConfig, method: str, layers: tuple[int, ...] | None = None, options: LoraOptions | None = None
 ) -> Method:
-    """One of METHODS. config: the base model's; layers: those of elo (default: DEFAULT_LAYERS); options: of lora."""
-    if method == "elo":
-        return elo(config, layers or parse_layers(DEFAULT_LAYERS, config.num_hidden_layers))
+    """One of METHODS. config: the base model's; layers: those of OF_LAYERS (default: DEFAULT_LAYERS);
+    options: of lora."""
+    if method in OF_LAYERS:
+        layers = layers or parse_layers(DEFAULT_LAYERS, config.num_hidden_layers)
+        return elo(config, layers) if method == "elo" else selective(config, layers)
     return low_rank(config, options or LoraOptions()) if method == "lora" else full(config)

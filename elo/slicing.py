@@ -57,10 +57,11 @@ def slice_name(name: str, layers: tuple[int, ...]) -> str | None:
     return f"model.layers.{layers.index(int(match[1]) + 1)}.{match[2]}"
 
 
-def freeze_all_but_layers(model: nn.Module) -> None:
-    """Equation 2 of the paper: only the detached layers are trained; embedding, norm and head stay as they are."""
+def freeze_all_but_layers(model: nn.Module, layers: tuple[int, ...] | None = None) -> None:
+    """Equation 2 of the paper: only layers are trained, all or these; embedding, norm and head stay as they are."""
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(LAYER_NAME.fullmatch(name) is not None)
+        match = LAYER_NAME.fullmatch(name)
+        parameter.requires_grad_(match is not None and (layers is None or int(match[1]) + 1 in layers))
 
 
 class Replaced(Checkpoint):

@@ -143,6 +143,15 @@ def their_elo():
     return model
 
 
+def their_selective():
+    """The same layers where they are, nothing detached."""
+    model = their_model()
+    model.requires_grad_(False)
+    for layer in (0, 3):
+        model.model.layers[layer].requires_grad_(True)
+    return model
+
+
 def active_ids():
     return sorted({token for rows in text_steps() for ids, labels in rows for token in (*ids[:1], *labels)})
 
@@ -183,6 +192,7 @@ CASES = {
     "full, in backward": (f"train {PRETRAINING} --method full --optimizer-in-backward", their_full, text_steps, 0),
     "full, unclipped": (f"train {PRETRAINING} --method full", their_full, text_steps, 0),
     "elo": (f"train {PRETRAINING} --layers 1,4", their_elo, text_steps, 2.5),
+    "selective": (f"train {PRETRAINING} --method selective --layers 1,4", their_selective, text_steps, 2.5),
     "active vocabulary": (f"train {PRETRAINING} --active-vocabulary", their_active, active_steps, 2.5),
     "lora": (f"train {PRETRAINING} --method lora", their_lora, text_steps, 1.7),
     "align": (f"align {PRETRAINING} --elo elo", their_aligned, text_steps, 3.0),

@@ -34,7 +34,7 @@ from elo.common.options import Parser, positive, positive_int
 from elo.common.terminal import show
 from elo.data.finding import find_files
 from elo.data.shards import tokenize
-from elo.methods import DEFAULT_LAYERS, METHODS
+from elo.methods import DEFAULT_LAYERS
 from elo.model.checkpoint import Checkpoint
 from elo.planning.costs import flops_per_token
 from elo.runs.devices import DTYPES, device_name, inference_device
@@ -120,15 +120,15 @@ def check(arguments: Namespace) -> tuple[Checkpoint, list[str]]:
     """Before minutes of work: the base and the methods. Raises UserError for what cannot end well."""
     methods = list(dict.fromkeys(arguments.methods.split(",")))
     for method in methods:
-        if method not in METHODS:
-            raise UserError(f"--methods {arguments.methods}: {method!r} is none of {', '.join(METHODS)}")
+        if method not in OTHERS:
+            raise UserError(f"--methods {arguments.methods}: {method!r} is none of {', '.join(OTHERS)}")
         if importlib.util.find_spec(OTHERS[method]) is None:
             raise UserError(f"method {method} is compared with {OTHERS[method]}: pip install {OTHERS[method]}")
     for option in ("tokenization", "figure3"):
         if getattr(arguments, option) and not arguments.data:
             raise UserError(f"--{option} needs texts: give --data")
-    if arguments.figure3 and len(methods) < len(METHODS):
-        raise UserError(f"--figure3 needs every method: give --methods {','.join(METHODS)}")
+    if arguments.figure3 and len(methods) < len(OTHERS):
+        raise UserError(f"--figure3 needs every method: give --methods {','.join(OTHERS)}")
     inputs = [arguments.model, *(arguments.data or [])]
     check_output("--json", arguments.json, inputs)
     if arguments.plot:

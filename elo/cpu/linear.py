@@ -50,7 +50,8 @@ def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN001
-        ctx.save_for_backward(x, weight)
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)  # of a frozen one not its input
         return matmul_t(x, weight, bias)
 
     @staticmethod

@@ -125,10 +125,10 @@ def count_flops(model: CausalLM, seq_len: int, activation_checkpointing: bool = 
                 product = 2 * queries[:, :, 0].numel() * keys
                 block_forward += 2 * product
                 backward += 5 * product * needs_grad
-                attention += (2 * (1 + activation_checkpointing) + 5 * needs_grad) * product
+                attention += (2 + (2 * activation_checkpointing + 5) * needs_grad) * product
             needs_grad = needs_grad or is_trained(module)
         forward += block_forward
-        if activation_checkpointing:
+        if activation_checkpointing and needs_grad:
             # Recomputing ends with the last tensor that the backward pass needs: the last product is not one.
             recomputed += block_forward - last
     head = 2 * model.lm_head.weight.numel()

@@ -72,19 +72,20 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     """The moments among which the highest one is."""
     config, size, tokens = model.config, setup.itemsize, setup.tokens
     blocks = model.model.layers  # all have weights of the same sizes
-    block, count = blocks[0], config.num_hidden_layers
+    # What is below everything that is trained keeps nothing: there is no backward pass through it.
+    lowest = 0 if is_trained(model.model.embed_tokens) else [is_trained(block) for block in blocks].index(True)
     root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head])  # shared out apart from blocks
     root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
     # What fully_shard computes with is a copy, except for frozen weights that a process has whole.
     whole = setup.shard == 1 and not setup.cpu_offload
-    root_weights, block_weights = (size * parameters(module, trained=whole) for module in (root, block))
+    root_weights, *block_weights = (size * parameters(module, trained=whole) for module in (root, *blocks))
     hidden = size * config.hidden_size * tokens
     head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
     head_gradient = size * head * head_is_trained
 
-    weights = sharded(root, setup) + count * sharded(block, setup)
-    root_shard, block_shard = (sharded(module, setup, trained=True) for module in (root, block))
-    all_shards = root_shard + count * block_shard
+    weights = sum(sharded(module, setup) for module in (root, *blocks))
+    root_shard, *block_shards = (sharded(module, setup, trained=True) for module in (root, *blocks))
+    all_shards = root_shard + sum(block_shards)
 
     def moment(
         name: str, gathered: int, gradients: int = 0, done: int = 0, activations: int = 0, loss: int = 0
@@ -97,10 +98,12 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         return Bytes(name, weights, 2 * all_shards, gradients + held, gathered, activations, loss)
 
     # Forward pass and loss: all activations are there. The buffer in which the last block was gathered still is.
-    at_work = [block_activations(block, setup) for block in blocks]
-    kept = [hidden if setup.activation_checkpointing else size for size in at_work]  # until its backward pass
+    at_work = [block_activations(block, setup) if number >= lowest else 0 for number, block in enumerate(blocks)]
+    kept = [
+        min(hidden, size) if setup.activation_checkpointing else size for size in at_work
+    ]  # until its backward pass
     masks = mask_bytes(model, setup)
-    ahead = block_weights if setup.shard > 1 else 0
+    ahead = block_weights[0] if setup.shard > 1 else 0
     activations = masks + sum(kept) + norm_bytes(model.model.norm, config.hidden_size * tokens, setup)
     buffers = hidden + loss_buffers(model, setup)
     yield moment("loss", root_weights + ahead, activations=activations + hidden, loss=buffers)
@@ -110,11 +113,12 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         yield moment("gradient of the head", root_weights + ahead, activations=activations, loss=buffers)
 
     # Backward pass, block by block, the next one gathered meanwhile.
-    trained = parameters(block, trained=True)
-    last = [call.module for call in calls(block, setup.seq_len) if isinstance(call.module, nn.Linear)][-1]
     waiting = done = 0  # the buffer of gradients that are being reduced; the shards that are complete
-    for number in reversed(range(count)):
-        gathered = root_weights + block_weights + (ahead if number else 0)
+    for number in reversed(range(lowest, len(blocks))):
+        block, block_shard = blocks[number], block_shards[number]
+        trained = parameters(block, trained=True)
+        last = [call.module for call in calls(block, setup.seq_len) if isinstance(call.module, nn.Linear)][-1]
+        gathered = root_weights + block_weights[number] + (ahead if number else 0)
         before, name = masks + sum(kept[:number]), f"backward pass of block {number + 1}"
         recomputed = at_work[number] if setup.activation_checkpointing else 0
         # The gradients of the block's output, of the two factors in the MLP, and of their product's weight.
@@ -124,9 +128,9 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         gradients = waiting + size * trained
         yield moment(f"end of the {name}", gathered, gradients, done, before + 4 * hidden, head_gradient)
         gradients = FP32 * trained + max(size * trained, block_shard)
-        gathered -= block_weights
+        gathered -= block_weights[number]
         yield moment(f"reduction after the {name}", gathered, gradients, done, before + hidden, head_gradient)
-        waiting, done = FP32 * trained, done + block_shard
+        waiting, done = FP32 * trained or waiting, done + block_shard
 
     if root_is_trained:
         gradients = waiting + size * embedding

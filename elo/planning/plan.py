@@ -18,7 +18,7 @@ from elo.common.errors import UserError
 from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive, positive_int, share
 from elo.common.terminal import show
-from elo.methods import DEFAULT_LAYERS, METHODS
+from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS
 from elo.model.config import ModelConfig
 from elo.planning.budget import GIB, GPUS, MOST_GPUS, Plan, Run, make_plan
 from elo.pretraining import LARGEST_BATCH
@@ -37,7 +37,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint, or its config.json")
     parser.add_argument("--stage", choices=STAGES, help="script (default: all, or train with --method)")
     parser.add_argument("--method", choices=METHODS, help="of train.py (default: all, or elo with --stage train)")
-    parser.add_argument("--layers", help="of method elo, from 1; -1 is the last (default: 1,-1)")
+    parser.add_argument(
+        "--layers", help=(f"of methods {' and '.join(OF_LAYERS)}, from 1; -1 is the last (default: {DEFAULT_LAYERS})")
+    )  # fmt: skip)
     parser.add_argument("--lora-rank", type=positive_int, default=LoraOptions.lora_rank, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
 
@@ -80,8 +82,8 @@ def planned_runs(arguments: Namespace) -> list[Run]:
         chosen = [(stage, "full")]
     else:
         chosen = [*(("train", method) for method in METHODS), ("align", "full"), ("sft", "full")]
-    if arguments.layers and ("train", "elo") not in chosen:
-        raise UserError(f"--layers {arguments.layers}: only train.py --method elo trains some of the layers")
+    if arguments.layers and not any(method in OF_LAYERS for _, method in chosen):
+        raise UserError(f"--layers {arguments.layers}: only train.py --method elo or selective trains some of them")
     if arguments.shard and arguments.gpus % arguments.shard:
         raise UserError(f"--shard {arguments.shard} does not divide the {arguments.gpus} GPUs")
     if not arguments.utilization:
@@ -163,9 +165,9 @@ def table(plans: list[Plan]) -> Iterator[str]:
         f"{run.utilization:.0%} of {run.gpu_tflops:g} TFLOP/s; windows of {run.seq_len} tokens"
     )
     hours = f"hours for {run.tokens / 1e9:,.2f} * 10^9 tokens" if run.tokens else "hours for 10^9 tokens"
-    yield f"{'':<22}{'M trained':>10}{'M computed':>12}{'GFLOP/token':>13}{'GiB/GPU':>9}  {hours}"
+    yield f"{'':<27}{'M trained':>10}{'M computed':>12}{'GFLOP/token':>13}{'GiB/GPU':>9}  {hours}"
     for plan in plans:
-        line = f"{plan.name:<22}{plan.trained / 1e6:>10,.1f}{plan.computed / 1e6:>12,.1f}"
+        line = f"{plan.name:<27}{plan.trained / 1e6:>10,.1f}{plan.computed / 1e6:>12,.1f}"
         line += f"{plan.flops.total / 1e9:>13,.2f}{plan.memory.total / GIB:>9,.1f}"
         if plan.fits:
             yield f"{line}  {plan.hours if run.tokens else plan.hours_per_billion:,.2f}"
