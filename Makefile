@@ -23,13 +23,13 @@ test: .venv/installed $(MODEL)/config.json
 	$(BIN)/python -m pytest
 
 demo: .venv/installed $(MODEL)/config.json
-	$(BIN)/python examples/demo.py
+	$(BIN)/python -m examples.demo
 
 fuzz: .venv/installed
 	FUZZ_CASES=900 $(BIN)/python -m pytest tests/fuzz
 
 kill: .venv/installed
-	$(BIN)/python benchmarks/kill_table.py
+	$(BIN)/python -m benchmarks.kill_table
 
 mutants: .venv/installed
 	$(BIN)/python tests/mutants/run.py
@@ -43,7 +43,7 @@ clean:
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(MODEL)/config.json: | .venv/installed
-	$(BIN)/python examples/smollm2.py $(MODEL)
+	$(BIN)/python -m examples.smollm2 $(MODEL)
 
 .venv/installed: requirements.txt requirements-dev.txt Makefile
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "ELO needs Python 3.11 or newer: make PYTHON=...")'

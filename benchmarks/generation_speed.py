@@ -1,27 +1,23 @@
 """New tokens a second of `elo.generation` beside transformers.generate, greedy, with the same model and prompts.
 
-    python benchmarks/generation_speed.py --model models/SmolLM2-135M-Instruct
+    python -m benchmarks.generation_speed --model models/SmolLM2-135M-Instruct
 
 Both continue the same prompts by the same number of tokens, whatever stop tokens they meet, and take turns, so that the
 machine's moods hit both alike. The prompts' own computation counts too. Whether both wrote the same tokens is shown:
 in bf16 they may part where two tokens are almost equally likely.
 """
 
-import json
 import statistics
-import sys
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
-from sides import Side
 
+from benchmarks.sides import Side
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import check_output
+from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive_int
 from elo.generation.engine import generate
 from elo.model.checkpoint import load_model
@@ -32,7 +28,7 @@ Generate = Callable[[list[list[int]]], list[list[int]]]
 
 
 def arguments() -> Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.generation_speed", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: both)")
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="prompts at a time (1 8)")
@@ -68,7 +64,7 @@ def main() -> None:
             line = "{dtype:<6} {batch:5} {ours:8.1f} {transformers:14.1f} {ratio:6.2f}  {same} of {batch}"
             print(line.format(**rows[-1]), flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows}, indent=2))
+        write_json(options.json, {"rows": rows})
 
 
 def make_prompts(batch: int, longest: int) -> list[list[int]]:

@@ -1,34 +1,29 @@
 """What each idea for a faster training step gains or loses: steps with and without it, in turns, in fresh processes.
 
-    python benchmarks/ideas.py --model models/SmolLM2-135M-Instruct
+    python -m benchmarks.ideas --model models/SmolLM2-135M-Instruct
 
 Each is switched off here; the figure is tokens/s with the idea over those without it, of method elo unless the name
 says otherwise. docs/performance.md has these, and what was tried beside them and is not kept.
 """
 
-import json
-import subprocess
-import sys
 from argparse import Namespace
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from pathlib import Path
+from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+import torch
+import torch.nn.functional as F
 
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-
-from benchmarks.training_step import steps  # noqa: E402
-from benchmarks.training_step.steps import Case  # noqa: E402
-from elo.common.errors import UserError, exit_status  # noqa: E402
-from elo.common.options import Parser, positive, positive_int  # noqa: E402
-from elo.cpu import attention, linear  # noqa: E402
-from elo.model import decoder, loss  # noqa: E402
-from elo.runs import devices, sharding  # noqa: E402
+from benchmarks.training_step import steps
+from benchmarks.training_step.steps import Case
+from elo.common.errors import exit_status
+from elo.common.options import Parser, positive, positive_int
+from elo.cpu import attention, linear
+from elo.model import decoder, loss
+from elo.runs import devices, sharding
 
 BOTH = ("fp32", "bf16")
 
@@ -94,7 +89,7 @@ IDEAS = [
 
 
 def arguments() -> Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.ideas", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="ideas whose names hold one of these")
     parser.add_argument("--batch", type=positive_int, default=4, help="sequences in a step (%(default)s)")
@@ -105,11 +100,6 @@ def arguments() -> Namespace:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--measure"]:  # a process of its own, started below
-        name, case = sys.argv[2:]
-        next((idea.switch for idea in IDEAS if idea.name == name), lambda: None)()
-        print(json.dumps(steps.measure(Case.from_json(case))))
-        return
     options = arguments()
     plain = Case(
         model=options.model, method="elo", implementation="elo", dtype="fp32", layers=(), batch=options.batch,
@@ -122,7 +112,7 @@ def main() -> None:
         for dtype in idea.dtypes:
             layers = (1, layer_count(options.model)) if idea.method == "elo" else ()
             case = replace(plain, method=idea.method, dtype=dtype, layers=layers)
-            pairs = [(measure("", case), measure(idea.name, case)) for _ in range(options.rounds)]
+            pairs = [(measure(case), measure(case, idea.switch)) for _ in range(options.rounds)]
             switched = {
                 field: median(after[field] for _, after in pairs) / median(before[field] for before, _ in pairs)
                 for field in ("seconds", "memory_bytes")
@@ -135,12 +125,10 @@ def layer_count(directory: str) -> int:
     return steps.Checkpoint(directory).config.num_hidden_layers
 
 
-def measure(name: str, case: Case) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--measure", name, case.json()]
-    result = subprocess.run(command, capture_output=True, text=True)
-    if result.returncode:
-        raise UserError(f"{name}: {result.stderr.strip().splitlines()[-1]}")
-    return json.loads(result.stdout)
+def measure(case: Case, switch: Callable[[], None] | None = None) -> dict[str, Any]:
+    """In a process of its own, where the switch reaches nothing else."""
+    with ProcessPoolExecutor(1, get_context("spawn"), switch) as process:
+        return process.submit(steps.measure, case).result()
 
 
 if __name__ == "__main__":

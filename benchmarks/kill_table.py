@@ -1,6 +1,6 @@
 """The kill table: SIGKILL at random moments of small runs, resumed by the same command, to the last bit.
 
-    make kill        # or: python benchmarks/kill_table.py --kills 50 --seed 0
+    make kill        # or: python -m benchmarks.kill_table --kills 50 --seed 0
 
 Every run is killed several times, in one stage of its life after the other: while it tokenizes, trains, writes a state
 and writes the model. A moment is a random time after something shows in the run's directory. After each kill the same
@@ -8,7 +8,6 @@ command is given again; in the end it is left alone, and losses, metrics and eve
 those of a run that was never killed. Of two processes one is killed, and the other has to end by itself, or both.
 """
 
-import argparse
 import json
 import random
 import signal
@@ -19,8 +18,10 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests/support")]
+from elo.common.errors import exit_status
+from elo.common.options import Parser, positive_int, seed
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))  # the runs are those of the tests
 from forking import Fork, fork_group  # noqa: E402
 from small_runs import result  # noqa: E402
 
@@ -178,9 +179,9 @@ def chain(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser(prog="python -m benchmarks.kill_table", description=__doc__)
+    parser.add_argument("--kills", type=positive_int, default=50, help="at least (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the moments (%(default)s)")
     arguments = parser.parse_args()
     choice, table, number = random.Random(arguments.seed), Counter(), 0
     begun = time.perf_counter()
@@ -203,8 +204,9 @@ def main() -> None:
         print(f"{name:34}{which:>10}" + "".join(f"{count:12}" for count in kills) + f"{same:>8}/{sum(kills)}")
     same = sum(count for (_, _, is_same), count in table.items() if is_same)
     print(f"{same} of {sum(table.values())} kills survived, and the result bit-identical; seed {arguments.seed}")
-    sys.exit(same < sum(table.values()))
+    if same < sum(table.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":
-    main()
+    exit_status(main)

@@ -1,6 +1,6 @@
 """Questions a second of `python -m eval choice` beside lm-eval, with the same model on the same questions.
 
-    python benchmarks/lm_eval_speed.py --model models/SmolLM2-135M-Instruct --dtype fp32
+    python -m benchmarks.lm_eval_speed --model models/SmolLM2-135M-Instruct --dtype fp32
 
 Both get the same contexts and choices as text, and the time is from there to the log-likelihoods: tokenization and
 model, without loading anything. They take turns, so that the machine's moods hit both alike, and the largest
@@ -8,10 +8,8 @@ difference of their log-likelihoods is shown. Without --data the questions are c
 examples/texts.py in about the lengths of the real benchmarks; what they ask is nonsense.
 """
 
-import json
 import os
 import statistics
-import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -20,13 +18,12 @@ from pathlib import Path
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch  # noqa: E402
-from sides import Side
 
+from benchmarks.sides import Side
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import check_output
+from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive_int
 from elo.model.checkpoint import load_model
 from elo.model.packed import pack_weights
@@ -41,7 +38,7 @@ Texts = list[tuple[str, list[str]]]  # context and choices
 
 
 def arguments() -> Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.lm_eval_speed", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR", help="benchmark files (default: made of prose)")
     parser.add_argument("--tasks", default="mmlu,kobest,marc_ja", metavar="NAME,...", help="(%(default)s)")
@@ -94,7 +91,7 @@ def main() -> None:
         print(line.format(**rows[-1]), flush=True)
     print(f"the time of all: lm-eval's is {total['lm-eval'] / total['ours']:.2f} of ours")
     if options.json:
-        options.json.write_text(json.dumps({"rows": rows, "dtype": options.dtype}, indent=2))
+        write_json(options.json, {"rows": rows, "dtype": options.dtype})
 
 
 def as_texts(task: benchmarks.Task, data: Path, limit: int) -> Texts:

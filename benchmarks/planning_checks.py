@@ -1,6 +1,6 @@
 """The planner's bytes beside those that a step really takes, for the table in docs/planning.md.
 
-    python benchmarks/planning_checks.py [--model models/SmolLM2-135M-Instruct]
+    python -m benchmarks.planning_checks [--model models/SmolLM2-135M-Instruct]
 
 Every case runs in a fresh process on the CPU. What is measured is the highest resident memory of a process (VmHWM of
 Linux's /proc) while it builds a model and takes two steps, above what it had after the same with a tiny model.
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from elo.common.errors import exit_status
+from elo.common.options import Parser
 from elo.methods import METHODS, make
 from elo.model.config import ModelConfig
 from elo.optimizer import Optimizer, TrainingOptions
@@ -32,6 +33,7 @@ from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.training import accumulate
 
+ROOT = Path(__file__).resolve().parents[1]
 TINY = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "vocab_size": 256}
 SEQ_LEN = 512
 
@@ -99,7 +101,8 @@ def measure(fields: dict[str, Any], method: str, setup: Setup) -> int:
     # What is freed goes back to the system at once, or it would be counted until something fills its place.
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
     case = json.dumps({"config": fields, "method": method, "setup": asdict(setup)})
-    done = subprocess.run([*python, __file__, "--case", case], env=environment, check=True, capture_output=True)
+    command = [*python, "-m", "benchmarks.planning_checks", "--case", case]
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
     return int(re.search(rb"^(\d+)$", done.stdout, re.MULTILINE)[1])
 
 
@@ -120,8 +123,10 @@ def cases() -> Iterator[tuple[str, Setup]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, default=Path("models/SmolLM2-135M-Instruct"))
+    parser = Parser(prog="python -m benchmarks.planning_checks", description=__doc__)
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", default="models/SmolLM2-135M-Instruct", help="(%(default)s)"
+    )
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
@@ -148,4 +153,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_status(main)

@@ -1,17 +1,15 @@
 """The tables of docs/planning.md that set the planner beside the paper: FLOPs, and the utilization that hours imply.
 
-    python benchmarks/planning_paper.py [--seq-len 2048]
+    python -m benchmarks.planning_paper [--seq-len 2048]
 
 The hours and tokens are those of arXiv 2601.03648, Table 1 (8 H100) and Figure 3. The paper does not say how long its
 windows were, nor whether blocks were recomputed; here they are not.
 """
 
-import argparse
-import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from elo.common.errors import exit_status
+from elo.common.options import Parser, positive_int
 from elo.model.config import ModelConfig
 from elo.planning.budget import GPUS
 from elo.planning.costs import flops_per_token
@@ -54,8 +52,8 @@ def config(model: str) -> ModelConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seq-len", type=int, default=2048)
+    parser = Parser(prog="python -m benchmarks.planning_paper", description=__doc__)
+    parser.add_argument("--seq-len", type=positive_int, default=2048, help="tokens in a window (%(default)s)")
     seq_len = parser.parse_args().seq_len
     peak = 8 * GPUS["H100"][1] * 1e12 * 3600  # FLOPs an hour
 
@@ -79,4 +77,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_status(main)

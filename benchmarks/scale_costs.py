@@ -1,12 +1,11 @@
 """The unit costs that docs/scale.md multiplies, measured on this machine: prints its table.
 
-    python benchmarks/scale_costs.py --model models/SmolLM2-135M-Instruct --target data/ko --source data/en
+    python -m benchmarks.scale_costs --model models/SmolLM2-135M-Instruct --target data/ko --source data/en
 
 Nothing else should run meanwhile. Files are written under a temporary directory (--tmp), which should be on the disk
 that is to be measured.
 """
 
-import argparse
 import json
 import multiprocessing
 import resource
@@ -19,7 +18,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from elo.common.errors import exit_status
+from elo.common.options import Parser
 from elo.data.corpus import Mixture, Windows
 from elo.data.documents import read_documents
 from elo.data.encoding import DOCUMENT, Job, encode, read_batches
@@ -145,11 +145,13 @@ def states_and_models(model: str, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", required=True, help="a checkpoint that fits four times in memory in fp32")
-    parser.add_argument("--target", nargs="+", required=True, help="text files of the new language")
-    parser.add_argument("--source", nargs="+", required=True, help="of English")
-    parser.add_argument("--tmp", help="where to write (default: the system's)")
+    parser = Parser(prog="python -m benchmarks.scale_costs", description=__doc__)
+    parser.add_argument(
+        "--model", required=True, metavar="DIR", help="a checkpoint that fits four times in memory in fp32"
+    )
+    parser.add_argument("--target", nargs="+", required=True, metavar="PATH", help="text files of the new language")
+    parser.add_argument("--source", nargs="+", required=True, metavar="PATH", help="of English")
+    parser.add_argument("--tmp", metavar="DIR", help="where to write (default: the system's)")
     arguments = parser.parse_args()
     model = str(Path(arguments.model).resolve())
     print("| what | cost |\n|---|---|", flush=True)
@@ -160,4 +162,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_status(main)

@@ -1,6 +1,6 @@
 """Peak memory of training a whole model, for the options that trade time for memory.
 
-    python benchmarks/training_memory.py --model models/SmolLM2-135M-Instruct
+    python -m benchmarks.training_memory --model models/SmolLM2-135M-Instruct
 
 Each is `train.py --method full` in a process of its own, on the same text with the same batches; the peak is the
 largest `memory_bytes` of its metrics.jsonl: on a CPU of the whole process, Python and torch included.
@@ -13,14 +13,13 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+from elo.common.errors import UserError, exit_status
+from elo.common.fields import check_output, write_json
+from elo.common.options import Parser, positive_int
+from elo.runs.devices import DTYPES
+from examples import texts
 
-from elo.common.errors import UserError, exit_status  # noqa: E402
-from elo.common.fields import check_output  # noqa: E402
-from elo.common.options import Parser, positive_int  # noqa: E402
-from elo.runs.devices import DTYPES  # noqa: E402
-from examples import texts  # noqa: E402
+ROOT = Path(__file__).resolve().parents[1]
 
 VARIANTS = {
     "plain": [],
@@ -31,7 +30,7 @@ VARIANTS = {
 
 
 def arguments() -> Namespace:
-    parser = Parser(description=__doc__)
+    parser = Parser(prog="python -m benchmarks.training_memory", description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
     parser.add_argument("--batch", type=positive_int, default=4, help="sequences in a step (%(default)s)")
@@ -58,7 +57,7 @@ def main() -> None:
             share = peak / rows[0]["memory_bytes"]
             print(f"{name:30} {peak:15,} {share:9.2f} {steps[-1]['tokens_per_second']:9.1f}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"dtype": options.dtype, "rows": rows}, indent=2))
+        write_json(options.json, {"dtype": options.dtype, "rows": rows})
 
 
 def run(options: Namespace, folder: Path, name: str, switches: list[str]) -> list[dict[str, float]]:

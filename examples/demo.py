@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.common.errors import UserError, exit_status
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,11 +33,11 @@ ELO_GB, ALIGNMENT_GB = 0.000066, 0.00001  # of the 0.000078 that the Korean last
 
 def main() -> None:
     if not (ROOT / MODEL / "config.json").exists():
-        raise UserError(f"{MODEL} is absent: `make demo` makes it, or `python examples/smollm2.py {MODEL}`")
+        raise UserError(f"{MODEL} is absent: `make demo` makes it, or `python -m examples.smollm2 {MODEL}`")
     begun = time.perf_counter()
 
     heading("Korean and English text, a part of it held out")
-    run(f"python examples/texts.py {TEXTS}")
+    run(f"python -m examples.texts {TEXTS}")
 
     heading("The model of layers 1 and 30 alone, before training")
     plain_slice = train("train.py", "slice", "--layers 1,-1 --max-steps 0")

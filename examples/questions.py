@@ -1,6 +1,6 @@
 """Write small files for `python -m eval choice`, in the schemas of MMLU, KoBEST and MARC-ja.
 
-    python examples/questions.py data/questions
+    python -m examples.questions data/questions
 
 The sentences are this project's own, in English, Korean and Japanese. They show that everything works; no figure from
 them says anything about a model.
@@ -8,10 +8,12 @@ them says anything about a model.
 
 import csv
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from elo.common.errors import exit_status
+from elo.common.options import Parser
 
 NUMBERS = [(7, 5), (12, 9), (3, 18), (40, 2), (11, 11), (6, 27), (90, 14), (25, 8), (1, 99)]
 CAPITALS = [
@@ -164,10 +166,10 @@ def write_lines(path: Path, records: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        sys.exit(f"usage: {sys.argv[0]} DIRECTORY")
-    print(write(Path(sys.argv[1])))
+    parser = Parser(prog="python -m examples.questions", description=__doc__)
+    parser.add_argument("out", type=Path, metavar="DIR", help="the directory to write")
+    print(write(parser.parse_args().out))
 
 
 if __name__ == "__main__":
-    main()
+    exit_status(main)

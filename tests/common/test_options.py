@@ -9,9 +9,10 @@ from elo.common.errors import UserError
 from elo.common.options import Parser, positive
 from eval.__main__ import COMMANDS
 
+ROOT = Path(__file__).resolve().parents[2]
 # The options that are paths, whatever their parsers say of them.
 PATHS = {"model", "base", "instruct", "elo", "after", "out", "cache", "target", "source", "data", "json", "plot"}
-PATHS |= {"files", "paths", "answers", "references", "judge_prompts", "examples", "bench_dir"}
+PATHS |= {"files", "paths", "answers", "references", "judge_prompts", "examples", "bench_dir", "tmp"}
 
 
 def parser():
@@ -54,6 +55,8 @@ def test_the_home_directory(monkeypatch, tmp_path):
 
 PROGRAMS = ["train", "align", "merge_chat_vector", "sft", "elo.generation.chat", "elo.planning.plan"]
 PROGRAMS += ["benchmarks.training_step", *(f"eval.__main__ {name}" for name in COMMANDS)]
+PROGRAMS += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if "def main" in path.read_text()]
+PROGRAMS += [f"examples.{name}" for name in ("questions", "smollm2", "texts")]
 
 
 class Parsed(Exception):  # noqa: N818
