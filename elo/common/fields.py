@@ -3,7 +3,7 @@
 import json
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -99,31 +99,51 @@ def _is_result(path: str) -> bool:
 
 
 class Fields:
-    """Typed access to a JSON object; null counts as missing. `where` goes in front of the complaints."""
+    """Typed access to a JSON object; null counts as missing. `where` goes in front of the complaints.
 
-    def __init__(self, fields: dict[str, Any], where: str) -> None:
-        self.fields, self.where = fields, where
+    A default of None: the field has to be there.
+    """
+
+    def __init__(self, fields: dict[str, Any], where: object) -> None:
+        self.fields, self.where = fields, str(where)
 
     def given(self, name: str) -> bool:
         return self.fields.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+    def _read(self, name: str, default: Any, fits: Callable[[Any], bool], what: str) -> Any:
         value = self.fields[name] if self.given(name) else default
-        if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
-            raise UserError(
-                f"{self.where}: {name} must be a whole number from {minimum} to {maximum}, "
-                f"not {shown(self.fields.get(name))}"
-            )
+        if not fits(value):
+            raise UserError(f"{self.where}: {name} must be {what}, not {shown(self.fields.get(name))}")
         return value
+
+    def integer(self, name: str, default: int | None = None, minimum: int = 1, maximum: int = 2**31 - 1) -> int:
+        what = f"a whole number from {minimum} to {maximum}"
+        return self._read(name, default, lambda value: type(value) is int and minimum <= value <= maximum, what)
 
     def number(self, name: str, default: float | None = None, minimum: float = 0.0) -> float:
-        value = self.fields[name] if self.given(name) else default
-        if not isinstance(value, int | float) or isinstance(value, bool) or not minimum < value < 1e30:
-            raise UserError(f"{self.where}: {name} must be a number above {minimum}, not {shown(value)}")
-        return float(value)
+        what = f"a number above {minimum}"
+        return float(self._read(name, default, lambda value: is_number(value) and minimum < value < 1e30, what))
 
     def boolean(self, name: str, default: bool) -> bool:
-        value = self.fields[name] if self.given(name) else default
-        if not isinstance(value, bool):
-            raise UserError(f"{self.where}: {name} must be true or false, not {shown(value)}")
-        return value
+        return self._read(name, default, lambda value: type(value) is bool, "true or false")
+
+    def string(self, name: str, default: str | None = None, allow_empty: bool = True) -> str:
+        return self._read(name, default, lambda value: isinstance(value, str) and bool(value or allow_empty), "a text")
+
+    def strings(self, name: str, default: list[str] | None = None) -> list[str]:
+        return self._read(name, default, is_texts, "a list of texts")
+
+    def array(self, name: str, default: list[Any] | None = None) -> list[Any]:
+        return self._read(name, default, lambda value: isinstance(value, list), "a list")
+
+    def object(self, name: str, default: dict[str, Any] | None = None) -> "Fields":
+        value = self._read(name, default, lambda value: isinstance(value, dict), "an object")
+        return Fields(value, f"{self.where}: {name}")
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)

@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
+from elo.common.fields import Fields
 from elo.text.byte_level_bpe import characters
-from elo.text.tokenizer_files import TokenizerFiles, check_id, field, token_text
+from elo.text.tokenizer_files import TokenizerFiles, check_id, token_text
 
 # Unicode's White_Space, as `\s` in Rust; Python's `isspace` has four control characters more.
 _SPACES = "\t\n\v\f\r \x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
@@ -124,28 +125,29 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
             raise UserError(f"{source}: its token {text!r:.60} has the id {id}, but elsewhere the id {known!r:.20}")
         if text_of.setdefault(id, text) != text:
             raise UserError(f"{source}: its token {id} is {text!r:.60}, but elsewhere {text_of[id]!r:.60}")
-        is_special = field(record, "special", bool, source, False)
+        says = Fields(record, source)
+        is_special = says.boolean("special", False)
         flags = {
-            "normalized": field(record, "normalized", bool, source, not is_special),
-            **{name: field(record, name, bool, source, False) for name in ("lstrip", "rstrip", "single_word")},
+            "normalized": says.boolean("normalized", not is_special),
+            **{name: says.boolean(name, False) for name in ("lstrip", "rstrip", "single_word")},
         }
         is_special |= text in special or (text in added and added[text].special)
         added[text] = AddedToken(id, is_special, **flags)
 
     source = files.path("tokenizer.json")
-    for token in field(files.json("tokenizer.json") or {}, "added_tokens", list, source, []):
+    for token in files.fields("tokenizer.json").array("added_tokens", []):
         if not isinstance(token, dict):
             raise UserError(f"{source}: an added token is {token!r:.60}")
         add(token.get("content"), token.get("id"), token, source)
-    decoder = field(files.config, "added_tokens_decoder", dict, config, None)
-    for id, token in (decoder or {}).items():
+    newer = files.fields("tokenizer_config.json")
+    for id, token in newer.object("added_tokens_decoder", {}).fields.items():
         number = int(id) if id.isdecimal() and len(id) < 12 else id
         add(token_text(token), number, token if isinstance(token, dict) else {}, config)
-    if decoder is None:
+    if not (is_newer := newer.given("added_tokens_decoder")):
         special |= _named_special(files.json("special_tokens_map.json") or {})
     for text, id in (files.json("added_tokens.json") or {}).items():
         if text not in added or added[text].id != id:
-            add(text, id, {"special": decoder is not None}, files.path("added_tokens.json"))
+            add(text, id, {"special": is_newer}, files.path("added_tokens.json"))
     return added
 
 

@@ -83,11 +83,6 @@ class Tokenizer:
             is_token = isinstance(part, int)
             yield np.array([part], np.uint32) if is_token else self.model.encode_part(part, first=number == 0)
 
-    def encode_document(self, text: str) -> list[int]:
-        """The ids of a document as in pretraining: BOS if the family has one, the text, EOS."""
-        bos = [] if self.bos_id is None else [self.bos_id]
-        return [*bos, *self.encode(text), self.eos_id]
-
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; the inverse of `encode`. Special and unknown ids give nothing, broken UTF-8 U+FFFD."""
         stream = self.stream_decoder()

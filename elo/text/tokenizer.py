@@ -1,7 +1,7 @@
 """The tokenizer of a Hugging Face checkpoint directory, on tiktoken and sentencepiece.
 
     tokenizer = load_tokenizer("models/Llama-3.1-8B")
-    ids = tokenizer.encode_document("Text.")    # [128000, 1199, 13, 128001]
+    ids = tokenizer.encode("Text.")    # [1199, 13]
 
 Text never becomes a special token: `encode("<|im_end|>")` are the ids of these ten characters. Special tokens are added
 by code, with the ids in `special_tokens`. Added tokens that are not special are text like any other. So the ids are
@@ -10,9 +10,9 @@ those of Hugging Face's tokenizer with `encode_special_tokens`, of `sp.encode` i
 """
 
 from pathlib import Path
-from typing import Any
 
 from elo.common.errors import UserError
+from elo.common.fields import Fields
 from elo.text.added_tokens import AddedToken, read_added_tokens
 from elo.text.byte_level_bpe import (
     BYTE_ALPHABET,
@@ -27,7 +27,7 @@ from elo.text.ids import Tokenizer
 from elo.text.merges import mergeable_ranks
 from elo.text.sentencepiece_bpe import SentencePieceModel
 from elo.text.sentencepiece_json import sentencepiece_of
-from elo.text.tokenizer_files import TokenizerFiles, field, read_merges_txt, read_pair, read_vocabulary, token_text
+from elo.text.tokenizer_files import TokenizerFiles, read_merges_txt, read_pair, read_vocabulary, token_text
 from elo.text.tokenizer_json import (
     Prefix,
     check_bpe,
@@ -61,15 +61,14 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Toke
     Added tokens come from tokenizer.json, tokenizer_config.json and added_tokens.json together.
     """
     files = TokenizerFiles(Path(directory))
-    tokenizer_json = files.json("tokenizer.json")
-    if tokenizer_json is not None and has_byte_level(tokenizer_json):
-        tokenizer = _from_tokenizer_json(files, tokenizer_json)
+    if has_byte_level(files.fields("tokenizer.json")):
+        tokenizer = _from_tokenizer_json(files)
     elif name := next((name for name in MODEL_FILES if files.read(name) is not None), None):
         # A SentencePiece model starts with a protobuf tag that no line of base64 starts with.
         kind = _from_sentencepiece if files.read(name)[:1] == b"\n" else _from_llama3_model
         tokenizer = kind(files, name)
-    elif tokenizer_json is not None:
-        tokenizer = _from_sentencepiece_json(files, tokenizer_json)
+    elif files.json("tokenizer.json") is not None:
+        tokenizer = _from_sentencepiece_json(files)
     elif files.read("vocab.json") is not None and files.read("merges.txt") is not None:
         tokenizer = _from_vocab_json(files)
     else:
@@ -96,17 +95,21 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Toke
 # Byte-level BPE: Llama 3, Qwen2, SmolLM2
 
 
-def _from_tokenizer_json(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
-    source = files.path("tokenizer.json")
-    model = field(content, "model", dict, source, {})
-    check_bpe(model, source)
-    check_decoder(content, source, None)
-    ignore_merges = field(model, "ignore_merges", bool, source, False)
-    nfc = is_nfc(field(content, "normalizer", dict, source, {}), source)
-    pattern = read_pattern(field(content, "pre_tokenizer", dict, source, {}), source)
-    vocab = read_vocabulary(field(model, "vocab", dict, source, {}), source)
-    merges = [read_pair(merge, source) for merge in field(model, "merges", list, source, [])]
-    if model.get("unk_token") or model.get("byte_fallback") or ignore_merges:
+def _read_bpe(content: Fields) -> tuple[Fields, dict[str, int], list[tuple[str, str]]]:
+    """The model of a tokenizer.json, its vocabulary and its merges."""
+    model = content.object("model", {})
+    check_bpe(model)
+    vocab = read_vocabulary(model.object("vocab", {}).fields, model.where)
+    return model, vocab, [read_pair(merge, model.where) for merge in model.array("merges", [])]
+
+
+def _from_tokenizer_json(files: TokenizerFiles) -> Tokenizer:
+    source, content = files.path("tokenizer.json"), files.fields("tokenizer.json")
+    model, vocab, merges = _read_bpe(content)
+    check_decoder(content, None)
+    ignore_merges = model.boolean("ignore_merges", False)
+    nfc, pattern = is_nfc(content), read_pattern(content)
+    if model.fields.get("unk_token") or model.fields.get("byte_fallback") or ignore_merges:
         missing = [byte for byte in BYTE_ALPHABET if byte not in vocab]
         if missing:
             raise UserError(
@@ -115,8 +118,7 @@ def _from_tokenizer_json(files: TokenizerFiles, content: dict[str, Any]) -> Toke
             )
     added = read_added_tokens(files, vocab)
     tokenizer = _byte_level(vocab, merges, pattern, nfc, added, source, ignore_merges)
-    bos = read_template_bos(field(content, "post_processor", dict, source, {}), source)
-    return _with_document_ends(tokenizer, files, bos or _config_bos(files))
+    return _with_document_ends(tokenizer, files, read_template_bos(content) or _config_bos(files))
 
 
 def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
@@ -200,50 +202,47 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
     if not all(token.special for token in added.values()):
         model.cut_at_added_tokens()
     tokenizer = Tokenizer(model, model.bytes_of, added, files.path(name))
-    add_bos = field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), True)
+    add_bos = files.fields("tokenizer_config.json").boolean("add_bos_token", True)
     return _with_document_ends(tokenizer, files, model.bos if add_bos else None, model.eos)
 
 
 def _prefix(files: TokenizerFiles, model: SentencePieceModel) -> Prefix:
-    if (content := files.json("tokenizer.json")) is not None:
-        return read_prefix(content, files.path("tokenizer.json"), uncut=False)
-    source = files.path("tokenizer_config.json")
-    if not field(files.config, "add_prefix_space", bool, source, model.adds_prefix):
+    if files.json("tokenizer.json") is not None:
+        return read_prefix(files.fields("tokenizer.json"), uncut=False)
+    config = files.fields("tokenizer_config.json")
+    if not config.boolean("add_prefix_space", model.adds_prefix):
         return Prefix("never")
-    return Prefix("prepend" if field(files.config, "legacy", bool, source, True) else "first")
+    return Prefix("prepend" if config.boolean("legacy", True) else "first")
 
 
-def _from_sentencepiece_json(files: TokenizerFiles, content: dict[str, Any]) -> Tokenizer:
-    source = files.path("tokenizer.json")
-    model = field(content, "model", dict, source, {})
-    vocab = read_vocabulary(field(model, "vocab", dict, source, {}), source)
-    merges = [read_pair(merge, source) for merge in field(model, "merges", list, source, [])]
-    unknown = model.get("unk_token") or token_text(files.config.get("unk_token")) or "<unk>"
-    added = read_added_tokens(files, vocab)
+def _from_sentencepiece_json(files: TokenizerFiles) -> Tokenizer:
+    source, content = files.path("tokenizer.json"), files.fields("tokenizer.json")
     try:
-        check_bpe(model, source)
-        if not model.get("byte_fallback") or model.get("ignore_merges"):
+        model, vocab, merges = _read_bpe(content)
+        unknown = model.fields.get("unk_token") or token_text(files.config.get("unk_token")) or "<unk>"
+        added = read_added_tokens(files, vocab)
+        if not model.fields.get("byte_fallback") or model.fields.get("ignore_merges"):
             raise UserError(f"{source}: neither byte-level, nor with byte_fallback and without ignore_merges")
-        prefix = read_prefix(content, source)
-        check_decoder(content, source, prefix)
+        prefix = read_prefix(content)
+        check_decoder(content, prefix)
         sentencepiece = sentencepiece_of(vocab, merges, unknown, prefix, added, source)
     except UserError as error:
         raise UserError(
             f"{error}. If it restates a SentencePiece model, put that, tokenizer.model, next to it"
         ) from error
     tokenizer = Tokenizer(sentencepiece, sentencepiece.bytes_of, added, source)
-    bos = read_template_bos(field(content, "post_processor", dict, source, {}), source)
-    return _with_document_ends(tokenizer, files, bos or _config_bos(files))
+    return _with_document_ends(tokenizer, files, read_template_bos(content) or _config_bos(files))
 
 
 def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Path) -> None:
     """UserError when tokenizer.json has another vocabulary, as when only that file was extended."""
     path = files.path("tokenizer.json")
-    restated = field(files.json("tokenizer.json") or {}, "model", dict, path, {})
-    vocab = field(restated, "vocab", (dict, list), path, {})
-    if isinstance(vocab, list):  # Unigram: [piece, score] in the order of the ids
-        vocab = {str(entry[0]): id for id, entry in enumerate(vocab) if isinstance(entry, list) and entry}
-    read_vocabulary(vocab, path)
+    restated = files.fields("tokenizer.json").object("model", {})
+    if isinstance(restated.fields.get("vocab"), list):  # Unigram: [piece, score] in the order of the ids
+        pieces = enumerate(restated.array("vocab"))
+        vocab = {str(entry[0]): id for id, entry in pieces if isinstance(entry, list) and entry}
+    else:
+        vocab = read_vocabulary(restated.object("vocab", {}).fields, path)
     added = read_added_tokens(files, {})
     piece_of = {id: piece for piece, id in model.text.items()}
     for token, id in vocab.items():
@@ -260,7 +259,7 @@ def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Pa
 
 def _config_bos(files: TokenizerFiles) -> str | None:
     """The BOS that tokenizer_config.json asks to put before a text."""
-    if field(files.config, "add_bos_token", bool, files.path("tokenizer_config.json"), False):
+    if files.fields("tokenizer_config.json").boolean("add_bos_token", False):
         return token_text(files.config.get("bos_token"))
     return None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.fields import json_object, shown
+from elo.common.fields import Fields, is_texts, json_object
 from elo.common.files import read_file
 
 LARGEST = 64 * 2**20  # bytes of a file; the largest real tokenizer.json has half as many
@@ -50,6 +50,10 @@ class TokenizerFiles:
         self._parsed[name] = json_object(data, self.path(name))
         return self._parsed[name]
 
+    def fields(self, name: str) -> Fields:
+        """The same, empty where there is no such file."""
+        return Fields(self.json(name) or {}, self.path(name))
+
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of all files that were read."""
         digest = hashlib.sha256()
@@ -58,23 +62,13 @@ class TokenizerFiles:
         return digest.hexdigest()
 
 
-def field(record: dict[str, Any], key: str, kind: type | tuple[type, ...], source: Path, default: Any) -> Any:
-    """record[key], or `default` where it is missing or null. UserError if it is not of that kind."""
-    value = record.get(key)
-    if value is None:
-        return default
-    if not isinstance(value, kind):
-        raise UserError(f"{source}: {key!r} has a value of the wrong type: {shown(value)}")
-    return value
-
-
 def token_text(token: Any, key: str = "content") -> str | None:
     """A token of a config: its text, or an object that has it as `key`."""
     text = token.get(key) if isinstance(token, dict) else token
     return text if isinstance(text, str) else None
 
 
-def read_vocabulary(vocab: dict[str, Any], source: Path) -> dict[str, int]:
+def read_vocabulary(vocab: dict[str, Any], source: Path | str) -> dict[str, int]:
     """A vocabulary, token -> id, with ids that are whole numbers, in range and different."""
     for token, id in vocab.items():
         check_id(token, id, source)
@@ -86,15 +80,15 @@ def read_vocabulary(vocab: dict[str, Any], source: Path) -> dict[str, int]:
     return vocab
 
 
-def check_id(token: str, id: Any, source: Path) -> None:
+def check_id(token: str, id: Any, source: Path | str) -> None:
     if type(id) is not int or not 0 <= id < MAX_ID:
         raise UserError(f"{source}: the token {token!r:.60} has the id {id!r:.40}; ids are from 0 to {MAX_ID - 1}")
 
 
-def read_pair(merge: Any, source: Path) -> tuple[str, str]:
+def read_pair(merge: Any, source: Path | str) -> tuple[str, str]:
     """A merge, "a b" or ["a", "b"]."""
     parts = merge.split(" ") if isinstance(merge, str) else merge
-    if not isinstance(parts, list) or len(parts) != 2 or not all(isinstance(part, str) for part in parts):
+    if not is_texts(parts) or len(parts) != 2:
         raise UserError(f"{source}: the merge {merge!r:.60} is not a pair of tokens")
     return parts[0], parts[1]
 

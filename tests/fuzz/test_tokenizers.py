@@ -21,7 +21,7 @@ def use(directory):
     """All that is done with a tokenizer."""
     tokenizer = load_tokenizer(directory, embeddings=420)
     for words in WORDS:
-        ids = tokenizer.encode_document(words)
+        ids = tokenizer.encode(words)
         assert all(0 <= id < tokenizer.vocab_size for id in ids)
         tokenizer.decode(ids)
     tokenizer.decode([-1, 0, 419, 10**9])
