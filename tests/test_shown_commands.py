@@ -35,7 +35,7 @@ ADDED = {
     "eval choice": "--dtype fp32",
     "eval perplexity": "--seq-len 32 --dtype fp32",
     "benchmarks.training_step": "--dtype fp32 --batch 1",
-    "benchmarks.ideas": "--only products --batch 1 --seq-len 32",
+    "benchmarks.ideas": "--only oneDNN's --batch 1 --seq-len 32",
     "benchmarks.training_memory": "--batch 1 --seq-len 32 --steps 1",
     "benchmarks.generation_speed": "--dtype fp32 --batch 1 --prompt-tokens 4 --new-tokens 2 --rounds 1",
     "benchmarks.lm_eval_speed": "--tasks kobest_copa",
@@ -87,7 +87,7 @@ def shown(page):
             yield words
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.stem != "performance"], ids=lambda path: path.stem)
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_commands_run(page, place, monkeypatch):
     shutil.rmtree(place / "runs", ignore_errors=True)
     monkeypatch.setenv("OPENAI_API_KEY", "a-key")
