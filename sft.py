@@ -62,8 +62,7 @@ def parse_arguments() -> Namespace:
 
 def run(arguments: Namespace, world: World) -> None:
     base = Checkpoint(arguments.model)
-    if arguments.seq_len > base.config.max_position_embeddings:
-        raise UserError(f"--seq-len {arguments.seq_len}: the model has {base.config.max_position_embeddings} positions")
+    base.config.check_seq_len(arguments.seq_len)
     if arguments.keep == "best" and not arguments.validation_fraction:
         raise UserError("--keep best needs --validation-fraction, to tell which epoch is the best")
     if arguments.validate_every and not arguments.validation_fraction:

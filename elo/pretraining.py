@@ -105,8 +105,7 @@ def open_windows(
     With `after`, the directory of an earlier run, the stream begins where that run stopped reading it. Raises
     UserError if it read another stream: other texts, seed or fraction.
     """
-    if arguments.seq_len > config.max_position_embeddings:
-        raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
+    config.check_seq_len(arguments.seq_len)
     if arguments.target_fraction == 0:
         raise UserError("--target-fraction 0: there would be nothing of the target language")
     languages = [("--target", find_texts("--target", arguments.target, held_out), arguments.target_field)]

@@ -134,8 +134,7 @@ def check(arguments: Namespace) -> tuple[Checkpoint, list[str]]:
     if arguments.plot:
         plot.check_figure("--plot", arguments.plot, [*inputs, *([arguments.json] if arguments.json else [])])
     base = Checkpoint(arguments.model)
-    if arguments.seq_len > base.config.max_position_embeddings:
-        raise UserError(f"--seq-len {arguments.seq_len}: the model has {base.config.max_position_embeddings} positions")
+    base.config.check_seq_len(arguments.seq_len)
     return base, methods
 
 

@@ -35,7 +35,11 @@ class Writer:
     def answer(self, prompt: list[int], stops: Collection[int]) -> str:
         """Write what the model says and return it. Ctrl-C stops it."""
         agreeing = (number for number, (a, b) in enumerate(zip(self.ids, prompt, strict=False)) if a != b)
-        self.cache.truncate(min(next(agreeing, len(self.ids)), len(prompt) - 1))
+        agreed = min(next(agreeing, len(self.ids)), len(prompt) - 1)
+        rope = self.model.config.rope
+        # Keys of a shorter sequence are turned otherwise than those of a long one.
+        turns = rope.varies and len(prompt) > rope.original_max_position_embeddings
+        self.cache.truncate(0 if turns else agreed)
         self.ids = list(prompt)
         decoder = self.tokenizer.stream_decoder()
         steps = stream(
@@ -56,13 +60,13 @@ class Writer:
 
     @property
     def full(self) -> bool:
-        return len(self.ids) >= self.model.config.max_position_embeddings
+        return len(self.ids) >= self.model.config.context
 
 
 def chat(writer: Writer, format: ChatFormat, system: str | None) -> None:
     """Answer messages until they end or the context is full."""
     messages = [] if system is None else [{"role": "system", "content": system}]
-    context = writer.model.config.max_position_embeddings
+    context = writer.model.config.context
     for text in read_messages():
         messages.append({"role": "user", "content": text})
         prompt = format.prompt(messages)

@@ -29,7 +29,7 @@ def stream(
     change places. In fp32 that takes a tie. names: tell the random numbers of rows apart (default: their indices).
     cache: already holds the first `cache.lengths[row]` tokens of each prompt, not all.
     """
-    context = model.config.max_position_embeddings
+    context = model.config.context
     for prompt in prompts:
         if not 0 < len(prompt) < context:
             raise UserError(f"a prompt of {len(prompt)} tokens; the model's context is {context} and has to hold more")

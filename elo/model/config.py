@@ -39,6 +39,17 @@ class ModelConfig:
     rope: RopeConfig
     json: dict[str, Any] = field(compare=False, repr=False)  # config.json as read; saving starts from it
 
+    @property
+    def context(self) -> int:
+        """The most tokens that a sequence may have: dynamic rotary embeddings stretch the positions by their factor."""
+        stretch = self.rope.factor if self.rope.type == "dynamic" else 1
+        return int(self.max_position_embeddings * stretch)
+
+    def check_seq_len(self, seq_len: int) -> None:
+        """Raises UserError for a --seq-len beyond it."""
+        if seq_len > self.context:
+            raise UserError(f"--seq-len {seq_len}: the model has {self.context} positions")
+
     @staticmethod
     def load(path: str | Path) -> "ModelConfig":
         """Read a checkpoint's config.json, or that of a directory. Raises UserError naming the file and the field.
@@ -96,7 +107,7 @@ class ModelConfig:
             qkv_bias=architecture.qkv_bias or bias,
             o_bias=bias,
             sliding_windows=architecture.windows(read, layers),
-            rope=read_rope(read, max_position_embeddings),
+            rope=read_rope(read, max_position_embeddings, head_dim),
             json=fields,
         )
 

@@ -145,7 +145,8 @@ class Transformer(nn.Module):
         if cache is not None:
             return self.norm(self._extend(x, cache))
         length = tokens.shape[1]
-        cos, sin = rotary_table(self.rope, self.head_dim, length, x.device, x.dtype)
+        rope = self.rope.at(length, self.head_dim)
+        cos, sin = rotary_table(rope, self.head_dim, length, x.device, x.dtype)
         for block in self.layers:
             window = block.sliding_window
             cuts = window is not None and window < length
@@ -155,7 +156,8 @@ class Transformer(nn.Module):
     def _extend(self, x: Tensor, cache: KVCache) -> Tensor:
         """The blocks on tokens that follow those in the cache."""
         positions = cache.new_positions(x.shape[1])  # (batch, sequence)
-        table = rotary_table(self.rope, self.head_dim, cache.capacity, x.device, x.dtype)
+        rope = self.rope.at(int(positions.max()) + 1, self.head_dim) if self.rope.varies else self.rope
+        table = rotary_table(rope, self.head_dim, cache.capacity, x.device, x.dtype)
         cos, sin = (angles[positions][:, None] for angles in table)  # (batch, 1, sequence, head_dim / 2)
         masks = {window: cache.mask(positions, window) for window in {block.sliding_window for block in self.layers}}
         for layer, block in enumerate(self.layers):

@@ -1,7 +1,7 @@
 """Rotary position embeddings (arXiv 2104.09864) with the scalings of long-context models."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -15,19 +15,37 @@ from elo.common.fields import Fields, shown
 class RopeConfig:
     """Rotary position embedding; the fields after `factor` belong to the types named beside them."""
 
-    type: str  # default, linear, llama3 or yarn
+    type: str  # default, linear, dynamic, llama3, yarn or longrope
     theta: float
     factor: float = 1.0
-    original_max_position_embeddings: int = 0  # llama3, yarn
+    original_max_position_embeddings: int = 0  # dynamic, llama3, yarn, longrope
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0  # llama3
-    attention_factor: float = 1.0  # yarn: cos and sin are multiplied by it
+    attention_factor: float = 1.0  # yarn, longrope: cos and sin are multiplied by it
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0  # yarn
     truncate: bool = True  # yarn
+    divisors: tuple[float, ...] = ()  # longrope: of each pair's frequency, up to the original length
+    long_divisors: tuple[float, ...] = ()  # and beyond it
+
+    @property
+    def varies(self) -> bool:
+        """Whether the frequencies depend on the sequence's length."""
+        return self.type in ("dynamic", "longrope")
+
+    def at(self, length: int, head_dim: int) -> "RopeConfig":
+        """What it is for sequences of this length, of a batch the longest one: beyond the original length another."""
+        original = self.original_max_position_embeddings
+        if not self.varies or length <= original:
+            return self
+        if self.type == "longrope":
+            return replace(self, divisors=self.long_divisors)
+        # NTK-aware scaling: a larger base, so that the slowest pair's wavelength grows by the factor.
+        growth = self.factor * length / original - (self.factor - 1)
+        return replace(self, theta=self.theta * growth ** (head_dim / (head_dim - 2)))
 
 
-def read_rope(config: Fields, max_position_embeddings: int) -> RopeConfig:
+def read_rope(config: Fields, max_position_embeddings: int, head_dim: int) -> RopeConfig:
     where, fields = config.where, config.fields
     # A file that has both is read as transformers 5 reads it.
     name = "rope_scaling" if fields.get("rope_scaling") else "rope_parameters"
@@ -46,7 +64,11 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeConfig:
     elif kind == "linear":
         rope_config = RopeConfig("linear", theta, rope.number("factor"))
         known |= {"factor"}
-    elif kind in ("llama3", "yarn"):
+    elif kind == "dynamic":
+        factor = rope.number("factor", minimum=1.0)
+        rope_config = RopeConfig("dynamic", theta, factor, max_position_embeddings)
+        known |= {"factor"}
+    elif kind in ("llama3", "yarn", "longrope"):
         # transformers prefers a length beside the rope fields to one among them.
         inside = rope.integer("original_max_position_embeddings", default=max_position_embeddings)
         original = config.integer("original_max_position_embeddings", default=inside)
@@ -57,6 +79,19 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeConfig:
                 raise UserError(f"{rope.where}: low_freq_factor and high_freq_factor must differ")
             rope_config = RopeConfig("llama3", theta, rope.number("factor"), original, low, high)
             known |= {"low_freq_factor", "high_freq_factor"}
+        elif kind == "longrope":
+            factor = rope.number("factor", default=max_position_embeddings / original)
+            by_length = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+            rope_config = RopeConfig(
+                "longrope",
+                theta,
+                factor,
+                original,
+                attention_factor=rope.number("attention_factor", default=by_length),
+                divisors=_divisors(rope, "short_factor", head_dim),
+                long_divisors=_divisors(rope, "long_factor", head_dim),
+            )
+            known |= {"attention_factor", "short_factor", "long_factor"}
         else:
             factor = rope.number("factor", default=max_position_embeddings / original)
             rope_config = RopeConfig(
@@ -72,12 +107,21 @@ def read_rope(config: Fields, max_position_embeddings: int) -> RopeConfig:
             known |= {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
     else:
         raise UserError(
-            f"{where}: rope type {shown(kind)} is not implemented; implemented are default, linear, llama3, yarn"
+            f"{where}: rope type {shown(kind)} is not implemented; implemented are default, linear, dynamic, llama3, "
+            "yarn, longrope"
         )
     unknown = sorted(key for key, value in scaling.items() if key not in known and value is not None)
     if unknown:
         raise UserError(f"{rope.where}: {', '.join(unknown[:5])} is not implemented for rope type {kind}")
     return rope_config
+
+
+def _divisors(rope: Fields, name: str, head_dim: int) -> tuple[float, ...]:
+    values = rope.fields.get(name)
+    is_numbers = isinstance(values, list) and all(type(v) in (int, float) and 0 < v < math.inf for v in values)
+    if not is_numbers or len(values) != head_dim // 2:
+        raise UserError(f"{rope.where}: {name} must be a list of {head_dim // 2} numbers above 0, for each pair one")
+    return tuple(map(float, values))
 
 
 def _yarn_attention_factor(rope: Fields, factor: float) -> float:
@@ -105,11 +149,16 @@ def rotary_table(
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians a position for each of the head_dim / 2 pairs, fp32, with the scaling of long-context models."""
+    """Radians a position for each of the head_dim / 2 pairs, fp32, with the scaling of long-context models.
+
+    Of a `rope` that varies with the sequence's length those up to the original one, or as `at` has made it.
+    """
     base = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     frequencies = 1.0 / base
     if rope.type == "linear":
         return frequencies / rope.factor
+    if rope.type == "longrope":
+        return 1.0 / (torch.tensor(rope.divisors) * base)
     if rope.type == "llama3":
         # Llama 3.1: long wavelengths are divided by the factor, short ones kept, those between interpolated.
         low, high = rope.low_freq_factor, rope.high_freq_factor

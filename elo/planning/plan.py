@@ -204,8 +204,7 @@ def main() -> None:
     if not arguments.model.exists():
         raise UserError(f"--model {arguments.model}: not found; give a checkpoint's directory or its config.json")
     config = ModelConfig.load(arguments.model)
-    if arguments.seq_len > config.max_position_embeddings:
-        raise UserError(f"--seq-len {arguments.seq_len}: the model has {config.max_position_embeddings} positions")
+    config.check_seq_len(arguments.seq_len)
     layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
     adapters = LoraOptions(lora_rank=arguments.lora_rank)
     runs = planned_runs(arguments)

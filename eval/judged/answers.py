@@ -240,7 +240,7 @@ def answer(
         for row in rows:
             conversations[row].append({"role": "user", "content": questions[row].turns[turn]})
         prompts = {row: format.prompt(conversations[row]) for row in rows}
-        fitting = {row: prompt for row, prompt in prompts.items() if len(prompt) < model.config.max_position_embeddings}
+        fitting = {row: prompt for row, prompt in prompts.items() if len(prompt) < model.config.context}
         names = [random_name(questions[row].id, turn) for row in fitting]
         generated: list[list[int]] = []
         if fitting:

@@ -1,11 +1,18 @@
 """Rotary frequencies against transformers, for the settings of published models and some that nobody has."""
 
+import families
 import pytest
 import torch
-from transformers import LlamaConfig
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from elo.common.errors import UserError
 from elo.common.fields import Fields
+from elo.generation.engine import generate
+from elo.model.cache import KVCache
+from elo.model.checkpoint import load_model
+from elo.model.config import ModelConfig
+from elo.model.packed import pack_weights
 from elo.model.rotary import read_rope, rotary_frequencies, rotary_table
 
 LLAMA31 = {
@@ -35,13 +42,86 @@ def test_frequencies_are_those_of_transformers(name):
     scaling = {**scaling, "rope_theta": theta}
     theirs = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=scaling)
     expected, attention_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](theirs, "cpu")
-    rope = read_rope(Fields({"rope_parameters": scaling}, "config.json"), 131072)
+    rope = read_rope(Fields({"rope_parameters": scaling}, "config.json"), 131072, head_dim)
     torch.testing.assert_close(rotary_frequencies(rope, head_dim), expected, rtol=1e-6, atol=0)
     cos, sin = rotary_table(rope, head_dim, 4, torch.device("cpu"), torch.float32)
     torch.testing.assert_close(cos[3], (3 * expected).cos() * attention_factor)
     torch.testing.assert_close(sin[3], (3 * expected).sin() * attention_factor)
     if scaling["rope_type"] == "llama3":  # all three kinds of frequencies are there
-        ratio = rotary_frequencies(read_rope(Fields({"rope_theta": theta}, "config.json"), 131072), head_dim) / expected
+        ratio = (
+            rotary_frequencies(read_rope(Fields({"rope_theta": theta}, "config.json"), 131072, head_dim), head_dim)
+            / expected
+        )
         assert ratio.min() == 1
         assert ratio.max() == scaling["factor"]
         assert ((ratio > 1.01) & (ratio < scaling["factor"] - 0.01)).any()
+
+
+# ---- frequencies that depend on the sequence's length
+
+LONG = [1.0, 1.5, 2.0, 5.0]  # of a head of 8 dimensions
+VARYING = {
+    "dynamic": (40, {"rope_type": "dynamic", "factor": 3.0, "rope_theta": 10000.0}),
+    "longrope": (
+        160,
+        {"rope_type": "longrope", "short_factor": [1.0, 1.1, 1.2, 1.3], "long_factor": LONG, "rope_theta": 10000.0}
+        | {"original_max_position_embeddings": 40},
+    ),
+    "longrope with its own factors": (
+        160,
+        {"rope_type": "longrope", "short_factor": LONG, "long_factor": LONG[::-1], "rope_theta": 10000.0}
+        | {"original_max_position_embeddings": 40, "factor": 2.5, "attention_factor": 1.3},
+    ),
+}
+
+
+@pytest.fixture(params=VARYING)
+def varying(request, tmp_path):
+    positions, rope = VARYING[request.param]
+    families.VARIANTS["varying"] = lambda: families.llama(max_position_embeddings=positions, rope_parameters=rope)
+    families.write("varying", tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("length", [1, 39, 40, 41, 100])
+def test_logits_and_gradients_of_any_length(varying, length):
+    """Up to the original length of 40 tokens, and beyond it."""
+    theirs, ours = AutoModelForCausalLM.from_pretrained(varying), load_model(varying, "cpu", torch.float32)
+    ours.train().requires_grad_()
+    tokens = torch.randint(300, (2, length), generator=torch.Generator().manual_seed(0))
+    expected, found = theirs(tokens).logits, ours(tokens)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    for logits in (expected, found):
+        logits.square().sum().backward()
+    for name, parameter in theirs.named_parameters():
+        torch.testing.assert_close(ours.get_parameter(name).grad, parameter.grad, atol=1e-3, rtol=1e-4)
+
+
+@pytest.mark.parametrize("first", [30, 45])
+def test_a_cache_that_grows_beyond_the_original_length(varying, first):
+    """Every token is turned as the sequence's length then demands, and those before it stay as they are."""
+    theirs, ours = AutoModelForCausalLM.from_pretrained(varying), load_model(varying, "cpu", torch.float32)
+    tokens = torch.randint(300, (1, 60), generator=torch.Generator().manual_seed(0))
+    mine, other = KVCache(ours.config, 1, torch.device("cpu"), torch.float32), DynamicCache(config=theirs.config)
+    parts = [tokens[:, :first], *tokens[:, first:].split(1, 1)]
+    with torch.inference_mode():
+        for part in parts:
+            expected = theirs(part, past_key_values=other).logits[:, -1:]
+            found = ours(part, cache=mine, lengths=[part.shape[1]])
+            torch.testing.assert_close(found.reshape(-1), expected.reshape(-1), atol=1e-5, rtol=0)
+
+
+def test_generation_beyond_the_original_length(varying):
+    theirs = AutoModelForCausalLM.from_pretrained(varying)
+    prompt = torch.randint(300, (1, 30), generator=torch.Generator().manual_seed(0))
+    expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1)[0, 30:].tolist()
+    ours = pack_weights(load_model(varying, "cpu", torch.float32))
+    assert generate(ours, prompt.tolist(), [[]], 40) == [expected]
+
+
+def test_the_context_is_what_the_factor_makes_of_the_positions(varying):
+    config = ModelConfig.load(varying)
+    assert config.context == {40: 120, 160: 160}[config.max_position_embeddings]
+    config.check_seq_len(config.context)
+    with pytest.raises(UserError, match=f"--seq-len 161: the model has {config.context} positions"):
+        config.check_seq_len(161)
