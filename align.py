@@ -6,7 +6,7 @@ The documents are those that come after the ones stage 1 consumed. --gb 0 only p
 unchanged model is trained: the control "alignment only", on the same documents if --after names the stage-1 run.
 
 --scale A puts back a part of what stage 1 has learned, theta_0 + A (theta_ELO - theta_0): 1, the default, is what the
-paper does; auto tries some on the text of --validation before the alignment.
+paper does; auto tries some for each layer on the text of --validation before the alignment.
 """
 
 import math
@@ -16,10 +16,11 @@ from pathlib import Path
 from elo import pretraining
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser, not_negative
+from elo.common.written import RUN, Written
 from elo.model.decoder import CausalLM, build
 from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
-from elo.runs.directory import add_arguments, check_out, close_run, open_run
+from elo.runs.directory import add_arguments, check_out, close_run, is_number, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import Replaced
@@ -73,7 +74,7 @@ def run(arguments: Namespace, world: World) -> None:
             raise UserError("--gb 0 only puts the layers back: python -m eval perplexity is what measures the result")
         open_run(arguments, world, goes_on, {})
         if is_auto:
-            choose_scale(replaced, parallelize(build(base.config), world, parallel), held_out, world)
+            load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
         save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
         return close_run(arguments, world)
 
@@ -84,7 +85,7 @@ def run(arguments: Namespace, world: World) -> None:
 
     model = parallelize(build(base.config), world, parallel)
     if is_auto:
-        choose_scale(replaced, model, held_out, world)
+        load_best(replaced, model, held_out, arguments.out, world)
     else:
         start.load_into(model)
     after_step = pretraining.watch(held_out, model, arguments, planned_steps(batches, options), world)
@@ -93,19 +94,44 @@ def run(arguments: Namespace, world: World) -> None:
     return close_run(arguments, world)
 
 
-def choose_scale(replaced: Replaced, model: CausalLM, held_out: HeldOut, world: World) -> None:
-    """--scale auto: load the model, not aligned yet, with the one that needs the fewest bits for a byte held out."""
-    found = {}
-    for scale in TRIED:
-        replaced.scales = (scale,) * len(replaced.layers)
-        replaced.load_into(model, replaced.trained_name if found else lambda name: name)
-        bits = held_out.evaluate(model, world)["validation_bits_per_byte"]
-        found[scale] = bits if math.isfinite(bits) else math.inf
-    best = min(found, key=found.__getitem__)
-    replaced.scales = (best,) * len(replaced.layers)
+def load_best(replaced: Replaced, model: CausalLM, held_out: HeldOut, out: Path, world: World) -> None:
+    """--scale auto: load the model, not aligned yet, with the scales that need the fewest bits for a byte held out.
+
+    First one for all layers is sought, then for each layer in turn its own: all combinations would be too many. They
+    are kept in run.json, since a run that goes on has begun with them, whatever its --validation is now.
+    """
+    known = world.on_rank_0(lambda: Written(out).run.get("scale"))
+    if known is not None:
+        if not isinstance(known, list) or len(known) != len(replaced.layers) or not all(map(is_number, known)):
+            raise UserError(f"{out / RUN}: scale must have a number for each of the layers {replaced.layers}; mend it")
+        replaced.scales = tuple(known)
+        replaced.load_into(model)
+        return
+    found: dict[tuple[float, ...], float] = {}
+
+    def bits(scales: tuple[float, ...]) -> float:
+        if scales not in found:
+            replaced.scales = scales
+            replaced.load_into(model, replaced.trained_name if found else lambda name: name)
+            value = held_out.evaluate(model, world)["validation_bits_per_byte"]
+            found[scales] = value if math.isfinite(value) else math.inf
+        return found[scales]
+
+    best = min(((scale,) * len(replaced.layers) for scale in TRIED), key=bits)
+    for layer in range(len(best)):
+        best = min(((*best[:layer], scale, *best[layer + 1 :]) for scale in TRIED), key=bits)
+    replaced.scales = best
     replaced.load_into(model, replaced.trained_name)
-    listed = ", ".join(f"{bits:.4f} at {scale:g}" for scale, bits in found.items())
-    world.say(f"--scale auto: {best:g}, of held-out bits per byte {listed}")
+    listed = "; ".join(f"{value:.4f} at {shown(scales)}" for scales, value in found.items())
+    world.say(f"--scale auto: {shown(best)}, of held-out bits per byte {listed}")
+    if world.rank == 0:
+        written = Written(out)
+        written.run["scale"] = best
+        written.save()
+
+
+def shown(scales: tuple[float, ...]) -> str:
+    return ",".join(f"{scale:g}" for scale in scales)
 
 
 def notes(arguments: Namespace, replaced: Replaced | None, *trained: object) -> dict[str, dict]:

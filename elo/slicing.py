@@ -97,7 +97,10 @@ class Replaced(Checkpoint):
         if scale == 0:
             return before
         after = self.trained.rows(in_slice, start, stop)
-        return before.float().add_(after.float() - before.float(), alpha=scale).to(before.dtype)
+        scaled = (before.float() + scale * (after.float() - before.float())).to(before.dtype)
+        if not scaled.isfinite().all():
+            raise UserError(f"--scale {scale:g}: {name} would have values that are not finite in {before.dtype}")
+        return scaled
 
 
 def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int, ...]]:

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import align
 import train
-from elo.common.errors import exit_status
+from elo.common.errors import UserError, exit_status
 from elo.model.checkpoint import load_model
 from eval import __main__ as evaluation
 
@@ -110,16 +110,24 @@ def test_scales(given, scaled):
         assert torch.equal(found[name], wanted)
 
 
-def test_the_scale_that_validation_prefers(scaled, monkeypatch, capfd):
-    """It is found by forward passes of the replaced model, and is what the alignment starts from."""
-    align_with, _, _ = scaled
+def test_the_scales_that_validation_prefers(scaled, monkeypatch, capfd):
+    """They are found by forward passes of the replaced model, and are what the alignment starts from."""
+    align_with, _, slice_ = scaled
+    for name in (name for name in slice_ if name.endswith("3.mlp.up_proj.weight")):
+        slice_[name] *= 3
     for name in ("ko", "en"):
         Path(f"held.{name}.jsonl").write_text(json.dumps({"text": f"A sentence that is new, {name}. " * 5}))
     held_out = ["--validation", "held.ko.jsonl", "held.en.jsonl"]
     automatic = align_with("--scale", "auto", *held_out, out="auto")
     line = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("--scale auto: "))
-    said = {float(part.split(" at ")[1]): float(part.split(" at ")[0]) for part in line.split("byte ")[1].split(", ")}
-    for value, bits in said.items():
+    said = {part.split(" at ")[1]: float(part.split(" at ")[0]) for part in line.split("byte ")[1].split("; ")}
+    steps = ("0", "0.1", "0.25", "0.5", "1")
+    common = min(steps, key=lambda scale: said[f"{scale},{scale}"])
+    first = min(steps, key=lambda scale: said[f"{scale},{common}"])
+    best = min((f"{first},{scale}" for scale in steps), key=said.get)
+    assert len(said) == 13
+    assert line.startswith(f"--scale auto: {best}, of")
+    for value in ("0,0", "1,1", best):
         align_with("--scale", value, out=f"at-{value}")
         words = ["eval", "perplexity", "--model", f"at-{value}", "--data", *held_out[1:], "--seq-len", "32"]
         monkeypatch.setattr(sys, "argv", [*words, "--dtype", "fp32", "--json", "measured.json"])
@@ -127,10 +135,8 @@ def test_the_scale_that_validation_prefers(scaled, monkeypatch, capfd):
             exit_status(evaluation.main)
         files = json.loads(Path("measured.json").read_text())["files"]
         measured = sum(file["bits_per_byte"] * file["bytes"] for file in files) / sum(file["bytes"] for file in files)
-        assert bits == pytest.approx(measured, abs=0.01)  # the model's values are rounded to bf16 in the files
-    best = min(said, key=said.get)
-    assert line.startswith(f"--scale auto: {best:g},")
-    assert json.loads(Path("auto/elo.json").read_text())["scale"] == [best] * 2
+        assert said[value] == pytest.approx(measured, abs=0.01)  # the model's values are rounded to bf16 in the files
+    assert json.loads(Path("auto/elo.json").read_text())["scale"] == [float(scale) for scale in best.split(",")]
     by_hand = load_file(f"at-{best}/model.safetensors")
     assert all(torch.equal(automatic[name], by_hand[name]) for name in by_hand)
 
@@ -146,6 +152,35 @@ def test_the_scale_that_validation_prefers(scaled, monkeypatch, capfd):
     assert all(torch.equal(begun[name], by_hand[name]) for name in by_hand)
 
 
+def test_a_run_that_goes_on_keeps_the_scales_it_began_with(scaled, monkeypatch, capfd):
+    """Whatever --validation is now; not so one that begins anew."""
+    align_with, _, _ = scaled
+    Path("held.txt").write_text("A sentence that is new.")
+    command = ["--scale", "auto", "--validation", "held.txt", "--gb", "0.000003", "--max-steps", "2"]
+
+    def stop(*_):
+        raise UserError("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(align, "train", stop)
+        align_with(*command, status=2)
+    notes = json.loads(Path("out/run.json").read_text())
+    for known in ([0.5, 0.125], [0.5], [0.5, "x"], 0.5):
+        Path("out/run.json").write_text(json.dumps({**notes, "scale": known}))
+        capfd.readouterr()
+        align_with(*command, status=0 if known == [0.5, 0.125] else 2, out="out")
+        said = capfd.readouterr()
+        if known == [0.5, 0.125]:
+            assert "--scale auto:" not in said.out
+            assert json.loads(Path("out/elo.json").read_text())["scale"] == known
+            shutil.rmtree("out/checkpoints", ignore_errors=True)
+            Path("out/config.json").unlink()
+        else:
+            assert "run.json: scale must have a number for each of the layers (1, 4)" in said.err
+    align_with(*command, "--restart")
+    assert "--scale auto: " in capfd.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -154,6 +189,10 @@ def test_the_scale_that_validation_prefers(scaled, monkeypatch, capfd):
         (["--scale", "half"], "'half' is not a number"),
         (["--scale", "0.5,"], "'' is not a number"),
         (["--scale", "auto"], "--scale auto needs --validation PATH"),
+        (
+            ["--scale", "1e39"],
+            "would have values that are not finite in torch.bfloat16",
+        ),
     ],
 )
 def test_mistakes_in_scales(words, message, scaled, capfd):
