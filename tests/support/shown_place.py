@@ -44,7 +44,7 @@ def write_place(place):
         *(("Mistral-7B-v0.3", "mistral-v0.3"), ("Mistral-7B-Instruct-v0.3", "mistral-v0.3")),
         ("SmolLM2-135M-Instruct", "smollm2"),
     ):
-        layers = {"num_hidden_layers": 30} if variant == "smollm2" else {}
+        layers = {"num_hidden_layers": 30, "vocab_size": 10_000} if variant == "smollm2" else {}
         write_model(models / name, variant, **layers)
     for folder, name in {
         "Llama-3.1-8B": "Llama-3.1-8B",
