@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.common.fields import check_depth
+from elo.common.fields import Fields, check_depth
 from elo.common.files import open_file, read_file_lines
 
 LARGEST = 2**28  # bytes of a file; what FastChat has published has up to 50 MB
@@ -22,6 +22,10 @@ class Line(NamedTuple):
 
     where: str
     record: dict[str, Any]
+
+    @property
+    def fields(self) -> Fields:
+        return Fields(self.record, self.where)
 
 
 def read_lines(path: Path, torn: bool = False) -> list[Line]:

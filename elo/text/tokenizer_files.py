@@ -9,7 +9,7 @@ from elo.common.fields import Fields, is_texts, json_object
 from elo.common.files import read_file
 
 LARGEST = 64 * 2**20  # bytes of a file; the largest real tokenizer.json has half as many
-LONGEST_TOKEN = 1024  # bytes; real ones have up to 256, and some checks take the square of it
+LONGEST_TOKEN = 1024  # characters; real ones have up to 256, and some checks take the square of it
 
 # Real ids are far below. A file that says otherwise must not make anyone allocate a table of that size.
 MAX_ID = 1 << 24
@@ -72,6 +72,8 @@ def read_vocabulary(vocab: dict[str, Any], source: Path | str) -> dict[str, int]
     """A vocabulary, token -> id, with ids that are whole numbers, in range and different."""
     for token, id in vocab.items():
         check_id(token, id, source)
+        if len(token) > LONGEST_TOKEN:
+            raise UserError(f"{source}: a token of {len(token):,} characters; at most {LONGEST_TOKEN} are supported")
     if len(set(vocab.values())) < len(vocab):
         seen: dict[int, str] = {}
         for token, id in vocab.items():

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from elo.common.errors import UserError
+from elo.common.fields import Fields, shown
 from eval.jsonl import Line, read_lines
 
 TURNS = 2
@@ -116,33 +117,31 @@ def read_questions(benchmark: Benchmark, directory: Path, limit: int | None = No
 
 
 def _question(benchmark: Benchmark, line: Line) -> Question:
-    record, where = line.record, line.where
+    fields, where = line.fields, line.where
     for name in (benchmark.id_field, "category", benchmark.turns_field):
-        if name not in record:
+        if name not in line.record:
             raise UserError(f"{where}: no {name!r}, which each question of {benchmark.name} has")
-    turns, category = record[benchmark.turns_field], record["category"]
-    if not isinstance(turns, list) or not turns or not all(isinstance(turn, str) and turn.strip() for turn in turns):
-        raise UserError(f"{where}: {benchmark.turns_field} must be a list of texts")
-    if not isinstance(category, str) or not category:
-        raise UserError(f"{where}: category must be a text, not {category!r:.60}")
-    references = record.get("references") if benchmark.name == "logickor" else None
-    if references is None:
-        references = []
-    if not isinstance(references, list) or not all(text is None or isinstance(text, str) for text in references):
-        raise UserError(f"{where}: references must be a list of texts and nulls")
+    turns = fields.strings(benchmark.turns_field)
+    if not turns or not all(map(str.strip, turns)):
+        raise UserError(f"{where}: {benchmark.turns_field} must be a list of texts, none of them empty")
+    references: list[str | None] = [None] * TURNS
     if benchmark.name == "logickor":
         turns = turns[:TURNS]  # one of its questions has a third, which its own scripts pass over
+        given = fields.array("references", [])
+        if not all(isinstance(text, str | None) for text in given):
+            raise UserError(f"{where}: references must be a list of texts and nulls")
+        references = [*(text or None for text in given), *references][:TURNS]
     if len(turns) > TURNS:
         raise UserError(f"{where}: {len(turns)} turns; a question has one or two")
-    references = [text or None for text in references[:TURNS]]
-    references += [None] * (TURNS - len(references))
-    return Question(question_id(record[benchmark.id_field], where), category, tuple(turns), tuple(references))
+    category = fields.string("category", allow_empty=False)
+    return Question(question_id(fields, benchmark.id_field), category, tuple(turns), tuple(references))
 
 
-def question_id(value: object, where: str) -> int | str:
+def question_id(fields: Fields, name: str = "question_id") -> int | str:
     """The id of a question as a record has it: a whole number or a text."""
+    value = fields.fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise UserError(f"{where}: the id of a question is a number or a text, not {value!r:.60}")
+        raise UserError(f"{fields.where}: the id of a question is a number or a text, not {shown(value)}")
     return value
 
 

@@ -138,13 +138,13 @@ def judgments_so_far(results: JsonLines, matches: Sequence[Match], judge: str) -
     So if an answer has become again what it was before, its old judgment is written once more.
     """
     found: dict[tuple[str, int | str, str], list[Record]] = defaultdict(list)
-    for where, record in results.lines:
+    for line in results.lines:
+        record = line.record
         judged_by = record.get("judge")
         if not isinstance(judged_by, list) or len(judged_by) != 2 or "score" not in record:
-            raise UserError(f"{where}: not a judgment of a single answer in FastChat's format")
+            raise UserError(f"{line.where}: not a judgment of a single answer in FastChat's format")
         if judged_by[0] == judge:
-            id = question_id(record.get("question_id"), where)
-            found[(str(record.get("model")), id, str(record.get("turn")))].append(record)
+            found[(str(record.get("model")), question_id(line.fields), str(record.get("turn")))].append(record)
     judged = {}
     for match in matches:
         records = found[(match.model, match.question.id, str(match.turn))]

@@ -110,23 +110,20 @@ def read_prompts(benchmark: Benchmark, path: Path | None) -> Mapping[str, JudgeP
 
 
 def _prompt(line: Line) -> JudgePrompt:
-    record, where = line.record, line.where
-    for name in ("name", "system_prompt", "prompt_template", "output_format"):
-        if not isinstance(record.get(name), str):
-            raise UserError(f"{where}: {name} must be a text, not {record.get(name)!r:.60}")
-    reference = record.get("reference_template", "")
-    for template, known in ((record["prompt_template"], SLOTS), (reference, ("reference",))):
+    where, text = line.where, line.fields.string
+    template, reference = text("prompt_template"), text("reference_template", "")
+    for slotted, known in ((template, SLOTS), (reference, ("reference",))):
         try:
-            unknown = [slot for slot in slots(template) if slot not in known]
-        except (TypeError, ValueError) as error:
+            unknown = [slot for slot in slots(slotted) if slot not in known]
+        except ValueError as error:
             raise UserError(f"{where}: not a template: {error}") from None
         if unknown:
             raise UserError(f"{where}: unknown slot {{{unknown[0]}}}; there are {', '.join(known)}")
-    output = record["output_format"]
+    output = text("output_format")
     if re.fullmatch(r"\[\[\w+\]\]", output):
         patterns = RATING
     elif output.startswith("점수:"):
         patterns = KOREAN_RATING
     else:
         raise UserError(f'{where}: output_format {output!r:.60}; ratings are read as "[[rating]]" or "점수: 7.5"')
-    return JudgePrompt(record["name"], record["system_prompt"], record["prompt_template"], reference, patterns, where)
+    return JudgePrompt(text("name"), text("system_prompt"), template, reference, patterns, where)

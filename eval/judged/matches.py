@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from elo.common.errors import UserError
+from elo.common.fields import is_texts
 from elo.common.terminal import note
 from eval.jsonl import Line, read_lines
 from eval.judged.benchmarks import Benchmark, Question, model_of, question_id
@@ -48,16 +49,17 @@ def read_answers(paths: Sequence[Path], questions: Sequence[Question]) -> dict[s
 
 
 def _answer(line: Line) -> tuple[int | str, list[str]]:
-    record, where = line.record, line.where
-    if "outputs" in record:
-        id, turns = record.get("id"), record["outputs"]
-    else:
-        id, choices = record.get("question_id"), record.get("choices")
-        first = choices[0] if isinstance(choices, list) and choices else None
-        turns = first.get("turns") if isinstance(first, dict) else None
-    if not isinstance(turns, list) or not turns or not all(isinstance(text, str) for text in turns):
-        raise UserError(f"{where}: no answers here: neither choices[0].turns (FastChat) nor outputs (LogicKor)")
-    return question_id(id, where), turns
+    id = "question_id"
+    match line.record:
+        case {"outputs": turns}:
+            id = "id"
+        case {"choices": [{"turns": turns}, *_]}:
+            pass
+        case _:
+            turns = None
+    if not turns or not is_texts(turns):
+        raise UserError(f"{line.where}: no answers here: neither choices[0].turns (FastChat) nor outputs (LogicKor)")
+    return question_id(line.fields, id), turns
 
 
 def read_references(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.common.fields import write_json
+from elo.common.fields import Fields, is_number, shown, write_json
 from elo.common.options import Parser
 from elo.common.terminal import note, show
 from eval.jsonl import Line, read_lines
@@ -107,17 +107,11 @@ def _files(paths: Sequence[Path]) -> list[Path]:
 
 def _judgments(path: Path, line: Line) -> list[Judgment]:
     """What one line tells: a turn in FastChat's format, both turns in LogicKor's."""
-    record, where = line.record, line.where
-    category = record.get("category")
-    if category is not None and not isinstance(category, str):
-        raise UserError(f"{where}: category must be a text, not {category!r:.60}")
+    record, where, fields = line.record, line.where, line.fields
+    category = fields.string("category") if fields.given("category") else None
     if "query_single" in record:
-        name = model_of(path, record)
-        question = question_id(record.get("id"), where)
-        turns = [record["query_single"], record.get("query_multi")]
-        if not all(isinstance(turn, dict) for turn in turns):
-            raise UserError(f"{where}: query_single and query_multi must both have a judge_score")
-        scores = [_score(turn.get("judge_score"), "judge_score", where) for turn in turns]
+        name, question = model_of(path, record), question_id(fields, "id")
+        scores = [_score(fields.object(turn), "judge_score") for turn in ("query_single", "query_multi")]
         return [
             Judgment("logickor", name, "", question, category, turn, score)
             for turn, score in enumerate(scores, start=1)
@@ -132,23 +126,17 @@ def _judgments(path: Path, line: Line) -> list[Judgment]:
     judge, turn = record["judge"], record["turn"]
     if not isinstance(judge, list) or not judge or turn not in (1, 2):
         raise UserError(f"{where}: judge must be the judge and its prompt, and turn 1 or 2")
-    score = _score(record["score"], "score", where)
-    question = question_id(record["question_id"], where)
-    return [Judgment(_bench(record, where), str(record["model"]), str(judge[0]), question, category, turn, score)]
+    bench = fields.string("bench") if fields.given("bench") else None
+    score, question = _score(fields, "score"), question_id(fields)
+    return [Judgment(bench, str(record["model"]), str(judge[0]), question, category, turn, score)]
 
 
-def _bench(record: Mapping[str, Any], where: str) -> str | None:
-    bench = record.get("bench")
-    if not isinstance(bench, str | None):
-        raise UserError(f"{where}: bench must be a text, not {bench!r:.60}")
-    return bench
-
-
-def _score(value: object, name: str, where: str) -> float | None:
+def _score(fields: Fields, name: str) -> float | None:
+    value = fields.fields.get(name)
     if value is None or value == UNPARSED:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e9 < value < 1e9:
-        raise UserError(f"{where}: {name} must be a number, not {value!r:.60}")
+    if not is_number(value) or not -1e9 < value < 1e9:
+        raise UserError(f"{fields.where}: {name} must be a number, not {shown(value)}")
     return value
 
 

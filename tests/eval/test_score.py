@@ -166,7 +166,7 @@ def test_korean_and_japanese_names(score, tmp_path):
         (json.dumps(judgment(81, 1, "7")), "bad.jsonl:1: score must be a number, not '7'"),
         (json.dumps(judgment(81, 1, float("nan"))), "bad.jsonl:1: score must be a number, not nan"),
         (json.dumps(judgment([], 1, 1)), "bad.jsonl:1: the id of a question is a number or a text"),
-        ('{"id": 1, "query_single": {"judge_score": 1}}', "bad.jsonl:1: query_single and query_multi must both"),
+        ('{"id": 1, "query_single": {"judge_score": 1}}', "bad.jsonl:1: query_multi must be an object, not None"),
     ],
 )
 def test_bad_files_are_one_line(line, message, score, tmp_path):

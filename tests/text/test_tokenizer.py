@@ -618,6 +618,7 @@ REFUSED = {
     "dropout = 0.1": {"model": {"dropout": 0.1}},
     "end_of_word_suffix": {"model": {"end_of_word_suffix": "</w>"}},
     "same id 0": {"model": {"vocab": {"a": 0, "b": 0}}},
+    "a token of 1,025 characters": {"model": {"vocab": {"a" * 1025: 0}}},
     "id 1000000000000": {"model": {"vocab": {"a": 10**12}}},
     "id -1": {"model": {"vocab": {"a": -1}}},
     "id '1'": {"model": {"vocab": {"a": "1"}}},
