@@ -79,7 +79,7 @@ def run(arguments: Namespace, world: World) -> None:
     done = train(model, batches, options, world, arguments.out, after_step)
     notes = pretraining.notes(arguments, method.layers, batches, done)
     if adapters:
-        lora.export(arguments.out, model, base, adapters, notes, arguments.merge, world.wait)
+        lora.export_adapter(arguments.out, model, base, adapters, notes, arguments.merge, world.wait)
     else:
         export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)

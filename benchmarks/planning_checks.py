@@ -28,7 +28,7 @@ from elo.common.options import Parser
 from elo.methods import METHODS, make
 from elo.model.config import ModelConfig
 from elo.optimizer import Optimizer, TrainingOptions
-from elo.planning.memory import Setup, peak_memory
+from elo.planning.memory import Setup, planned_memory
 from elo.runs.processes import World, process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.training import accumulate
@@ -107,7 +107,7 @@ def measure(fields: dict[str, Any], method: str, setup: Setup) -> int:
 
 
 def planned(fields: dict[str, Any], method: str, setup: Setup) -> Any:
-    return peak_memory(make(ModelConfig.from_json(fields), method).model, setup)
+    return planned_memory(make(ModelConfig.from_json(fields), method).model, setup)
 
 
 def cases() -> Iterator[tuple[str, Setup]]:

@@ -47,7 +47,7 @@ def low_rank(config: ModelConfig, options: LoraOptions) -> Method:
     """Adapters beside the frozen linear layers of the blocks (LoRA)."""
     model = build(config)
     lora.attach(model, options)
-    return Method(model, lora.base_name)
+    return Method(model, lora.unadapted_name)
 
 
 def make(

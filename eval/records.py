@@ -15,7 +15,7 @@ from elo.common.terminal import note
 from elo.data.parquet import read_rows
 from eval.jsonl import LARGEST, LONGEST_LINE, read_lines
 
-ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them
+TABLE_ENDINGS = (".jsonl", ".json", ".csv", ".tsv", ".parquet")  # .json: JSON lines too, as JGLUE names them
 
 
 class Record(Fields):
@@ -76,7 +76,7 @@ def find(data: Path, stems: Sequence[str]) -> list[Path]:
     found: list[list[Path]] = []
     for stem in stems:
         path = data / stem
-        found += [[file] for ending in ENDINGS if (file := path.with_name(path.name + ending)).is_file()]
+        found += [[file] for ending in TABLE_ENDINGS if (file := path.with_name(path.name + ending)).is_file()]
         found += [sorted(path.parent.glob(f"{path.name}-*-of-*.parquet")), sorted(path.glob("*.parquet"))]
     found = [files for files in found if files]
     if len(found) > 1 and not found[0][0].samefile(found[1][0]):  # the same where case does not count

@@ -11,8 +11,7 @@ from typing import Any
 
 from elo.common.errors import UserError
 from elo.data.conversation_records import LANGUAGE, LISTS, OF_RECORD, remember
-from elo.data.json_records import ENDINGS as JSON_ENDINGS
-from elo.data.json_records import MalformedError, read_json_records
+from elo.data.json_records import JSON_ENDINGS, MalformedError, read_json_records
 from elo.data.parquet import read_rows
 
 SUPPORTED = ".jsonl, .ndjson, .json (each also as .gz or .zst) and .parquet"

@@ -19,13 +19,12 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from elo.common.errors import UserError
-from elo.data.json_records import BYTE_ORDER_MARK, MalformedError, place, read_json_records
-from elo.data.json_records import ENDINGS as JSON_ENDINGS
+from elo.data.json_records import BYTE_ORDER_MARK, JSON_ENDINGS, MalformedError, place, read_json_records
 from elo.data.parquet import read_texts
 from elo.data.unpacking import PACKINGS, unpacked
 
 TEXT_ENDINGS = tuple(".txt" + packing for packing in PACKINGS)
-ENDINGS = (*TEXT_ENDINGS, *JSON_ENDINGS, ".parquet")
+DOCUMENT_ENDINGS = (*TEXT_ENDINGS, *JSON_ENDINGS, ".parquet")
 SUPPORTED = ".txt, .jsonl, .ndjson, .json (each also as .gz or .zst) and .parquet"
 MAX_DOCUMENT = 512 * 1024  # bytes of UTF-8
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from elo.common.errors import UserError
 from elo.common.terminal import note
-from elo.data.documents import ENDINGS, SUPPORTED
+from elo.data.documents import DOCUMENT_ENDINGS, SUPPORTED
 
 PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")  # of the ending before it one wants to know too
 MOST_KINDS = 8
@@ -32,7 +32,7 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
         texts = []
         for name in names:
             for path in _entries_below(name) if os.path.isdir(name) else [name]:
-                if path.lower().endswith(ENDINGS) and (path == name or not _is_hidden(path)):
+                if path.lower().endswith(DOCUMENT_ENDINGS) and (path == name or not _is_hidden(path)):
                     texts.append(path)
                 else:
                     left_out.add(_place(path))

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from elo.common.errors import UserError
 from elo.data.unpacking import PACKINGS, unpacked
 
-ENDINGS = tuple(name + packing for name in (".jsonl", ".ndjson", ".json") for packing in PACKINGS)
+JSON_ENDINGS = tuple(name + packing for name in (".jsonl", ".ndjson", ".json") for packing in PACKINGS)
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LARGEST_RECORD = 16 * 1024 * 1024  # bytes; a hostile record needs 30 times as much memory
 CHUNK = 2**20  # bytes of an array that are read at a time
@@ -55,7 +55,7 @@ def read_json_records(path: str | Path) -> Iterator[tuple[int, bytes | Malformed
 
 def place(path: str | Path, number: int) -> str:
     """Where a record is, from 1: `file:line`, `file:row` of Parquet, or `file record number` of an array in JSON."""
-    if str(path).lower().endswith(ENDINGS):
+    if str(path).lower().endswith(JSON_ENDINGS):
         try:
             with unpacked(path) as (stream, _):
                 if _ARRAY.match(next(_lines(stream), (0, b""))[1]):

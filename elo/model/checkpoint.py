@@ -27,7 +27,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -66,7 +66,7 @@ class Checkpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """The dtype in which a tensor is stored."""
-        return DTYPES[self._stored[name].dtype]
+        return STORED_DTYPES[self._stored[name].dtype]
 
     def tensor(self, name: str) -> Tensor:
         """One whole tensor."""
@@ -148,8 +148,8 @@ class Checkpoint:
             found = self._stored[name]
             if found.shape != shape:
                 raise UserError(f"{found.file}: tensor {name} has shape {found.shape}, config.json says {shape}")
-            if found.dtype not in DTYPES:
-                raise UserError(f"{found.file}: tensor {name} is {found.dtype}, not {', '.join(DTYPES)}")
+            if found.dtype not in STORED_DTYPES:
+                raise UserError(f"{found.file}: tensor {name} is {found.dtype}, not {', '.join(STORED_DTYPES)}")
         for name, found in self._stored.items():
             # Old Llama files carry the rotary frequencies, which follow from config.json.
             if name not in expected and not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD):

@@ -20,7 +20,7 @@ from elo.common.fields import write_json
 from elo.common.files import is_file
 from elo.common.written import Written
 from elo.common.written import staging as staging_folder
-from elo.model.checkpoint import CONFIG, DTYPES, INDEX, SINGLE, Checkpoint, expected_shapes
+from elo.model.checkpoint import CONFIG, INDEX, SINGLE, STORED_DTYPES, Checkpoint, expected_shapes
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
 
@@ -173,7 +173,7 @@ def save_file(
     end = 0
     for name, (shape, dtype) in tensors.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        stored_as = next(key for key, value in DTYPES.items() if value == dtype)
+        stored_as = next(key for key, value in STORED_DTYPES.items() if value == dtype)
         header[name] = {"dtype": stored_as, "shape": shape, "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
     encoded += b" " * (-len(encoded) % 8)

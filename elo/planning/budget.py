@@ -8,7 +8,7 @@ from typing import Any
 
 from elo.model.decoder import CausalLM
 from elo.planning.costs import Flops, count_flops, parameters
-from elo.planning.memory import Bytes, Setup, peak_memory
+from elo.planning.memory import Bytes, Setup, planned_memory
 
 GIB = 2**30
 # GiB that torch finds on it, and TFLOP/s of dense bf16 products with fp32 sums, by NVIDIA's data sheets.
@@ -108,7 +108,7 @@ def make_plan(model: CausalLM, run: Run) -> Plan:
         parameters(model),
         parameters(model, trained=True),
         count_flops(model, run.seq_len, run.activation_checkpointing),
-        peak_memory(model, run.setup),
+        planned_memory(model, run.setup),
         [],
     )
     return plan if plan.fits else replace(plan, remedies=remedies(model, run))
@@ -124,7 +124,7 @@ def remedies(model: CausalLM, run: Run) -> list[str]:
         return found
     if not run.cpu_offload:
         offloaded = replace(run, cpu_offload=True)
-        host = peak_memory(model, offloaded.setup).host / GIB
+        host = planned_memory(model, offloaded.setup).host / GIB
         found = fewest_options(model, offloaded, f"--cpu-offload (with {host:,.1f} GiB of host memory for each GPU)")
     fewest = 1 if run.setup.shard < run.gpus else 2
     for gpus in range(fewest * run.gpus, MOST_GPUS + 1, run.gpus):
@@ -151,7 +151,7 @@ def fewest_options(model: CausalLM, run: Run, given: str = "") -> list[str]:
         changed = run
         for _, fields in changes:
             changed = replace(changed, **fields)
-        return peak_memory(model, changed.setup).total <= run.usable
+        return planned_memory(model, changed.setup).total <= run.usable
 
     for size in range(len(ways) + 1):
         found = []

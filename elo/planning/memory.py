@@ -60,7 +60,7 @@ class Bytes:
         return sum(getattr(self, field.name) for field in fields(self)[1:-1])
 
 
-def peak_memory(model: CausalLM, setup: Setup) -> Bytes:
+def planned_memory(model: CausalLM, setup: Setup) -> Bytes:
     """The highest moment of a step, from the second one on: the first makes the optimizer's state.
 
     model: see `methods.make`.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from elo.common.errors import EarlyExit, UserError
+from elo.common.fields import is_number
 from elo.common.files import read_file_lines
 from elo.common.options import Parser
 from elo.common.written import SAVING, Written
@@ -183,17 +184,14 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
             numbers = [lines[-1][name] for name in ("loss", "grad_norm", "seconds")]
             numbers += [lines[-1].get(name, 0) for name in ("epoch", "validation_loss")]
             # Not all steps: after a power failure lines may be missing that a state on the disk knows of.
-            is_right = isinstance(step := lines[-1]["step"], int) and step > before and all(map(is_number, numbers))
+            are_numbers = all(is_number(value) and not abs(value) > 1e300 for value in numbers)
+            is_right = isinstance(step := lines[-1]["step"], int) and step > before and are_numbers
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             is_right = False
         if not is_right:
             raise UserError(f"{path}:{number}: not a line of a run's metrics after step {before}; mend it")
         before = step
     return lines
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and not abs(value) > 1e300
 
 
 class Metrics:

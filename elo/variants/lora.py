@@ -134,7 +134,7 @@ def attach(model: CausalLM, options: LoraOptions) -> None:
             setattr(model.model.layers.get_submodule(parent), kind, LoraLinear(linear, options))
 
 
-def base_name(name: str) -> str | None:
+def unadapted_name(name: str) -> str | None:
     """The base checkpoint's tensor for a parameter (`Checkpoint.load_into`): an adapter has none."""
     return None if name.endswith(THIN) else name
 
@@ -152,7 +152,7 @@ def initialize(model: CausalLM, seed: int) -> None:
             (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(value[start:stop])
 
 
-def export(
+def export_adapter(
     directory: Path,
     model: CausalLM,
     base: Checkpoint,

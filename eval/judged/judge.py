@@ -72,14 +72,14 @@ def add_arguments(parser: Parser) -> None:
     )
     group.add_argument(
         "--request",
-        type=json_object,
+        type=request_fields,
         default={},
         metavar="JSON",
         help=f"fields to add to {json.dumps(REQUEST)}, or with null to leave out",
     )
 
 
-def json_object(text: str) -> Record:
+def request_fields(text: str) -> Record:
     try:
         value = json.loads(text)
     except ValueError:

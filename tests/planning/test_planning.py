@@ -20,7 +20,7 @@ from elo.model.decoder import sliding_window_mask
 from elo.model.rotary import rotary_table
 from elo.planning import plan as planning
 from elo.planning.costs import count_flops, flops_per_token, parameters
-from elo.planning.memory import Setup, block_activations, peak_memory
+from elo.planning.memory import Setup, block_activations, planned_memory
 from elo.runs.sharding import use_faster_operators
 from elo.variants.lora import LoraOptions
 
@@ -186,7 +186,7 @@ def test_a_mask_is_kept_once_and_no_scores_are():
 def test_what_the_host_holds(shard):
     """With --cpu-offload: weights, gradients and AdamW's two moments, all in fp32."""
     model = make(family("llama3"), "full").model
-    planned = peak_memory(model, Setup(64, 32, micro_batches=2, shard=shard, cpu_offload=True))
+    planned = planned_memory(model, Setup(64, 32, micro_batches=2, shard=shard, cpu_offload=True))
     held = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())
     assert planned.host == pytest.approx(held / shard, rel=0.01)
     assert planned.optimizer == 0

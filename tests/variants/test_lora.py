@@ -40,7 +40,7 @@ def ours(base, options=OPTIONS, seed=0):
     lora.attach(model, options)
     with process_group() as world:
         parallelize(model, world, ParallelOptions("fp32", compile=False))
-        base.load_into(model, lora.base_name)
+        base.load_into(model, lora.unadapted_name)
         lora.initialize(model, seed)
         yield model
 
