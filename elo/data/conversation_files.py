@@ -56,7 +56,7 @@ def read_conversation_records(path: str, unread: set[str] | None = None) -> Iter
             try:
                 yield number, raw if isinstance(raw, MalformedError) else json.loads(raw)
             except (ValueError, RecursionError) as error:
-                yield number, MalformedError(number, "not usable as JSON", str(error))
+                yield number, MalformedError("not usable as JSON", str(error))
     else:
         raise UserError(f"{path}: not a file of conversations; supported are {SUPPORTED}")
 
@@ -69,13 +69,13 @@ def _columns(path: str, unread: set[str] | None, names: list[str]) -> list[str]:
     return [name for name in OF_RECORD if name in names]
 
 
-def read_language(record: Any, number: int) -> str | None:
+def read_language(record: Any) -> str | None:
     """The language of a record, None where it does not say. Raises `MalformedError`."""
     if isinstance(record, MalformedError):
         raise record
     if not isinstance(record, dict):
-        raise MalformedError(number, "not a JSON object")
+        raise MalformedError("not a JSON object")
     language = record.get(LANGUAGE)
     if not isinstance(language, str | None):
-        raise MalformedError(number, f"field {LANGUAGE!r} is not a string")
+        raise MalformedError(f"field {LANGUAGE!r} is not a string")
     return None if language is None else language_name(language)

@@ -38,7 +38,7 @@ MOST_UNREAD = 100  # names that are remembered
 _BLANK = re.compile(r"[\s\u00ad\u200b-\u200f\u2060\ufeff]*")  # also what has no width
 
 
-def read_messages(record: dict[str, Any], number: int, unread: set[str] | None = None) -> Messages:
+def read_messages(record: dict[str, Any], unread: set[str] | None = None) -> Messages:
     """The messages of a record, with TRAIN in each; the names of fields that nobody knows here go into `unread`.
 
     Raises `MalformedError` unless they are a conversation.
@@ -46,10 +46,10 @@ def read_messages(record: dict[str, Any], number: int, unread: set[str] | None =
     names = [name for name in LISTS if record.get(name) is not None]
     if not names:
         has = ", ".join(map(repr, list(record)[:5]))
-        raise MalformedError(number, f"no field {' or '.join(map(repr, LISTS))}", f"it has {has or 'no fields'}")
-    chats = [_read(record, name, number) for name in names]
+        raise MalformedError(f"no field {' or '.join(map(repr, LISTS))}", f"it has {has or 'no fields'}")
+    chats = [_read(record, name) for name in names]
     if chats[0] != chats[-1]:
-        raise MalformedError(number, f"fields {' and '.join(map(repr, names))} differ")
+        raise MalformedError(f"fields {' and '.join(map(repr, names))} differ")
     if unread is not None:
         remember(unread, record.keys() - OF_RECORD)
         remember(unread, (f"{name} of messages" for turn in record[names[0]] for name in turn.keys() - OF_MESSAGE))
@@ -62,38 +62,37 @@ def remember(unread: set[str], names: Iterable[str]) -> None:
             unread.add(name)
 
 
-def _read(record: dict[str, Any], name: str, number: int) -> Messages:
+def _read(record: dict[str, Any], name: str) -> Messages:
     turns = record[name]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-        raise MalformedError(number, f"field {name!r} is not a list of objects")
-    _refuse(record, UNSUPPORTED, number, "of the record")
-    if not (
-        isinstance(mask := record.get("mask"), str) and _role(mask) == "user"
-    ):  # NeMo's: whose words are not trained
-        _refuse(record, UNCLEAR, number, "of the record")
+        raise MalformedError(f"field {name!r} is not a list of objects")
+    _refuse(record, UNSUPPORTED, "of the record")
+    mask = record.get("mask")
+    if not isinstance(mask, str) or _role(mask) != "user":  # which is NeMo's: whose words are not trained
+        _refuse(record, UNCLEAR, "of the record")
     messages = []
     for at, turn in enumerate(turns, start=1):
-        _refuse(turn, (*UNSUPPORTED_OF_MESSAGE, *UNCLEAR), number, f"of message {at}")
-        role, content = (_only(turn, keys, number) for keys in (ROLE, CONTENT))
+        _refuse(turn, (*UNSUPPORTED_OF_MESSAGE, *UNCLEAR), f"of message {at}")
+        role, content = (_only(turn, keys) for keys in (ROLE, CONTENT))
         messages.append({"role": _role(role), "content": content})
     try:
         check_messages(messages)
     except UserError as error:
-        raise MalformedError(number, "not a conversation", str(error)) from None
-    for message, is_trained in zip(messages, _trained(record, turns, messages, number), strict=True):
+        raise MalformedError("not a conversation", str(error)) from None
+    for message, is_trained in zip(messages, _trained(record, turns, messages), strict=True):
         message[TRAIN] = is_trained
-    system = _only(record, SYSTEM, number)
+    system = _only(record, SYSTEM)
     if system not in (None, ""):
         if not isinstance(system, str):
-            raise MalformedError(number, "a system message that is not a string", shown(system))
+            raise MalformedError("a system message that is not a string", shown(system))
         if messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": system, TRAIN: False})
         elif messages[0]["content"] != system:
-            raise MalformedError(number, "two system messages that differ")
+            raise MalformedError("two system messages that differ")
     try:
         text_bytes(messages)
     except UnicodeEncodeError:  # JSON can write "\ud800", which no UTF-8 can hold
-        raise MalformedError(number, "a lone surrogate, which is not text") from None
+        raise MalformedError("a lone surrogate, which is not text") from None
     return messages
 
 
@@ -101,56 +100,56 @@ def _role(role: Any) -> Any:
     return SPEAKERS.get(role.lower(), role.lower()) if isinstance(role, str) else role
 
 
-def _refuse(fields: Mapping[str, Any], names: Iterable[str], number: int, where: str) -> None:
+def _refuse(fields: Mapping[str, Any], names: Iterable[str], where: str) -> None:
     for name in names:
         value = fields.get(name)
         inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
         says_nothing = value in NOTHING or (bool(inner) and all(item in NOTHING for item in inner))
         if not says_nothing and (value is not False or name == "mask"):
-            raise MalformedError(number, f"field {name!r} is not supported", f"{shown(value)} {where}")
+            raise MalformedError(f"field {name!r} is not supported", f"{shown(value)} {where}")
 
 
-def _only(fields: Mapping[str, Any], names: tuple[str, ...], number: int) -> Any:
+def _only(fields: Mapping[str, Any], names: tuple[str, ...]) -> Any:
     """What the one of these fields says that says something; several must agree."""
     given = {name: fields[name] for name in names if fields.get(name) is not None}
     spoken = {name: value for name, value in given.items() if value != ""} or given
     values = list(spoken.values())
     if any(not isinstance(value, str) or value != values[0] for value in values[1:]):
-        raise MalformedError(number, f"fields {' and '.join(map(repr, spoken))} differ")
+        raise MalformedError(f"fields {' and '.join(map(repr, spoken))} differ")
     return values[0] if values else None
 
 
-def _trained(record: dict[str, Any], turns: list[Any], messages: Messages, number: int) -> list[bool]:
+def _trained(record: dict[str, Any], turns: list[Any], messages: Messages) -> list[bool]:
     """Of each message whether it is trained: the assistant's are, unless a switch says that they are not."""
-    said: list[set[bool]] = [set(_switches(turn, number)) for turn in turns]
+    said: list[set[bool]] = [set(_switches(turn)) for turn in turns]
     for name in SWITCHES:
         value = record.get(name)
         if isinstance(value, list) and value:
             if len(value) != len(turns):
-                raise MalformedError(number, f"field {name!r} has not one value for each message")
+                raise MalformedError(f"field {name!r} has not one value for each message")
             values = value
         else:
             values = [value if message["role"] == "assistant" else None for message in messages]
         for meant, one in zip(said, values, strict=True):
-            meant.update(_switches({name: one}, number))
+            meant.update(_switches({name: one}))
     for at, (meant, message) in enumerate(zip(said, messages, strict=True), start=1):
         if len(meant) > 1:
-            raise MalformedError(number, "fields differ in whether a message is trained", f"message {at}")
+            raise MalformedError("fields differ in whether a message is trained", f"message {at}")
         if True in meant and message["role"] != "assistant":
-            raise MalformedError(number, "only the assistant's messages can be trained", f"not message {at}")
+            raise MalformedError("only the assistant's messages can be trained", f"not message {at}")
     return [
         message["role"] == "assistant" and False not in meant for message, meant in zip(messages, said, strict=True)
     ]
 
 
-def _switches(fields: Mapping[str, Any], number: int) -> Iterator[bool]:
+def _switches(fields: Mapping[str, Any]) -> Iterator[bool]:
     """Whether to train, as each of `SWITCHES` says that is there."""
     for name in SWITCHES:
         value = fields.get(name)
         if value in NOTHING:
             continue
         if not isinstance(value, int | float) or value not in (0, 1):
-            raise MalformedError(number, f"field {name!r} is neither 0 nor 1", shown(value))
+            raise MalformedError(f"field {name!r} is neither 0 nor 1", shown(value))
         yield bool(value) != (name == "masked")
 
 

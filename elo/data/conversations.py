@@ -31,7 +31,7 @@ from elo.data.conversation_files import (
 )
 from elo.data.conversation_records import is_blank, read_messages, text_bytes
 from elo.data.drawing import Pool, random_numbers
-from elo.data.json_records import MalformedError, place
+from elo.data.json_records import MalformedError, Skipped, place
 from elo.model.loss import IGNORE
 from elo.text.chat_format import ChatFormat
 from elo.text.chat_template import TRAIN, Messages, TemplateError
@@ -129,14 +129,14 @@ class Conversations:
 
 @dataclass
 class Report:
-    """What became of the conversations in the files. By language; `malformed` by kind: count, place of the first."""
+    """What became of the conversations in the files. By language."""
 
     found: Counter[str] = field(default_factory=Counter)
     drawn: dict[str, int] = field(default_factory=dict)
     cut: int = 0
     unanswered: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    malformed: dict[str, list] = field(default_factory=dict)
+    malformed: Skipped = field(default_factory=Skipped)
     unread: set[str] = field(default_factory=set)  # fields
 
     def lines(self) -> list[str]:
@@ -181,21 +181,18 @@ def load_conversations(
     )
     for file, number, record in tqdm(records, unit=" conversations", desc="tokenizing", disable=not progress):
         try:
-            language = read_language(record, number)
+            language = read_language(record)
             if languages and LANGUAGE not in record:
                 raise UserError(f"{place(files[file], number)}: no {LANGUAGE!r}, which --languages needs")
             report.found[language or ""] += 1
             pool = pools.get(language) if languages else pools[None]
             if pool is None:
                 continue
-            messages = read_messages(record, number, report.unread)
+            messages = read_messages(record, report.unread)
             head = file, number, found_languages.setdefault(language or "", len(found_languages))
             pool.offer(partial(make_example, format, messages, seq_len, head, report.dropped))
         except MalformedError as error:
-            where = place(files[file], number)
-            if not skip_malformed:
-                raise UserError(f"{where}: {error}; --skip-malformed passes over such records") from None
-            report.malformed.setdefault(error.kind, [0, where])[0] += 1
+            report.malformed.add(error, files[file], number, skip_malformed)
 
     examples = sorted(_draw(pools, samples, report), key=lambda example: example.row)
     conversations = _store(examples, files, list(found_languages))
@@ -234,7 +231,7 @@ def make_example(
     try:
         ids, trained = format.conversation(messages[: ends[-1]])
     except TemplateError as error:
-        raise MalformedError(head[1], "the chat template does not take it", str(error)) from None
+        raise MalformedError("the chat template does not take it", str(error)) from None
     kept, is_cut = ends[-1], len(ids) > seq_len
     if is_cut:
         fitting = bisect_right(ends, seq_len, key=lambda end: len(format.conversation(messages[:end])[0]))

@@ -54,19 +54,19 @@ class Record(NamedTuple):
             text = self.raw.decode("utf-8")
         except UnicodeDecodeError as error:
             line = self.line if self.is_json else self.line + self.raw.count(b"\n", 0, error.start)
-            raise MalformedError(line, "invalid UTF-8", f"byte 0x{self.raw[error.start]:02x}") from None
+            raise MalformedError("invalid UTF-8", f"byte 0x{self.raw[error.start]:02x}", line) from None
         if self.is_json:
             text = _field(text, text_field, self.line)
         try:
             encoded = text.encode("utf-8")
         except UnicodeEncodeError:  # JSON can write "\ud800", which no UTF-8 can hold
-            raise MalformedError(self.line, "a lone surrogate, which is not text") from None
+            raise MalformedError("a lone surrogate, which is not text", line=self.line) from None
         texts = [text]
         if len(encoded) > MAX_DOCUMENT:
             texts = [piece.decode("utf-8") for _, piece in _pieces(io.BytesIO(encoded))]
         texts = [text for text in texts if text and not text.isspace()]
         if not texts:
-            raise MalformedError(self.line, "empty document")
+            raise MalformedError("empty document", line=self.line)
         return texts
 
 
@@ -97,7 +97,7 @@ def read_records(path: str | Path, text_field: str) -> Iterator[Record]:
     name = str(path).lower()
     if name.endswith(".parquet"):
         for row, (raw, position) in enumerate(read_texts(path, text_field), start=1):
-            null = MalformedError(row, f"field {text_field!r} is null")
+            null = MalformedError(f"field {text_field!r} is null", line=row)
             yield Record(row, null if raw is None else raw, False, position)
     elif name.endswith(JSON_ENDINGS):
         for line, raw, position in read_json_records(path):
@@ -114,16 +114,16 @@ def _field(text: str, text_field: str, line: int) -> str:
     try:
         value = json.loads(text.rstrip())  # behind a line end the column in an error would be another line's
     except json.JSONDecodeError as error:
-        raise MalformedError(line, "not valid JSON", f"{error.msg}, column {error.pos + 1}") from None
+        raise MalformedError("not valid JSON", f"{error.msg}, column {error.pos + 1}", line) from None
     except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
-        raise MalformedError(line, "not usable JSON", str(error)) from None
+        raise MalformedError("not usable JSON", str(error), line) from None
     if not isinstance(value, dict):
-        raise MalformedError(line, "not a JSON object")
+        raise MalformedError("not a JSON object", line=line)
     if text_field not in value:
         names = ", ".join(map(repr, list(value)[:5]))
-        raise MalformedError(line, f"no field {text_field!r}", f"it has {names or 'no fields'}")
+        raise MalformedError(f"no field {text_field!r}", f"it has {names or 'no fields'}", line)
     if not isinstance(value[text_field], str):
-        raise MalformedError(line, f"field {text_field!r} is not a string")
+        raise MalformedError(f"field {text_field!r} is not a string", line=line)
     return value[text_field]
 
 

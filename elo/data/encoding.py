@@ -78,12 +78,7 @@ def encode(tokenizer: Tokenizer, job: Job, batch: Batch) -> Encoded:
 
 def token_type_of(tokenizer: Tokenizer) -> np.dtype:
     """The smaller of the two types that holds every token."""
-    return np.dtype("<u2" if largest_token(tokenizer) < 2**16 else "<u4")
-
-
-def largest_token(tokenizer: Tokenizer) -> int:
-    """The largest id that a token can have."""
-    return max(tokenizer.vocab_size - 1, tokenizer.eos_id, tokenizer.bos_id or 0)
+    return np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
 
 
 def serve() -> None:

@@ -24,14 +24,26 @@ _STRING, _OPENS, _CLOSES, _COMMA = 1, 2, 3, 4
 
 
 class MalformedError(Exception):
-    """A record that is no document: its `line`, the `kind` of mistake, in `detail` what only this one has."""
+    """A record that is no document: the `kind` of mistake, in `detail` what only this one has, and its line."""
 
-    def __init__(self, line: int, kind: str, detail: str = "") -> None:
-        super().__init__(line, kind, detail)
-        self.line, self.kind, self.detail = line, kind, detail
+    def __init__(self, kind: str, detail: str = "", line: int = 0) -> None:
+        super().__init__(kind, detail, line)
+        self.kind, self.detail, self.line = kind, detail, line
 
     def __str__(self) -> str:
         return f"{self.kind} ({self.detail})" if self.detail else self.kind
+
+
+class Skipped(dict[str, list]):
+    """Of each kind of malformed record [how many there are, the place of the first]."""
+
+    def add(self, error: MalformedError, path: str, line: int, skip_malformed: bool) -> None:
+        """Raises UserError unless such records are to be skipped."""
+        if not skip_malformed:
+            raise UserError(f"{place(path, line)}: {error}; --skip-malformed passes over such records") from None
+        if error.kind not in self:
+            self[error.kind] = [0, place(path, line)]
+        self[error.kind][0] += 1
 
 
 def read_json_records(path: str | Path) -> Iterator[tuple[int, bytes | MalformedError, int]]:
@@ -45,11 +57,11 @@ def read_json_records(path: str | Path) -> Iterator[tuple[int, bytes | Malformed
         for number, line in _lines(stream):
             if is_first and _ARRAY.match(line):
                 for number, element in enumerate(_elements(line, stream), start=1):
-                    too_long = MalformedError(number, f"a record of more than {LARGEST_RECORD} bytes")
+                    too_long = MalformedError(f"a record of more than {LARGEST_RECORD} bytes", line=number)
                     yield number, too_long if element is None else element, file.tell()
                 return
             is_first = False
-            too_long = MalformedError(number, f"a line of more than {LARGEST_RECORD} bytes")
+            too_long = MalformedError(f"a line of more than {LARGEST_RECORD} bytes", line=number)
             yield number, too_long if len(line) > LARGEST_RECORD else line, file.tell()
 
 

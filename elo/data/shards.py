@@ -36,11 +36,10 @@ from elo.data.encoding import (
     Job,
     encode,
     encode_in_processes,
-    largest_token,
     read_batches,
     token_type_of,
 )
-from elo.data.json_records import place
+from elo.data.json_records import Skipped, place
 from elo.text.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 3  # part of every shard's name: a new format is built anew
@@ -161,20 +160,15 @@ def _write(
     bar: tqdm,
 ) -> None:
     """Write the four files of a shard. Only here do the batches come together, in order."""
-    token_type, counts = token_type_of(tokenizer), np.zeros(largest_token(tokenizer) + 1, "<i8")
+    token_type, counts = token_type_of(tokenizer), np.zeros(tokenizer.vocab_size, "<i8")
     tokens = documents = text_bytes = 0
-    skipped: dict[str, list] = {}
+    skipped = Skipped()
     digests = hashlib.sha256(), hashlib.sha256()
     with contextlib.ExitStack() as stack:
         token_file, index, count_file = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
         for batch in encoded:
             for number, error in batch.malformed:
-                if not skip_malformed:
-                    where = place(files[number], error.line)
-                    raise UserError(f"{where}: {error}; --skip-malformed passes over such records")
-                if error.kind not in skipped:
-                    skipped[error.kind] = [0, place(files[number], error.line)]
-                skipped[error.kind][0] += 1
+                skipped.add(error, files[number], error.line, skip_malformed)
             batch.documents["offset"] += tokens
             for file, digest, array in zip((token_file, index), digests, batch[:2], strict=True):
                 file.write(array.data)

@@ -41,7 +41,7 @@ def said(format, ids, trained):
 
 def read(record):
     """The messages, and the numbers of those that are trained."""
-    messages = read_messages(record, 1)
+    messages = read_messages(record)
     plain = [{"role": message["role"], "content": message["content"]} for message in messages]
     return plain, [at for at, message in enumerate(messages) if message["train"]]
 
@@ -159,9 +159,9 @@ def test_fields_without_a_value_say_nothing():
 
 def test_fields_that_nobody_knows_are_named():
     unread = set()
-    read_messages(with_fields({"name": "A"}, {}, {}, {}, record={"id": 3, "language": "ko"}), 1, unread)
+    read_messages(with_fields({"name": "A"}, {}, {}, {}, record={"id": 3, "language": "ko"}), unread)
     assert unread == {"id", "name of messages"}
-    read_messages(both(**{f"x{number}": 1 for number in range(1000)})[0], 1, unread)
+    read_messages(both(**{f"x{number}": 1 for number in range(1000)})[0], unread)
     assert len(unread) == MOST_UNREAD
 
 

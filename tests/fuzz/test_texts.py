@@ -191,10 +191,10 @@ def test_what_is_no_file(name, kind, within):
 
 
 def converse(path):
-    for number, record in read_conversation_records(str(path)):
+    for _, record in read_conversation_records(str(path)):
         try:
-            read_language(record, number)
-            read_messages(record, number, set())
+            read_language(record)
+            read_messages(record, set())
         except MalformedError as error:
             str(error)
 
