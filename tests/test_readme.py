@@ -168,6 +168,7 @@ def test_options(page, monkeypatch):
         "elo/planning/__main__.py": ["--model=a"],
         "elo/generation/__main__.py": ["--model=a"],
         "benchmarks/training_step/__main__.py": ["--model=a"],
+        "experiments/__main__.py": ["table1"],
     }.items():
         parsers.append(read_command_line(monkeypatch, ROOT / script, arguments))
     known = {option for parser in parsers for option in parser._option_string_actions} | OTHERS

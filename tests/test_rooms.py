@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Each may import from those before it; `elo` itself are the files at its root: the method.
 ROOMS = ("common", "cpu", "model", "text", "runs", "data", "variants")
 ORDER = [*(f"elo.{room}" for room in ROOMS), "elo", "elo.generation", "elo.planning", "eval", "examples", "benchmarks"]
+ORDER.append("experiments")
 TOPS = [name for name in ORDER if "." not in name]
 SCRIPTS = {path.stem for path in ROOT.glob("*.py")}
 
@@ -51,7 +52,7 @@ def is_allowed(importer: str, target: str) -> bool:
     if here in SCRIPTS:
         return there.split(".")[0] == "elo"
     if there in SCRIPTS:  # what a script does is called as a user does it, or by what stands outside
-        return here in ("benchmarks", "examples")
+        return here in ("benchmarks", "examples", "experiments")
     return ORDER.index(there) <= ORDER.index(here)
 
 

@@ -40,7 +40,12 @@ ADDED = {
     "benchmarks.generation_speed": "--dtype fp32 --batch 1 --prompt-tokens 4 --new-tokens 2 --rounds 1",
     "benchmarks.lm_eval_speed": "--tasks kobest_copa",
 }
-MAIN = {"elo.generation": "elo.generation.chat", "elo.planning": "elo.planning.plan", "eval": "eval.__main__"}
+MAIN = {
+    "experiments": "experiments.__main__",
+    "elo.generation": "elo.generation.chat",
+    "elo.planning": "elo.planning.plan",
+    "eval": "eval.__main__",
+}
 
 
 @pytest.fixture(scope="module")

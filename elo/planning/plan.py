@@ -32,7 +32,7 @@ STAGES = ("train", "align", "sft")  # the scripts
 # ---- the command
 
 
-def parse_arguments() -> Namespace:
+def make_parser() -> Parser:
     parser = Parser(prog="python -m elo.planning", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint, or its config.json")
     parser.add_argument("--stage", choices=STAGES, help="script (default: all, or train with --method)")
@@ -68,7 +68,7 @@ def parse_arguments() -> Namespace:
     group.add_argument("--shard", type=positive_int, metavar="N", help="(default: over all GPUs)")
     for name in ("activation-checkpointing", "cpu-offload", "optimizer-in-backward"):
         group.add_argument(f"--{name}", action="store_true")
-    return parser.parse_args()
+    return parser
 
 
 def planned_runs(arguments: Namespace) -> list[Run]:
@@ -199,7 +199,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
 
 
 def main() -> None:
-    arguments = parse_arguments()
+    arguments = make_parser().parse_args()
     check_output("--json", arguments.json, [arguments.model])
     if not arguments.model.exists():
         raise UserError(f"--model {arguments.model}: not found; give a checkpoint's directory or its config.json")

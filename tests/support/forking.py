@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 
 ROOT = Path(__file__).resolve().parents[2]
 _stores: list[TCPStore] = []  # a store ends with its object
-MODULES = ("align", "elo.generation.chat", "eval.__main__", "merge_chat_vector", "sft", "train")
+MODULES = ("align", "elo.generation.chat", "eval.__main__", "experiments.__main__", "merge_chat_vector", "sft", "train")
 
 
 class Fork:

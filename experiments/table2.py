@@ -1,0 +1,18 @@
+"""Table 2: how much text ELO needs: 1, 5 and 20 units of it, with the same alignment. Needs 21 units of text."""
+
+from experiments.chains import Row
+from experiments.kit import Kit
+
+
+def rows(kit: Kit) -> list[Row]:
+    options = kit.options
+    largest = kit.elo(units=20)
+    return [
+        *([Row("instruct", options.instruct)] if options.instruct else []),
+        Row("FFT", kit.baseline("full")),
+        *(
+            Row(f"ELO, {units} units", kit.align(kit.elo(units=units), after=largest), is_elo=True)
+            for units in (1, 5, 20)
+        ),
+        Row("alignment only", kit.alignment_only(largest)),
+    ]
