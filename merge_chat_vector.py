@@ -23,10 +23,13 @@ from tqdm import tqdm
 from elo.chat_vector import ChatVector, Merge, check, moved_tensors, parse_ranges
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
-from elo.common.terminal import note
+from elo.common.terminal import note, say
 from elo.model.checkpoint import Checkpoint
 from elo.model.saving import save
+from elo.runs.progress import continued, shown_command
 from elo.runs.replacing import check_inputs, in_the_way, is_run, read_written, replacing
+from elo.text.chat_format import chat_format
+from elo.text.tokenizer import load_tokenizer
 
 
 def main() -> None:
@@ -53,6 +56,17 @@ def main() -> None:
 
         notes = {"chat_vector.json": describe(merge, layers, arguments)}
         save(arguments.out, merge.config(), tensor, model.dtype, vectors[0].instruct.directory, notes)
+    say(f"{len(merge.moved)} tensors of {len(model.names())} were moved; the model is in {arguments.out}.")
+    say(f"Next: {shown_command(talking_to(arguments.out))}")
+
+
+def talking_to(model: Path) -> list[object]:
+    """The command for it; where neither a chat template nor a tokenizer came with the vector it continues texts."""
+    try:
+        chat_format(model, load_tokenizer(model))
+    except UserError:
+        return continued(model)
+    return ["-m", "elo.generation", "--model", model]
 
 
 def parse_arguments() -> Namespace:

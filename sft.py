@@ -27,6 +27,7 @@ from elo.model.saving import copy, export, model_files
 from elo.optimizer import TrainingOptions
 from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values, read_metrics
 from elo.runs.processes import World, process_group
+from elo.runs.progress import tell_result
 from elo.runs.replacing import read_written
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.text.built_in_formats import FORMATS
@@ -96,6 +97,7 @@ def run(arguments: Namespace, world: World) -> None:
     done = train(model, batches, options, world, arguments.out, after_step=epochs.after_step)
     epochs.finish(done)
     close_run(arguments, world)
+    tell_result(world, arguments.out, model, ["-m", "elo.generation", "--model", arguments.out])
 
 
 def time_of_run(out: Path, goes_on: bool) -> float:

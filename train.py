@@ -17,6 +17,7 @@ from elo.model.config import ModelConfig
 from elo.model.saving import export
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
+from elo.runs.progress import continued, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import parse_layers
 from elo.training import TrainingOptions, planned_steps, train
@@ -83,6 +84,9 @@ def run(arguments: Namespace, world: World) -> None:
     else:
         export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
+    is_slice = arguments.method == "elo"
+    after = pretraining.alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
+    tell_result(world, arguments.out, model, after)
 
 
 def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptions | None) -> Method:

@@ -18,6 +18,7 @@ from elo.runs.devices import peak_memory
 from elo.runs.directory import CHECKPOINTS, Metrics
 from elo.runs.health import Health
 from elo.runs.processes import World
+from elo.runs.progress import Progress
 from elo.runs.states import States
 
 
@@ -89,7 +90,7 @@ def train(
         with Metrics(out, step, world) as metrics:
             health = Health((line["loss"], line["grad_norm"]) for line in metrics.before)
             begun = time.perf_counter() - (metrics.before[-1]["seconds"] if metrics.before else 0)
-            bar = tqdm(total=steps, initial=step, unit="step", disable=world.rank > 0 or not sys.stderr.isatty())
+            progress = Progress(steps, step, metrics.before[-1]["tokens"] if metrics.before else 0, world)
             states.between_steps(step, step == steps)
 
             while step < steps:
@@ -108,27 +109,25 @@ def train(
                 step += 1
                 # ---- its record, and perhaps a state ----------------------------------------------------------------
                 seconds = time.perf_counter() - started
-                metrics.write(
-                    {
-                        "step": step,
-                        "loss": loss,
-                        "lr": lr,
-                        "grad_norm": norm,
-                        **batches.consumed(step),
-                        "tokens_per_second": batches.label_count(step - 1) / seconds,
-                        "seconds": time.perf_counter() - begun,
-                        "memory_bytes": peak_memory(world.device),
-                        **({"spike": wrong} if wrong else {}),
-                        **after_step(step, step == steps),
-                    }
-                )
+                line = {
+                    "step": step,
+                    "loss": loss,
+                    "lr": lr,
+                    "grad_norm": norm,
+                    **batches.consumed(step),
+                    "tokens_per_second": batches.label_count(step - 1) / seconds,
+                    "seconds": time.perf_counter() - begun,
+                    "memory_bytes": peak_memory(world.device),
+                    **({"spike": wrong} if wrong else {}),
+                    **after_step(step, step == steps),
+                }
+                metrics.write(line)
                 if wrong and world.rank == 0:
                     note = f"step {step}: {' and '.join(wrong)} out of range: loss {loss:.4f}, norm {norm:.4g}"
                     tqdm.write(note, file=sys.stderr)
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
-                bar.update()
+                progress.step(line)
                 states.between_steps(step, step == steps)
-            bar.close()
+            progress.close()
     return step
 
 

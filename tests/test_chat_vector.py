@@ -501,7 +501,9 @@ def peak_memory(model, base, instruct, out):
     """
     options = ["--model", model, "--base", base, "--instruct", instruct, "--out", out, "--scale", "0.5"]
     command = [sys.executable, "-c", code, *map(str, options)]
-    return 1024 * int(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=300).stdout)
+    return 1024 * int(
+        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, timeout=300).stdout.split()[-1]
+    )
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads memory from /proc")

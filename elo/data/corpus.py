@@ -71,7 +71,7 @@ class Mixture:
             shard.bytes - int(shard.documents["bytes"][numbers].sum(dtype=np.int64))
             for shard, numbers in zip(self.shards, missing, strict=True)
         ]
-        end = self._end(gigabytes)
+        end = self.end(gigabytes)
 
         documents, keys, self.before = [], [], []
         for language, (shard, share) in enumerate(zip(self.shards, self.shares, strict=True)):
@@ -90,8 +90,8 @@ class Mixture:
         self.totals = self._running_totals()
         self.tokens = int(self.totals[0, -1])
 
-    def _end(self, gigabytes: float | None) -> int:
-        """The position in the stream, in bytes, at which this stretch ends."""
+    def end(self, gigabytes: float | None) -> int:
+        """The position in the stream, in bytes, at which a stretch of so much from `start` on ends."""
         if gigabytes is None:
             present = (math.floor(size / share) for size, share in zip(self.bytes, self.shares, strict=True))
             return max(self.start, min(present))

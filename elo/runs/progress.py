@@ -1,0 +1,103 @@
+"""What a run shows while it works, and when it is done."""
+
+import math
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from tqdm import tqdm
+
+from elo.runs.directory import read_metrics
+from elo.runs.processes import World
+
+EVERY = 60.0  # seconds between two lines of a log
+
+
+class Progress:
+    """A bar on a terminal. In a log, which has none, a line after the first step, then one a minute, and the last."""
+
+    def __init__(self, steps: int, done: int, tokens: int, world: World) -> None:
+        """done, tokens: of the run before it was interrupted."""
+        self.steps, self.first, self.world = steps, done, world
+        self.is_log = not sys.stderr.isatty()
+        self.begun = self.told = time.monotonic()
+        self.tokens = tokens
+        self.bar = tqdm(total=steps, initial=done, unit="step", disable=world.rank > 0 or self.is_log)
+
+    def step(self, line: dict[str, Any]) -> None:
+        """A step is done; line: its line in metrics.jsonl."""
+        self.bar.set_postfix_str(_figures(line, line["tokens_per_second"]), refresh=False)
+        self.bar.update()
+        now, step = time.monotonic(), line["step"]
+        if self.is_log and (step in (self.first + 1, self.steps) or now >= self.told + EVERY):
+            speed = (line["tokens"] - self.tokens) / max(now - self.told, 1e-9)
+            left = timedelta(seconds=round((now - self.begun) / (step - self.first) * (self.steps - step)))
+            self.world.say(f"step {step:,} of {self.steps:,}: {_figures(line, speed)}, {left} to go")
+            self.told, self.tokens = now, line["tokens"]
+
+    def close(self) -> None:
+        self.bar.close()
+
+
+def _figures(line: dict[str, Any], tokens_per_second: float) -> str:
+    held_out = line.get("validation_bits_per_byte", line.get("validation_loss"))
+    return f"loss {line['loss']:.4f}, lr {line['lr']:.2e}, {tokens_per_second:,.0f} tokens/s" + (
+        "" if held_out is None else f", held-out {held_out:.4f}"
+    )
+
+
+# ---- the end of a stage
+
+
+def tell_result(world: World, out: Path, model: nn.Module, next_command: Sequence[object]) -> None:
+    """What has been trained, how long, in how much memory, where it is, and what comes next, ready to paste."""
+    if world.rank:
+        return
+    lines = read_metrics(out)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    every = sum(parameter.numel() for parameter in model.parameters())
+    done = [f"{trained / 1e6:,.1f} M of {every / 1e6:,.1f} M parameters were trained"]
+    if lines:
+        last = lines[-1]
+        steps, seconds = len(lines), timedelta(seconds=round(last["seconds"]))
+        memory = max(line.get("memory_bytes", 0) for line in lines) / 2**30
+        done = [
+            f"{done[0]} on {last['tokens']:,} tokens in {steps:,} steps and {seconds}, with {memory:,.1f} GiB of memory"
+        ]
+        losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
+        done.append(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
+    world.say(f"{'; '.join(done)}. The result is in {out}.")
+    tell_next(world, next_command)
+
+
+def tell_next(world: World, command: Sequence[object]) -> None:
+    world.say(f"Next: {shown_command(command)}")
+
+
+def continued(out: Path) -> list[object]:
+    """The command with which a model that is not tuned for chats continues a text."""
+    return ["-m", "elo.generation", "--model", out, "--raw", "--prompt", "Hello,"]
+
+
+def shown_command(words: Sequence[object]) -> str:
+    """A command for a shell. One that begins with a script of a stage runs as this one does, under torchrun or not."""
+    first = str(words[0])
+    launcher = ["python"]
+    if first.endswith(".py") and "LOCAL_WORLD_SIZE" in os.environ:
+        launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
+    return shlex.join([*launcher, *map(str, words)])
+
+
+def given(*options: str) -> list[str]:
+    """Those of these options that this command was given, with their values, to be given to the next one."""
+    words, takes = [], False
+    for word in sys.argv[1:]:
+        takes = word.split("=")[0] in options if word.startswith("--") else takes
+        words += [word] if takes else []
+    return words
