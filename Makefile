@@ -1,5 +1,5 @@
 # make test     lint, formatting and every test, as CI runs them
-# make demo     ELO pretraining of a real model on real Korean: a few minutes on a CPU
+# make demo     ELO and alignment of a real model on real Korean: minutes on a CPU; goes on where it was stopped
 # make fuzz     hostile input, 10,000 new random cases and more
 # make kill     runs killed at 50 random moments and resumed: prints the table
 # make mutants  deliberate faults, one after the other: which ones no test notices

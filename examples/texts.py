@@ -6,8 +6,8 @@ Korean, the target language: the constitution of the Republic of Korea and ten b
 from the package konlpy. It is never imported, only its text files are read (`pip install --no-deps konlpy`).
 English, the source language: the language reference that every Python carries for `help()`.
 
-For each language a training file and a held-out one, `ko.train.jsonl`, `ko.heldout.jsonl` and so on: one
-document a line, its text in the field `text`. The same packages give the same files.
+For each language three files, one document a line, its text in the field `text`: `ko.heldout.jsonl`, for results only;
+`ko.validation.jsonl`, to choose settings by; `ko.train.jsonl`, the rest. The same packages give the same files.
 """
 
 import json
@@ -20,7 +20,7 @@ from pathlib import Path
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 
-HELD_OUT_BYTES = 9_000  # of each language: a tenth of the Korean
+PART_BYTES = 9_000  # held out, and for validation, of each language: a tenth of the Korean
 SEED = 1
 
 
@@ -114,13 +114,16 @@ def main() -> None:
     out = parser.parse_args().out
     for language, texts in {"ko": korean(), "en": english()}.items():
         random.Random(SEED).shuffle(texts)
-        size, held_out = 0, 0
-        while size < HELD_OUT_BYTES:
-            size += len(texts[held_out].encode())
-            held_out += 1
+        texts = list(dict.fromkeys(texts))  # Python has some topics under two names
         out.mkdir(parents=True, exist_ok=True)
-        write(texts[:held_out], out / f"{language}.heldout.jsonl")
-        write(texts[held_out:], out / f"{language}.train.jsonl")
+        for part in ("heldout", "validation"):
+            size, count = 0, 0
+            while size < PART_BYTES:
+                size += len(texts[count].encode())
+                count += 1
+            write(texts[:count], out / f"{language}.{part}.jsonl")
+            texts = texts[count:]
+        write(texts, out / f"{language}.train.jsonl")
 
 
 if __name__ == "__main__":
