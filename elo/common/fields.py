@@ -130,8 +130,8 @@ class Fields:
     def string(self, name: str, default: str | None = None, allow_empty: bool = True) -> str:
         return self._read(name, default, lambda value: isinstance(value, str) and bool(value or allow_empty), "a text")
 
-    def strings(self, name: str, default: list[str] | None = None) -> list[str]:
-        return self._read(name, default, is_texts, "a list of texts")
+    def strings(self, name: str) -> list[str]:
+        return self._read(name, None, is_texts, "a list of texts")
 
     def array(self, name: str, default: list[Any] | None = None) -> list[Any]:
         return self._read(name, default, lambda value: isinstance(value, list), "a list")

@@ -18,7 +18,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int, seed, share
@@ -161,7 +160,6 @@ def load_conversations(
     samples: int | None = None,
     seed: int = 0,
     skip_malformed: bool = False,
-    progress: bool = False,
 ) -> tuple[Conversations, Report]:
     """Draw and tokenize conversations.
 
@@ -179,7 +177,7 @@ def load_conversations(
     records = (
         (file, *record) for file, path in enumerate(files) for record in read_conversation_records(path, report.unread)
     )
-    for file, number, record in tqdm(records, unit=" conversations", desc="tokenizing", disable=not progress):
+    for file, number, record in records:
         try:
             language = read_language(record)
             if languages and LANGUAGE not in record:

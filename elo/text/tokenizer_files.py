@@ -42,13 +42,9 @@ class TokenizerFiles:
 
     def json(self, name: str) -> dict[str, Any] | None:
         """The content of a file that holds a JSON object, None where there is no such file."""
-        if name in self._parsed:
-            return self._parsed[name]
-        data = self.read(name)
-        if data is None:
-            return None
-        self._parsed[name] = json_object(data, self.path(name))
-        return self._parsed[name]
+        if name not in self._parsed and (data := self.read(name)) is not None:
+            self._parsed[name] = json_object(data, self.path(name))
+        return self._parsed.get(name)
 
     def fields(self, name: str) -> Fields:
         """The same, empty where there is no such file."""
