@@ -8,15 +8,14 @@ says otherwise. docs/performance.md has these, and what was tried beside them an
 
 from argparse import Namespace
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from statistics import median
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from benchmarks.sides import apart
 from benchmarks.training_step import steps
 from benchmarks.training_step.steps import Case
 from elo.common.errors import exit_status
@@ -112,7 +111,7 @@ def main() -> None:
         for dtype in idea.dtypes:
             layers = (1, layer_count(options.model)) if idea.method == "elo" else ()
             case = replace(plain, method=idea.method, dtype=dtype, layers=layers)
-            pairs = [(measure(case), measure(case, idea.switch)) for _ in range(options.rounds)]
+            pairs = [(apart(measure, case), apart(measure, case, idea.switch)) for _ in range(options.rounds)]
             switched = {
                 field: median(after[field] for _, after in pairs) / median(before[field] for before, _ in pairs)
                 for field in ("seconds", "memory_bytes")
@@ -125,10 +124,9 @@ def layer_count(directory: str) -> int:
     return steps.Checkpoint(directory).config.num_hidden_layers
 
 
-def measure(case: Case, switch: Callable[[], None] | None = None) -> dict[str, Any]:
-    """In a process of its own, where the switch reaches nothing else."""
-    with ProcessPoolExecutor(1, get_context("spawn"), switch) as process:
-        return process.submit(steps.measure, case).result()
+def measure(case: Case, switch: Callable[[], None] = lambda: None) -> dict[str, Any]:
+    switch()
+    return steps.measure(case)
 
 
 if __name__ == "__main__":

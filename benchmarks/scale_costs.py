@@ -7,7 +7,6 @@ that is to be measured.
 """
 
 import json
-import multiprocessing
 import resource
 import sys
 import time
@@ -18,6 +17,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.sides import apart
 from elo.common.errors import exit_status
 from elo.common.options import Parser
 from elo.data.corpus import Mixture, Windows
@@ -47,14 +47,6 @@ def seconds(work: Callable[[], object]) -> float:
 
 def report(cost: float, unit: str, what: str) -> None:
     print(f"| {what} | {cost:,.2f} {unit} |", flush=True)
-
-
-def apart(work: Callable[..., None], *arguments: object) -> None:
-    """In a process of its own, whose peak of memory is its own."""
-    process = multiprocessing.get_context("spawn").Process(target=work, args=arguments)
-    process.start()
-    process.join()
-    assert process.exitcode == 0
 
 
 def peak() -> int:
@@ -156,6 +148,7 @@ def main() -> None:
     model = str(Path(arguments.model).resolve())
     print("| what | cost |\n|---|---|", flush=True)
     with TemporaryDirectory(dir=arguments.tmp) as name:
+        # In processes of their own, whose peaks of memory are their own.
         apart(tokenizing, model, {"target": arguments.target, "source": arguments.source}, Path(name))
         apart(shuffling)
         apart(states_and_models, model, Path(name))

@@ -9,13 +9,9 @@ fast the text becomes tokens, beside tiktoken, and --figure3 how long each metho
 """
 
 import importlib.util
-import json
 import os
 import platform
-import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from argparse import Namespace
@@ -26,7 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from benchmarks.training_step import report, tokenization
+from benchmarks.sides import apart
+from benchmarks.training_step import report, steps, tokenization
 from benchmarks.training_step.steps import PARTS, Case
 from elo.common.errors import UserError
 from elo.common.fields import check_output, write_json
@@ -188,30 +185,13 @@ def run_rounds(
     with tqdm(total=rounds * (1 + len(cases)), unit="process", disable=None) as bar:
         for _ in range(rounds):
             bar.set_description("matrix products")
-            peaks.append(ask(json.dumps({"peak": dtypes})))
+            peaks.append(apart(steps.matmul_peaks, dtypes))
             bar.update()
             for case, measured in zip(cases, replies, strict=True):
                 bar.set_description(f"{case.method} {case.implementation} {case.dtype}")
-                measured.append(ask(case.json()))
+                measured.append(apart(steps.measure, case))
                 bar.update()
     return peaks, replies
-
-
-def ask(request: str) -> dict[str, Any]:
-    """What a process of its own measures (`benchmarks.training_step.steps`). Raises its UserError."""
-    # -P and PYTHONPATH: the same code as here, whatever lies in the working directory.
-    command = [sys.executable, "-P", "-c", "from benchmarks.training_step.steps import serve; serve()", request]
-    paths = [str(Path(__file__).resolve().parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
-    process = subprocess.run(command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    if process.returncode == 0:
-        return json.loads(process.stdout)
-    if process.returncode == -signal.SIGKILL:
-        raise UserError("a measuring process was killed; is there enough memory? --batch and --seq-len take less")
-    last = process.stderr.strip().rpartition("\n")[2]
-    if process.returncode == 2 and last.startswith("error: "):
-        raise UserError(last.removeprefix("error: "))
-    raise RuntimeError(f"a measuring process ended with status {process.returncode}:\n{process.stderr}")
 
 
 def make_row(case: Case, measured: list[dict[str, Any]], base: Checkpoint, peak: float) -> dict[str, Any]:

@@ -1,13 +1,8 @@
-"""A training step of this project, and the same one of transformers or peft: timed in a process of its own.
+"""A training step of this project, and the same one of transformers or peft: timed in a process of its own."""
 
-The benchmark starts `serve` in a fresh process for each measurement.
-"""
-
-import json
-import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +11,6 @@ from torch import Tensor, nn
 
 from benchmarks.training_step.machine import Memory, Stopwatch, matmul_peak, synchronize
 from elo import methods
-from elo.common.errors import exit_status
 from elo.data.corpus import Mixture, Windows
 from elo.data.encoding import DOCUMENT
 from elo.data.finding import find_files
@@ -68,14 +62,6 @@ class Case:
     @property
     def adapters(self) -> LoraOptions:
         return LoraOptions(self.lora_rank, self.lora_alpha)
-
-    def json(self) -> str:
-        return json.dumps(asdict(self))
-
-    @staticmethod
-    def from_json(text: str) -> "Case":
-        fields = json.loads(text)
-        return Case(**{**fields, "layers": tuple(fields["layers"]), "data": tuple(fields["data"])})
 
 
 Step = Callable[[int], float]  # takes the step of this number, and returns its loss
@@ -246,20 +232,6 @@ def transformers_model(case: Case, base: Checkpoint, on_meta: bool = False) -> n
     return model
 
 
-def serve() -> None:
-    """The main function of a measuring process: the fields of a `Case` as its argument, `measure` of it on stdout.
-
-    Of {"peak": [dtype, ...]} it is `matmul_peak` of each dtype.
-    """
-    exit_status(_serve)
-
-
-def _serve() -> None:
-    request, replies = sys.argv[1], sys.stdout
-    sys.stdout = sys.stderr  # nothing else may write into the reply
-    if "peak" in json.loads(request):
-        device = take_device(0)
-        reply = {dtype: matmul_peak(dtype, device) for dtype in json.loads(request)["peak"]}
-    else:
-        reply = measure(Case.from_json(request))
-    print(json.dumps(reply), file=replies, flush=True)
+def matmul_peaks(dtypes: list[str]) -> dict[str, dict[str, float | str]]:
+    device = take_device(0)
+    return {dtype: matmul_peak(dtype, device) for dtype in dtypes}

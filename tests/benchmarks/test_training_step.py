@@ -1,6 +1,7 @@
 """`python -m benchmarks.training_step` compares like with like, and its report is right. How fast, no test can say."""
 
 import json
+import signal
 import sys
 
 import families
@@ -9,9 +10,10 @@ import torch
 from small_tokenizer import write_tokenizer
 
 from benchmarks import training_step as speed
+from benchmarks.sides import apart
 from benchmarks.training_step import machine, report, steps, tokenization
 from benchmarks.training_step.machine import Memory, Stopwatch
-from elo.common.errors import exit_status
+from elo.common.errors import UserError, exit_status
 from elo.model.checkpoint import Checkpoint
 from elo.runs.processes import process_group
 
@@ -29,7 +31,8 @@ def base(tmp_path):
 def case(base, method, implementation, **fields):
     settings = {"dtype": "fp32", "layers": (1, 4), "batch": 2, "seq_len": 16, "seconds": 1e-6, "text_field": "text"}
     settings |= {"lora_rank": 4, "lora_alpha": 12.0, "data": (), "cache": ""}
-    return steps.Case(model=str(base.directory), method=method, implementation=implementation, **settings | fields)
+    settings |= {"model": str(base.directory), "method": method, "implementation": implementation}
+    return steps.Case(**settings | fields)
 
 
 def trained(model):
@@ -78,15 +81,15 @@ def run(monkeypatch, *options):
     return exit_.value.code
 
 
-def ask_here(request):
-    if "peak" in json.loads(request):
+def here(function, argument):
+    if function is steps.matmul_peaks:
         return {"fp32": {"flops_per_second": 2e9, "product": "some"}}
-    return steps.measure(steps.Case.from_json(request))
+    return function(argument)
 
 
 def test_report(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenization, "EACH", 2000)
-    monkeypatch.setattr(speed, "ask", ask_here)  # in this process: the imports take the time of this test
+    monkeypatch.setattr(speed, "apart", here)  # in this process: the imports take the time of this test
     options = ["--batch", 2, "--seq-len", 16, "--rounds", 1, "--seconds", 0.001, "--dtype", "fp32"]
     options += ["--methods", "elo,full,lora", "--figure3", "--tokenization", "--data", tmp_path / "ko.jsonl"]
     files = ["--json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
@@ -125,12 +128,14 @@ def test_report(base, tmp_path, monkeypatch, capsys):
 
 
 def test_measurements_are_processes_of_their_own(base):
-    measured = speed.ask(case(base, "elo", "transformers").json())
+    measured = apart(steps.measure, case(base, "elo", "transformers"))
     assert measured["steps"] == 1
     assert measured["seconds"] > 0
-    assert measured["loss"] == pytest.approx(speed.ask(case(base, "elo", "elo").json())["loss"], rel=1e-5)
-    with pytest.raises(RuntimeError, match="status 1:\nTraceback"):
-        speed.ask("{}")
+    assert measured["loss"] == pytest.approx(apart(steps.measure, case(base, "elo", "elo"))["loss"], rel=1e-5)
+    with pytest.raises(UserError, match="absent: no such directory"):
+        apart(steps.measure, case(base, "elo", "elo", model="absent"))
+    with pytest.raises(UserError, match="a measuring process was killed; is there enough memory"):
+        apart(signal.raise_signal, signal.SIGKILL)
 
 
 def rows_of(**tokens_per_second):
