@@ -14,12 +14,12 @@ from elo.generation.engine import stream
 from elo.generation.sampling import GREEDY, Sampling
 from elo.model.cache import KVCache
 from elo.model.checkpoint import load_model
-from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES, inference_device
 from elo.text.chat_format import ChatFormat, chat_format
 from elo.text.tokenizer import Tokenizer, load_tokenizer
+from elo.variants.adapted import open_checkpoint
 
 
 class Writer:
@@ -129,9 +129,10 @@ def main() -> None:
     if arguments.raw and (arguments.prompt is None or arguments.system is not None or arguments.chat_format):
         parser.error("--raw needs --prompt and takes neither --system nor --chat-format")
 
-    tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
-    format = None if arguments.raw else chat_format(arguments.model, tokenizer, arguments.chat_format)
-    model = pack_weights(load_model(arguments.model, inference_device(), DTYPES[arguments.dtype]))
+    checkpoint = open_checkpoint(arguments.model)
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
+    format = None if arguments.raw else chat_format(checkpoint.directory, tokenizer, arguments.chat_format)
+    model = pack_weights(load_model(checkpoint, inference_device(), DTYPES[arguments.dtype]))
     sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
     writer = Writer(model, tokenizer, arguments.max_new_tokens, sampling)
     if format is None:

@@ -181,9 +181,9 @@ def _headers(path: Path) -> dict[str, Stored]:
         return {name: Stored(path, name, tuple(found.get_shape()), found.get_dtype()) for name, found in slices.items()}
 
 
-def load_model(directory: str | Path, device: str | torch.device, dtype: torch.dtype) -> CausalLM:
+def load_model(source: Checkpoint | str | Path, device: str | torch.device, dtype: torch.dtype) -> CausalLM:
     """A whole model on one device, for inference."""
-    checkpoint = Checkpoint(directory)
+    checkpoint = source if isinstance(source, Checkpoint) else Checkpoint(source)
     model = build(checkpoint.config).to(dtype).to_empty(device=device)
     model.tie_weights()
     checkpoint.load_into(model)

@@ -27,13 +27,14 @@ from elo.common.options import Parser, not_negative_int, positive, positive_int,
 from elo.common.terminal import note, show
 from elo.generation.engine import generate
 from elo.generation.sampling import Sampling
-from elo.model.checkpoint import Checkpoint, load_model
+from elo.model.checkpoint import load_model
 from elo.model.decoder import CausalLM
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES
 from elo.runs.processes import process_group
 from elo.text.chat_format import ChatFormat, Messages, chat_format, check_messages
 from elo.text.tokenizer import load_tokenizer
+from elo.variants.adapted import open_checkpoint
 from eval.jsonl import JsonLines, digest
 from eval.judged.benchmarks import BENCHMARKS, Benchmark, Question, read_questions
 from eval.judged.sampling import sampling_options
@@ -87,10 +88,10 @@ def main(arguments: Namespace) -> None:
     path = (arguments.out or arguments.bench_dir) / "model_answer" / f"{name}.jsonl"
     check_output("--json", arguments.json, [path])
 
-    checkpoint = Checkpoint(arguments.model)
-    tokenizer = load_tokenizer(arguments.model, checkpoint.config.vocab_size)
-    format = chat_format(arguments.model, tokenizer, arguments.chat_format)
-    options = sampling_options(benchmark, arguments)
+    checkpoint = open_checkpoint(arguments.model)
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
+    format = chat_format(checkpoint.directory, tokenizer, arguments.chat_format)
+    options = sampling_options(benchmark, arguments, checkpoint.directory)
     parameters = {
         "max_new_tokens": arguments.max_new_tokens or benchmark.max_new_tokens,
         **options,
@@ -122,7 +123,7 @@ def main(arguments: Namespace) -> None:
         missing = [batch for batch in groups if any(question.id not in done for question in batch)]
         world.say(f"{path}: {len(done)} of {len(questions)} questions were answered before")
         if missing:
-            model = pack_weights(load_model(arguments.model, world.device, DTYPES[arguments.dtype]))
+            model = pack_weights(load_model(checkpoint, world.device, DTYPES[arguments.dtype]))
             hidden = world.rank > 0 or not sys.stderr.isatty()
             bar = tqdm(total=len(questions), initial=len(done), unit="question", disable=hidden)
             for start in range(0, len(missing), world.size):

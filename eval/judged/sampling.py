@@ -24,13 +24,13 @@ typical_p encoder_repetition_penalty length_penalty num_beams num_beam_groups nu
 """
 
 
-def sampling_options(benchmark: Benchmark, arguments: Namespace) -> dict[str, Any]:
+def sampling_options(benchmark: Benchmark, arguments: Namespace, model: Path) -> dict[str, Any]:
     """top_k, top_p, min_p and repetition_penalty: as told, or else as transformers' `generate` has them.
 
     Of generation_config.json also names on stderr what would change an answer there and does not here, or is not known.
     """
     options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-    path = Path(arguments.model) / "generation_config.json"
+    path = model / "generation_config.json"
     if benchmark.by_generation_config:
         fields = Fields(read_json_object(path) if path.is_file() else {}, str(path))
         options["top_k"] = fields.integer("top_k", default=50, minimum=0)

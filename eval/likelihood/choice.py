@@ -24,12 +24,12 @@ from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.options import Parser, not_negative_int, positive_int
 from elo.common.terminal import note, show
-from elo.model.checkpoint import Checkpoint, load_model
-from elo.model.config import ModelConfig
+from elo.model.checkpoint import load_model
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES
 from elo.runs.processes import World, process_group
 from elo.text.tokenizer import Tokenizer, load_tokenizer
+from elo.variants.adapted import open_checkpoint
 from eval import tasks as benchmarks
 from eval.jsonl import digest
 from eval.likelihood.loglikelihood import Batch, ContextError, Scorer, encode, make_batches
@@ -59,14 +59,15 @@ def main(arguments: Namespace) -> None:
         raise UserError(f"--samples {arguments.samples}: this is a directory; give a file")
     tasks, groups = select(arguments.tasks, arguments.data)
     questions = {task.name: task.questions(arguments.data, arguments.shots, arguments.limit) for task in tasks}
-    tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
+    checkpoint = open_checkpoint(arguments.model)
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
     with process_group() as world, ExitStack() as stack:
-        model = load_model(arguments.model, world.device, DTYPES[arguments.dtype])
+        model = load_model(checkpoint, world.device, DTYPES[arguments.dtype])
         done: Scores = {}
         samples = None
         if arguments.samples:
             how = arguments.dtype, arguments.batch_tokens
-            made_with = digest(Checkpoint(arguments.model).fingerprint(), tokenizer.fingerprint, *how)
+            made_with = digest(checkpoint.fingerprint(), tokenizer.fingerprint, *how)
             samples = SamplesFile(arguments.samples, made_with, questions)
             done = world.from_rank_0(samples.read() if world.rank == 0 else None)
         scorer = Scorer(pack_weights(model))

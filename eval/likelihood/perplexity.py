@@ -16,10 +16,10 @@ from elo.common.terminal import say
 from elo.data.documents import SUPPORTED, read_documents
 from elo.data.finding import find_files
 from elo.model.checkpoint import load_model
-from elo.model.config import ModelConfig
 from elo.runs.devices import DTYPES, inference_device
 from elo.text.tokenizer import load_tokenizer
 from elo.validation import check_seq_len, score_file
+from elo.variants.adapted import open_checkpoint
 
 
 def add_arguments(parser: Parser) -> None:
@@ -37,8 +37,9 @@ def main(arguments: Namespace) -> None:
     check_seq_len(arguments.seq_len)
     files = find_files(arguments.data)
     check_output("--json", arguments.json, files)
-    tokenizer = load_tokenizer(arguments.model, ModelConfig.load(arguments.model).vocab_size)
-    model = load_model(arguments.model, inference_device(), DTYPES[arguments.dtype])
+    checkpoint = open_checkpoint(arguments.model)
+    tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
+    model = load_model(checkpoint, inference_device(), DTYPES[arguments.dtype])
     say(f"{'bits/byte':>9} {'loss':>8} {'perplexity':>11} {'tokens':>9} {'documents':>9}  file")
     results = []
     for file in files:

@@ -1,0 +1,99 @@
+"""A LoRA adapter's directory as a checkpoint: the base with the adapter's products added to its weights."""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from elo.common.errors import UserError
+from elo.common.fields import Fields, read_json_object, shown
+from elo.common.files import is_file
+from elo.model.checkpoint import CONFIG, Checkpoint
+from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from elo.variants.lora import PREFIX, THIN
+
+# Fields of peft's adapter_config.json that change what is computed, with the values that are understood here.
+UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+    "peft_type": ("LORA",),
+    "bias": (None, "none"),
+    "fan_in_fan_out": (None, False),
+    "use_dora": (None, False),
+    "use_qalora": (None, False),
+    "lora_bias": (None, False),
+    "modules_to_save": (None, []),
+    "rank_pattern": (None, {}),
+    "alpha_pattern": (None, {}),
+    "alora_invocation_tokens": (None, []),
+    "trainable_token_indices": (None, []),
+}
+
+
+def open_checkpoint(directory: str | Path) -> Checkpoint:
+    """A checkpoint for inference; `directory` may also be that of a LoRA adapter, of peft or of this project."""
+    is_adapter = is_file(Path(directory, ADAPTER_CONFIG)) and not is_file(Path(directory, CONFIG))
+    return Adapted(Path(directory)) if is_adapter else Checkpoint(directory)
+
+
+class Adapted(Checkpoint):
+    """Each weight W + scaling * B A, in fp32 and then rounded once to the base's dtype, as `train.py --merge` has it.
+
+    Tokenizer and chat template are the base's. Raises UserError as `Checkpoint` does, and for an adapter that is more
+    than thin matrices beside the base's weights.
+    """
+
+    def __init__(self, adapter: Path) -> None:
+        path = adapter / ADAPTER_CONFIG
+        fields = Fields(read_json_object(path), str(path))
+        for name, values in UNDERSTOOD.items():
+            if (value := fields.fields.get(name)) not in values:
+                raise UserError(f"{path}: {name} = {shown(value)} is not implemented")
+        base = fields.fields.get("base_model_name_or_path")
+        if not isinstance(base, str) or not Path(base).is_dir():
+            raise UserError(
+                f"{path}: base_model_name_or_path is {shown(base)}, which is no directory here; write there where the "
+                "adapter's base model is"
+            )
+        super().__init__(base)
+        rank = fields.integer("r")
+        alpha = fields.number("lora_alpha")
+        self.scaling = alpha / (math.sqrt(rank) if fields.boolean("use_rslora", default=False) else rank)
+        self._pairs = self._read(adapter / ADAPTER_WEIGHTS, rank)
+        self._print = hashlib.sha256(path.read_bytes() + (adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:32]
+
+    def _read(self, path: Path, rank: int) -> dict[str, list[Tensor]]:
+        """A and B of each weight that has them, in fp32."""
+        if not is_file(path):
+            raise UserError(f"{path}: not found; the adapter's weights belong there")
+        try:
+            tensors = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: not a complete safetensors file: {error}") from None
+        pairs: dict[str, list[Tensor]] = {}
+        for stored in tensors:
+            name = stored.removeprefix(PREFIX)
+            layer = name.removesuffix(THIN[0]).removesuffix(THIN[1])
+            weight = f"{layer}.weight"
+            names = [PREFIX + layer + thin for thin in THIN]
+            if stored not in names or weight not in self._stored or not all(other in tensors for other in names):
+                raise UserError(f"{path}: tensor {stored} is no half of a product beside a weight of {self.directory}")
+            a, b = (tensors[other].float() for other in names)
+            out, into = self.shape(weight)
+            if a.shape != (rank, into) or b.shape != (out, rank):
+                found = f"{tuple(b.shape)} and {tuple(a.shape)}"
+                raise UserError(f"{path}: {layer}: {found} do not multiply to its ({out}, {into}) at rank {rank}")
+            pairs[weight] = [a, b]
+        return pairs
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        weight = super().rows(name, start, stop)
+        if name not in self._pairs:
+            return weight
+        a, b = self._pairs[name]
+        return (weight.float() + self.scaling * (b[start:stop] @ a)).to(weight.dtype)
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{super().fingerprint()} {self._print}".encode()).hexdigest()[:32]

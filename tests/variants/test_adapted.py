@@ -1,0 +1,126 @@
+"""`--model` may be the directory of a LoRA adapter: peft's logits, the merged run's results, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import families
+import pytest
+import torch
+from forking import Fork
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from small_runs import make_base, run_here
+from transformers import AutoModelForCausalLM
+
+from elo.common.errors import UserError
+from elo.model.checkpoint import load_model
+from elo.variants.adapted import open_checkpoint
+
+TOKENS = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
+
+
+def peft_adapter(base, out, **settings):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), LoraConfig(**settings))
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, 0, 0.1, generator=generator)
+    model.save_pretrained(out)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"r": 4, "lora_alpha": 12.0, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 9, "lora_alpha": 6.0, "target_modules": "all-linear", "use_rslora": True},
+        {"r": 2, "target_modules": ["down_proj"], "layers_to_transform": [1, 3]},
+    ],
+)
+@pytest.mark.parametrize("variant", families.ONE_EACH)
+def test_an_adapter_of_peft(variant, settings, tmp_path):
+    theirs = peft_adapter(families.write(variant, tmp_path / "base"), tmp_path / "adapter", **settings)
+    ours = load_model(open_checkpoint(tmp_path / "adapter"), "cpu", torch.float32)
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-4, rtol=0)
+    plain = load_model(tmp_path / "base", "cpu", torch.float32)
+    assert not torch.allclose(plain(TOKENS), ours(TOKENS), atol=1e-2)
+
+
+@pytest.fixture
+def runs(tmp_path, monkeypatch):
+    """The same run as an adapter and merged."""
+    make_base(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    for name, option in (("adapter", ""), ("merged", "--merge")):
+        assert run_here(f"train --method lora --max-steps 8 {option}", name) == 0
+    return tmp_path
+
+
+def test_it_gives_what_the_merged_run_gives(runs):
+    adapted = open_checkpoint("adapter")
+    merged = load_file("merged/model.safetensors")
+    assert all(torch.equal(adapted.tensor(name), merged[name]) for name in adapted.names())
+    assert adapted.fingerprint() != open_checkpoint("base").fingerprint()
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("base", dtype=torch.float32), "adapter")
+    ours = load_model(adapted, "cpu", torch.float32)
+    # The base is in bf16, and so are the sums.
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=0.1, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("module", "words"),
+    [
+        ("eval.__main__", ["perplexity", "--data", "ko.jsonl", "--seq-len", "32", "--dtype", "fp32"]),
+        ("elo.generation.chat", ["--raw", "--prompt", "First of", "--max-new-tokens", "9", "--temperature", "0"]),
+    ],
+)
+def test_the_commands_take_it(module, words, runs):
+    said = []
+    for model in ("adapter", "merged"):
+        process = Fork(module, [*words, "--model", model], runs)
+        said.append(process.communicate()[0])
+        assert process.returncode == 0, process.said("err")
+    assert said[0] == said[1] != ""
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"use_dora": True}, "adapter_config.json: use_dora = True is not implemented"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not implemented"),
+        ({"peft_type": "IA3"}, "peft_type = 'IA3' is not implemented"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = {'q_proj': 2} is not implemented"),
+        ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "which is no directory here"),
+        ({"r": 3}, "do not multiply to its"),
+        ({"r": 0}, "r must be"),
+        ({"lora_alpha": None}, "lora_alpha"),
+    ],
+)
+def test_adapters_that_are_refused(change, message, runs):
+    path = Path("adapter/adapter_config.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match="adapter_") as error:
+        open_checkpoint("adapter")
+    assert message in str(error.value)
+
+
+def test_damaged_weights(runs):
+    path = Path("adapter/adapter_model.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in tensors if "lora_A" in name)
+    for changed in (
+        {other: value for other, value in tensors.items() if other != name},
+        tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 2)},
+        tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()},
+    ):
+        save_file(changed, path)
+        with pytest.raises(UserError, match=r"adapter_model.safetensors: tensor .* is no half of a product"):
+            open_checkpoint("adapter")
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(UserError, match="not a complete safetensors file"):
+        open_checkpoint("adapter")
+    path.unlink()
+    with pytest.raises(UserError, match="adapter_model.safetensors: not found"):
+        open_checkpoint("adapter")
+    shutil.rmtree("adapter")
