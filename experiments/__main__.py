@@ -9,6 +9,7 @@ the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl,
 """
 
 import json
+import shlex
 import time
 from argparse import ArgumentTypeError, Namespace
 from importlib import import_module
@@ -21,7 +22,7 @@ from elo.common.options import Parser, positive, positive_int, seed
 from elo.common.terminal import say, show
 from elo.planning.budget import GPUS
 from elo.runs.devices import device_name, inference_device
-from eval.figures import charts, plot
+from eval.figures import plot
 from eval.jsonl import read_lines
 from experiments import report, texts
 from experiments.chains import Row
@@ -49,8 +50,8 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--rates", nargs="+", default=[], metavar="METHOD=LR,...", help=(
         f"of {', '.join(METHODS)}: the best on validation text is taken (default: the script's)"))  # fmt: skip
-    parser.add_argument("--training", default="", type=str, help="more options of train.py and align.py, in quotes")
-    parser.add_argument("--sft", default="", type=str, help="more options of sft.py, in quotes")
+    parser.add_argument("--training", default=[], type=words, help="more options of train.py and align.py, in quotes")
+    parser.add_argument("--sft", default=[], type=words, help="more options of sft.py, in quotes")
     parser.add_argument("--held-out", type=positive_int, default=40, metavar="N", help=(
         "documents of each language for the results, and half as many for choosing rates (%(default)s)"))  # fmt: skip
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2: mean and spread (0)")
@@ -69,7 +70,10 @@ def main() -> None:
     experiment, file = import_module(f"experiments.{options.name}"), options.out / f"{options.name}.jsonl"
     title = experiment.__doc__.splitlines()[0]
     if options.report:
-        return write_report(options, title, [line.record for line in read_lines(file)])
+        records = [line.record for line in read_lines(file)]
+        if not records or any("left_out" not in record for record in records):
+            raise UserError(f"{file}: no records of an experiment; run it without --report")
+        return write_report(options, title, records)
     if options.small:
         texts.make_small(options)
     options.rates = parse_rates(options.rates)
@@ -77,11 +81,11 @@ def main() -> None:
     texts.hold_out(options)
     kits = [Kit(options, number) for number in options.seeds]
     rows = [(kit, row) for kit in kits for row in choose_rows(experiment.rows(kit), options, kit)]
-    words = [word for kit, row in rows for word in (row.model, *kit.measures(row.model).values())]
+    wanted = [word for kit, row in rows for word in (row.model, *kit.measures(row.model).values())]
     planning = Planning(options)
     if options.dry_run:
-        return planning.show(words)
-    doing, records = Doing(options, planning.flops(words)), []
+        return planning.show(wanted)
+    doing, records = Doing(options, planning.flops(wanted)), []
     for kit, row in rows:
         records.append(do_row(doing, kit, row) | {"left_out": left_out})
         file.with_suffix(".new").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records))
@@ -93,7 +97,14 @@ def main() -> None:
 
 
 def seeds(text: str) -> list[int]:
-    return [seed(part) for part in text.split(",")]
+    return list(dict.fromkeys(seed(part) for part in text.split(",")))
+
+
+def words(text: str) -> list[str]:
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def parse_rates(words: list[str]) -> dict[str, list[str]]:
@@ -122,12 +133,7 @@ def choose_benchmarks(options: Namespace) -> list[str]:
 
 def choose_rows(rows: list[Row], options: Namespace, kit: Kit) -> list[Row]:
     if options.equal_time:
-        for row in [row for row in rows if row.is_elo]:
-            like = kit.alignment_only(kit.elo())
-            model = kit.alignment_in_time_of(row.model, like)
-            rows.append(
-                Row(f"alignment only, in the time of {row.name}", model, series=row.series and "equal time", at=row.at)
-            )
+        rows = list({row.name: row for row in [*rows, *(kit.in_time_of(row) for row in rows if row.control)]}.values())
     names = [row.name for row in rows]
     for name in options.only or ():
         if name not in names:
@@ -170,7 +176,9 @@ def write_report(options: Namespace, title: str, records: list[dict[str, Any]]) 
     if options.name == "figure3":
         (figures,) = [record["figures"] for record in records if record["figures"]] or [{}]
         text = f"{title}\n\n" + "".join(f"    {line}\n" for line in figure3_text(figures["figure3"]).splitlines())
-        charts.draw({"kind": "speed", **plot.speed(files, [figures])}, files[1], title)
+        from eval.figures import charts
+
+        charts.draw({"kind": "speed", **plot.speed(files[1:], [figures])}, files[1], title)
     else:
         text = report.markdown(title, records)
         report.draw(title, records, files[1])

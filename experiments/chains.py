@@ -73,7 +73,7 @@ class Row:
 
     name: str
     model: Word  # after pretraining, before the chat vector
-    is_elo: bool = False  # --equal-time gives it a control
+    control: Word | None = None  # of ELO: alignment only, which --equal-time makes as long
     paper: dict[str, float] = field(default_factory=dict)  # column -> what the paper has for this model and language
     series: str = ""
     at: float = 0.0

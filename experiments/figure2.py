@@ -13,7 +13,7 @@ def rows(kit: Kit) -> list[Row]:
         logickor = {"logickor": paper[units]} if units in paper else {}
         aligned, control = kit.align(elo, units), kit.alignment_only(elo, units)
         found += [
-            Row(f"ELO + {units:g}", aligned, bool(units), logickor, series="ELO + alignment", at=units),
+            Row(f"ELO + {units:g}", aligned, control if units else None, logickor, series="ELO + alignment", at=units),
             Row(f"alignment only, {units:g}", control, series="alignment only", at=units),
         ]
     return found

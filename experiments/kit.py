@@ -1,11 +1,10 @@
 """The chains of the paper in the words of the stages' own commands, for one seed."""
 
-import shlex
 from argparse import Namespace
 from pathlib import Path
 
 from elo.methods import DEFAULT_LAYERS
-from experiments.chains import SEED, Best, EqualTime, Needs, Run, Word, changed, needed
+from experiments.chains import SEED, Best, EqualTime, Needs, Row, Run, Word, changed, needed
 
 LIKELIHOOD = ("mmlu", "kobest", "marc_ja")
 PRETRAINING = ("train.py", "align.py")
@@ -39,9 +38,11 @@ class Kit:
         """The control: the documents that stage 2 takes after the run `after`, without stage 1."""
         return self._best(self._pretrain("align", "align.py", units, "--after", after)) if units else self.options.model
 
-    def alignment_in_time_of(self, chain: Word, like: Word) -> Word:
-        """The control for as long as all of `chain` took, from the first document on. like: a control that is run."""
-        return self._best(self._pretrain("align", "align.py", EqualTime(chain, like)))
+    def in_time_of(self, row: Row) -> Row:
+        """Its control for as long as all of the row's chain took, from the first document on."""
+        model = self._best(self._pretrain("align", "align.py", EqualTime(row.model, row.control)))
+        series = row.series and "alignment only, equal time"
+        return Row(f"alignment only, in the time of {row.name}", model, series=series, at=row.at)
 
     def baseline(self, method: str, units: float = UNITS) -> Word:
         """full, lora or selective, on the documents of stages 1 and 2 together."""
@@ -54,7 +55,7 @@ class Kit:
         gb = units if isinstance(units, EqualTime) else f"{units * options.gb / UNITS:.9g}"
         words = ("--model", options.model, "--target", *options.target)
         words += ("--source", *options.source) if options.source else ("--target-fraction", "1")
-        words += ("--gb", gb, f"{SEED}{self.seed}", *shlex.split(options.training), *more)
+        words += ("--gb", gb, f"{SEED}{self.seed}", *options.training, *more)
         if units:
             words += ("--validation", *options.held_out, "--validation-mb=4", "--validate-every=1000000")
         rates = [("--lr", rate) for rate in options.rates.get(method, ()) if units] or [()]
@@ -78,7 +79,7 @@ class Kit:
             model = Run("merge_chat_vector.py", words)
         if options.conversations:
             words = ("--model", model, "--data", *options.conversations, f"{SEED}{self.seed}")
-            model = self._training("sft.py", *words, *shlex.split(options.sft))
+            model = self._training("sft.py", *words, *options.sft)
         return model
 
     def measures(self, model: Word) -> dict[str, Word]:
@@ -92,7 +93,7 @@ class Kit:
         return found | {"chat": chat} | {name: self.benchmark(name, chat) for name in self.options.benches}
 
     def perplexity(self, model: Word) -> Run:
-        training = shlex.split(self.options.training)
+        training = self.options.training
         same = [word for name in ("--seq-len", "--dtype") if name in training
                 for word in training[training.index(name) :][:2]]  # fmt: skip
         return Run("eval perplexity", ("--model", model, "--data", *self.options.held_out, *same, *JSON))

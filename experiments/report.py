@@ -4,8 +4,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from eval.figures.charts import COLORS, MARKERS, STYLE, Figure, FigureCanvasAgg, matplotlib
-
 COLUMNS = {
     "target": "target, bits/byte",
     "source": "source, bits/byte",
@@ -55,6 +53,9 @@ def markdown(title: str, records: Records) -> str:
 
 def draw(title: str, records: Records, out: Path) -> None:
     """Held-out bits a byte: a dot a row with its seeds' spread, or lines where rows are points of series."""
+    # Only here is matplotlib needed.
+    from eval.figures.charts import COLORS, MARKERS, STYLE, Figure, FigureCanvasAgg, matplotlib
+
     with matplotlib.rc_context(STYLE):
         languages = [name for name in ("target", "source") if mean_and_spread(records, name)]
         rows, series = groups(records, "row"), groups(records, "series")

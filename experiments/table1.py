@@ -15,10 +15,10 @@ def rows(kit: Kit) -> list[Row]:
         Row("base", options.model),
         *([Row("instruct", options.instruct)] if options.instruct else []),
         Row("FFT", kit.baseline("full"), paper=full),
-        Row("ELO + alignment", aligned, is_elo=True, paper=both),
+        Row("ELO + alignment", aligned, control, both),
         Row("alignment only", control),
         Row("ELO without alignment", kit.align(elo, 0)),
         Row("LoRA", kit.baseline("lora")),
         Row("selective layer tuning", kit.baseline("selective")),
-        Row("alignment only, in the time of ELO + alignment", kit.alignment_in_time_of(aligned, control)),
+        kit.in_time_of(Row("ELO + alignment", aligned, control)),
     ]

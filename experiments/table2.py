@@ -7,12 +7,11 @@ from experiments.kit import Kit
 def rows(kit: Kit) -> list[Row]:
     options = kit.options
     largest = kit.elo(units=20)
+    control = kit.alignment_only(largest)
+    aligned = {units: kit.align(kit.elo(units=units), after=largest) for units in (1, 5, 20)}
     return [
         *([Row("instruct", options.instruct)] if options.instruct else []),
         Row("FFT", kit.baseline("full")),
-        *(
-            Row(f"ELO, {units} units", kit.align(kit.elo(units=units), after=largest), is_elo=True)
-            for units in (1, 5, 20)
-        ),
-        Row("alignment only", kit.alignment_only(largest)),
+        *(Row(f"ELO, {units} units", model, control) for units, model in aligned.items()),
+        Row("alignment only", control),
     ]

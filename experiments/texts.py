@@ -49,5 +49,5 @@ def make_small(options: Namespace) -> None:
     options.model, options.gb, options.held_out = "models/SmolLM2-135M-Instruct", 0.00004, 12
     options.target, options.source = [f"{folder}/ko.train.jsonl"], [f"{folder}/en.train.jsonl"]
     dtype = "bf16" if onednn.HAS_BF16 else "fp32"
-    options.training = f"--seq-len 256 --batch-tokens 512 --dtype {dtype} {options.training}"
+    options.training = ["--seq-len", "256", "--batch-tokens", "512", "--dtype", dtype, *options.training]
     options.rates = options.rates or ["elo=1e-3", "align=1e-4", "full=1e-4", "lora=1e-3", "selective=3e-4"]

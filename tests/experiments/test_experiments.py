@@ -1,9 +1,11 @@
 """`python -m experiments`: what is done once, chosen, resumed, reported; on a tiny model, or with made-up results."""
 
 import json
+import os
 import shlex
 import signal
 import sys
+import threading
 import time
 from argparse import Namespace
 
@@ -11,11 +13,12 @@ import pytest
 from forking import Fork
 from small_runs import make_base
 
-from elo.common.errors import exit_status
+from benchmarks.training_step import report as training_step
+from elo.common.errors import EarlyExit, exit_status
 from elo.slicing import parse_layers
 from experiments import __main__ as command
 from experiments import figure2, report, table1, table2, table3
-from experiments.chains import Best, changed, needed
+from experiments.chains import Best, Row, changed, needed
 from experiments.engine import Doing, Engine
 from experiments.kit import Kit
 
@@ -91,7 +94,7 @@ def test_killed_in_the_middle_and_run_again(project):
 def options(tmp_path, **changes):
     given = {"model": "base", "instruct": None, "target": ["ko"], "source": ["en"], "conversations": None}
     given |= {"benchmarks": None, "judge_model": None, "base_url": None, "gb": 10.0, "processes": 1, "out": tmp_path}
-    given |= {"rates": {}, "training": "", "sft": "", "seeds": [0], "benches": [], "equal_time": False, "only": None}
+    given |= {"rates": {}, "training": [], "sft": [], "seeds": [0], "benches": [], "equal_time": False, "only": None}
     given |= {"held_out": [f"{tmp_path}/target.validation.jsonl", f"{tmp_path}/target.heldout.jsonl"]}
     return Namespace(**(given | changes))
 
@@ -107,7 +110,11 @@ def pretending(monkeypatch, bits, seconds=2.0):
         value = bits.get(lr, 1.0)
         if value is None:
             return [sys.executable, "-c", "raise SystemExit('no such thing')"]
-        validation = [{"file": file, "bits_per_byte": value} for file in self.options.held_out]
+        # What is held out for the results is best where the validation text is worst.
+        numbers = [value, 10 - value]
+        validation = [
+            {"file": file, "bits_per_byte": number} for file, number in zip(self.options.held_out, numbers, strict=True)
+        ]
         line = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "seconds": seconds, "tokens": 7, "validation": validation}
         texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": "{}"}
         here = self.directory(run)
@@ -138,15 +145,43 @@ def test_a_failed_run_ends_its_rows_only(tmp_path, monkeypatch, capsys):
     kit = Kit(options(tmp_path, name="table3", rates={"elo": ["9"], "align": ["1e-3"], "full": ["1e-3"]}), 0)
     doing, elo = Doing(kit.options, {}), kit.elo()
     rows = [
-        command.Row("ELO", kit.align(elo)),
-        command.Row("again", kit.align(elo, 2)),
-        command.Row("FFT", kit.baseline("full")),
+        Row("ELO", kit.align(elo)),
+        Row("again", kit.align(elo, 2)),
+        Row("FFT", kit.baseline("full")),
     ]
     found = [command.do_row(doing, kit, row) for row in rows]
     assert ["failed" in record for record in found] == [True, True, False]
     assert found[0]["failed"].endswith("ended with status 1: no such thing")
     assert capsys.readouterr().out.count("to do]") == 2  # the one that failed is not tried again
-    assert found[2]["figures"] == {"hours": 2.0 / 3600, "tokens": 7, "target": 1.0}
+    assert found[2]["figures"] == {"hours": 2.0 / 3600, "tokens": 7, "target": 9.0}
+
+
+def test_asked_to_stop(tmp_path, monkeypatch):
+    """The run at work is asked too, and waited for."""
+    monkeypatch.setattr(Engine, "command", lambda self, run: [sys.executable, "-S", "-c", WAITING.format(tmp_path)])
+    kit = Kit(options(tmp_path), 0)
+    doing = Doing(kit.options, {})
+    threading.Thread(target=stop_when, args=[tmp_path / "ready"], daemon=True).start()
+    with pytest.raises(EarlyExit, match="the same command goes on from there"):
+        doing.do(kit.baseline("full"))
+    assert (tmp_path / "saved").exists()
+
+
+WAITING = """
+import signal, sys, time
+def save(*_):
+    open("{0}/saved", "w").close()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+open("{0}/ready", "w").close()
+time.sleep(300)
+"""
+
+
+def stop_when(file):
+    while not file.exists():
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def test_equal_time(tmp_path, monkeypatch):
@@ -154,7 +189,7 @@ def test_equal_time(tmp_path, monkeypatch):
     pretending(monkeypatch, {})
     kit = Kit(options(tmp_path), 0)
     doing, elo = Doing(kit.options, {}), kit.elo()
-    word = kit.alignment_in_time_of(kit.align(elo), kit.alignment_only(elo))
+    word = kit.in_time_of(Row("ELO", kit.align(elo), kit.alignment_only(elo))).model
     doing.do(word)
     assert doing.text(word.words[word.words.index("--gb") + 1], word) == "2"
     assert "--after" not in word.words
@@ -176,6 +211,8 @@ def test_rows(experiment, tmp_path, monkeypatch):
     assert len(trained) == counts[experiment]
     names = [row.name for row in made[0]]
     assert len(set(names)) == len(names)
+    if experiment is figure2:
+        assert {row.name: row.model for row in made[0]}["alignment only, 0"] == "base"
     if experiment is table1:
         controls = {"alignment only", "LoRA", "selective layer tuning", "ELO without alignment"}
         assert controls | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
@@ -254,6 +291,18 @@ def test_table_and_picture(tmp_path):
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("table.png", "figure.png"))
 
 
+def test_figure_3(tmp_path, capsys):
+    row = {"implementation": "elo", "dtype": "bf16", "memory_bytes": 1, "slowest": 1.0, "fastest": 9.0}
+    rates = {"elo": 1000.0, "full": 200.0, "lora": 250.0}
+    rows = [{**row, "method": method, "tokens_per_second": rate} for method, rate in rates.items()]
+    figures = {"rows": rows, "figure3": training_step.figure3(rows, "bf16", bytes_per_token=4.0)}
+    record = {"figures": figures, "paper": {}, "row": "hours", "seed": 0}
+    command.write_report(Namespace(name="figure3", out=tmp_path), "Figure 3", [record])
+    assert "lora/elo, paper" in capsys.readouterr().out
+    assert "full" in (tmp_path / "figure3.md").read_text()
+    assert (tmp_path / "figure3.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
@@ -262,6 +311,8 @@ def test_table_and_picture(tmp_path):
         ("--rates adam=1", "--rates adam=1: give METHOD=LR,..."),
         ("--held-out 300", "documents of 200 to 20000 bytes; of 900 and more --held-out 300 leaves enough"),
         ("--report", "table3.jsonl: "),
+        ("--seeds 0,x", "--seeds: 'x' is not a whole number"),
+        ('--sft "\'"', '--sft: "\'": No closing quotation'),
     ],
 )
 def test_mistakes(project, monkeypatch, capsys, more, message):
