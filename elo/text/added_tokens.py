@@ -23,7 +23,7 @@ _WHITE_SPACE = frozenset(_SPACES).union(map(chr, range(0x2000, 0x200B)))
 _WORD = r"\w"
 
 # The fields of tokenizer_config.json and special_tokens_map.json that name special tokens.
-_NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -153,7 +153,7 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
 
 def _named_special(record: dict[str, Any]) -> set[str]:
     """The texts of the tokens that a configuration calls its BOS, EOS, ..., or lists as special."""
-    tokens: list[Any] = [record.get(name) for name in _NAMED]
+    tokens: list[Any] = [record.get(name) for name in NAMED]
     for name in _LISTED:
         listed = record.get(name)
         if isinstance(listed, list | dict):

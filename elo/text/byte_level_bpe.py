@@ -138,8 +138,7 @@ class ByteLevelBPE:
         return re.compile(_to_python(self._pattern))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Patterns
+# ---- Patterns
 
 
 # What a Split pattern may consist of: the constructs that mean the same in Oniguruma (Hugging Face tokenizers), in
@@ -215,8 +214,7 @@ def characters(one_character: str) -> str:
     return "".join(f"\\U{start:08x}-\\U{end:08x}" for start, end in zip(starts, ends, strict=True))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# tiktoken's own format
+# ---- tiktoken's own format
 
 
 def read_tiktoken(data: bytes, source: Path) -> dict[bytes, int]:

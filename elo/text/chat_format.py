@@ -41,9 +41,7 @@ class ChatFormat:
 
     name: of `FORMATS`, or of the template by its content. is_own: the template is the checkpoint's. end_of_turn: the
     text of the token that ends what the assistant says, None where there is none. stop_ids: each ends its turn.
-
-    prefix: between special tokens SentencePiece's space goes in front of every text (prepend), of every one that does
-    not begin with a space (always), only if nothing is before it (first), or never.
+    prefix: where SentencePiece's space goes between special tokens, as `tokenizer_json.Prefix` has it.
     """
 
     name: str

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.text.added_tokens import AddedToken
+from elo.text.added_tokens import NAMED, AddedToken
 from elo.text.tokenizer_files import TokenizerFiles, token_text
 
 TRAIN = "train"  # the key of a message under which False says that it is not to be learned
@@ -33,7 +33,6 @@ Render = tuple[int, bool]  # how many of the messages, add_generation_prompt
 OPEN, CLOSE, ANSWER, ANSWERED, BREAK = MARKS = "\udc00\udc01\udc02\udc03\udc04"
 ANY = f"[{MARKS}]"
 MOST_CHARACTERS = 2**24  # of renderings asked for at once
-TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
 class TemplateError(UserError):
@@ -230,7 +229,7 @@ def template_variables(files: TokenizerFiles, bos: str | None, eos: str) -> dict
     named = {"bos_token": bos, "eos_token": eos} | files.config
     if "added_tokens_decoder" not in files.config:  # as transformers has it: the older file says the last word
         named |= files.json("special_tokens_map.json") or {}
-    return {name: text for name in TOKENS if (text := token_text(named.get(name))) is not None}
+    return {name: text for name in NAMED if (text := token_text(named.get(name))) is not None}
 
 
 # ---- the process that renders

@@ -63,10 +63,10 @@ class SentencePieceModel:
         self.size = len(pieces)
         self.text = {piece: id for id, piece in enumerate(pieces) if is_text(id)}
         self.control = {piece: id for id, piece in enumerate(pieces) if piece not in self.text}
-        self.bytes_of = {id: piece.replace("▁", " ").encode() for piece, id in self.text.items()}
+        self.bytes_of = {id: piece.replace(SPACE, " ").encode() for piece, id in self.text.items()}
         self.bytes_of |= {id: bytes([int(pieces[id][3:-1], 16)]) for id in self.bytes_of if processor.is_byte(id)}
         self.bytes_of[processor.unk_id()] = processor.decode([processor.unk_id()]).encode()
-        spaced = [id for piece, id in self.text.items() if piece.startswith("▁")]
+        spaced = [id for piece, id in self.text.items() if piece.startswith(SPACE)]
         # Whether this model puts a space before a text shows in what it decodes.
         removed = processor.decode(spaced[:1]).encode() != b"".join(self.bytes_of[id] for id in spaced[:1])
         self.starts_with_space = frozenset(spaced if removed else [])

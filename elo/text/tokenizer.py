@@ -91,8 +91,7 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Toke
     return tokenizer
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Byte-level BPE: Llama 3, Qwen2, SmolLM2
+# ---- Byte-level BPE: Llama 3, Qwen2, SmolLM2
 
 
 def _read_bpe(content: Fields) -> tuple[Fields, dict[str, int], list[tuple[str, str]]]:
@@ -185,8 +184,7 @@ def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
     }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SentencePiece: Llama 2, Mistral
+# ---- SentencePiece: Llama 2, Mistral
 
 
 def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
@@ -253,8 +251,7 @@ def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Pa
             )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Documents
+# ---- Documents
 
 
 def _config_bos(files: TokenizerFiles) -> str | None:
