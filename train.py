@@ -17,7 +17,7 @@ from elo.model.config import ModelConfig
 from elo.model.saving import export
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
-from elo.runs.progress import continued, tell_result
+from elo.runs.progress import alignment_after, continued, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import parse_layers
 from elo.training import TrainingOptions, planned_steps, train
@@ -85,7 +85,7 @@ def run(arguments: Namespace, world: World) -> None:
         export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
     is_slice = arguments.method == "elo"
-    after = pretraining.alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
+    after = alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
     tell_result(world, arguments.out, model, after)
 
 

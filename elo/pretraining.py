@@ -25,18 +25,11 @@ from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.directory import option_values
 from elo.runs.processes import World
-from elo.runs.progress import given
 from elo.text.tokenizer import load_tokenizer
 from elo.validation import HeldOut
 from elo.variants.active_vocabulary import ActiveVocabulary
 
 DEFAULT_MODEL = "models/Llama-3.1-8B"
-# Options of stage 1 that stage 2 is to be given too.
-OF_BOTH_STAGES = (
-    *("--model", "--target", "--source", "--target-fraction", "--text-field", "--target-field", "--source-field"),
-    *("--skip-malformed", "--cache", "--workers", "--seed", "--seq-len", "--batch-tokens", "--micro-batch", "--dtype"),
-    *("--validation", "--validation-mb", "--validation-field", "--compile", "--no-compile", "--shard"),
-)
 LARGEST_BATCH = 2**19  # tokens
 FEWEST_STEPS = 100
 VALIDATION_MB, VALIDATIONS = 1.0, 10
@@ -162,17 +155,6 @@ def read_consumed(after: Path) -> tuple[int, dict[str, Any]]:
     if not isinstance(stream, dict) or not isinstance(consumed, dict):
         raise UserError(f"{path}: it does not say which documents that run consumed")
     return Fields(consumed, f"{path}: consumed").integer("position", minimum=0, maximum=2**62), stream
-
-
-def alignment_after(out: Path, batches: "PackedBatches", steps: int) -> list[object]:
-    """The command that aligns a stage-1 run's result: on a ninth of what that had, or on what is left of the texts."""
-    used, mixture = batches.consumed(steps), batches.windows.mixture
-    left = mixture.end(None) - used["position"]
-    document = int(mixture.shards[0].documents["bytes"].max() / mixture.shares[0])  # so much has at least one of them
-    size = min(max(used["bytes"] // 9, document), left)
-    size = 0 if size < document else size  # 0: nothing is left, and the layers are only put back
-    aligned = out.with_name(f"{out.name}-aligned")
-    return ["align.py", "--elo", out, *given(*OF_BOTH_STAGES), "--gb", f"{size / 1e9:.9g}", "--out", aligned]
 
 
 def open_base(directory: str) -> Checkpoint:

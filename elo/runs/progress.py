@@ -17,6 +17,12 @@ from elo.runs.directory import read_metrics
 from elo.runs.processes import World
 
 EVERY = 60.0  # seconds between two lines of a log
+# Options of stage 1 that stage 2 is to be given too.
+OF_BOTH_STAGES = (
+    *("--model", "--target", "--source", "--target-fraction", "--text-field", "--target-field", "--source-field"),
+    *("--skip-malformed", "--cache", "--workers", "--seed", "--seq-len", "--batch-tokens", "--micro-batch", "--dtype"),
+    *("--validation", "--validation-mb", "--validation-field", "--compile", "--no-compile", "--shard"),
+)
 
 
 class Progress:
@@ -83,6 +89,20 @@ def tell_next(world: World, command: Sequence[object]) -> None:
 def continued(out: Path) -> list[object]:
     """The command with which a model that is not tuned for chats continues a text."""
     return ["-m", "elo.generation", "--model", out, "--raw", "--prompt", "Hello,"]
+
+
+def alignment_after(out: Path, batches: Any, steps: int) -> list[object]:
+    """The command that aligns a stage-1 run's result: on a ninth of what that had, or on what is left of the texts.
+
+    batches: a `pretraining.PackedBatches`.
+    """
+    used, mixture = batches.consumed(steps), batches.windows.mixture
+    left = mixture.end(None) - used["position"]
+    document = int(mixture.shards[0].documents["bytes"].max() / mixture.shares[0])  # so much has at least one of them
+    size = min(max(used["bytes"] // 9, document), left)
+    size = 0 if size < document else size  # 0: nothing is left, and the layers are only put back
+    aligned = out.with_name(f"{out.name}-aligned")
+    return ["align.py", "--elo", out, *given(*OF_BOTH_STAGES), "--gb", f"{size / 1e9:.9g}", "--out", aligned]
 
 
 def shown_command(words: Sequence[object]) -> str:
