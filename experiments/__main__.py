@@ -173,8 +173,8 @@ def do_row(doing: Doing, kit: Kit, row: Row) -> dict[str, Any]:
 
 def write_report(options: Namespace, title: str, records: list[dict[str, Any]]) -> None:
     files = [options.out / f"{options.name}.{kind}" for kind in ("md", "png")]
-    if options.name == "figure3":
-        (figures,) = [record["figures"] for record in records if record["figures"]] or [{}]
+    figures = records[0]["figures"]
+    if "figure3" in figures:
         text = f"{title}\n\n" + "".join(f"    {line}\n" for line in figure3_text(figures["figure3"]).splitlines())
         from eval.figures import charts
 

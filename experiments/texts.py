@@ -45,7 +45,9 @@ def make_small(options: Namespace) -> None:
     """--small: what `make demo` trains, in its sizes."""
     folder = Path("data/demo")
     if not (folder / "ko.train.jsonl").exists():
-        subprocess.run([sys.executable, ROOT / "examples/texts.py", folder], check=True)
+        made = subprocess.run([sys.executable, ROOT / "examples/texts.py", folder])
+        if made.returncode:
+            raise UserError("--small: the demo's texts could not be made, see above")
     options.model, options.gb, options.held_out = "models/SmolLM2-135M-Instruct", 0.00004, 12
     options.target, options.source = [f"{folder}/ko.train.jsonl"], [f"{folder}/en.train.jsonl"]
     dtype = "bf16" if onednn.HAS_BF16 else "fp32"

@@ -301,6 +301,9 @@ def test_figure_3(tmp_path, capsys):
     assert "lora/elo, paper" in capsys.readouterr().out
     assert "full" in (tmp_path / "figure3.md").read_text()
     assert (tmp_path / "figure3.png").read_bytes().startswith(b"\x89PNG")
+    failed = {**record, "figures": {}, "series": "", "device": "CPU", "date": "", "left_out": [], "failed": "it broke"}
+    command.write_report(Namespace(name="figure3", out=tmp_path), "Figure 3", [failed])
+    assert "failed: it broke" in (tmp_path / "figure3.md").read_text()
 
 
 @pytest.mark.parametrize(
