@@ -43,7 +43,19 @@ def make_deterministic() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first product is computed
     torch.use_deterministic_algorithms(True)
+    # Sums over tokens that are split between blocks of threads stay in fp32.
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
     torch.utils.deterministic.fill_uninitialized_memory = False  # a search for errors that costs time
+
+
+def fix_collectives() -> None:
+    """Let NCCL add in one order, unless the environment names its algorithm or protocol: before it starts.
+
+    By itself it chooses by size and topology, and NVLS, which adds in the switch, does so in no fixed order.
+    """
+    if not {"NCCL_ALGO", "NCCL_PROTO"} & os.environ.keys():
+        os.environ |= {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
 
 
 def device_name(device: torch.device) -> str:

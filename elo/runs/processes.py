@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from elo.common.errors import EarlyExit, ProcessLostError, UserError
 from elo.common.terminal import say
-from elo.runs.devices import take_device
+from elo.runs.devices import fix_collectives, take_device
 from elo.runs.signals import StopSignal, end_with_torchrun
 
 LEFT = "left"  # the key in the store under which the first process that leaves early says why
@@ -99,6 +99,8 @@ def process_group() -> Iterator[World]:
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = take_device(local_rank)
+    if device.type == "cuda":
+        fix_collectives()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(minutes=30)))
@@ -132,7 +134,7 @@ def process_group() -> Iterator[World]:
 
 
 def _is_lost_connection(error: Exception) -> bool:
-    """gloo has no exception class of its own."""
+    """NCCL and the store raise `DistError`s; gloo has no exception class of its own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 

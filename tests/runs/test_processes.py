@@ -46,12 +46,16 @@ def test_each_process_takes_its_gpu(gpus):
         devices.take_device(2)
 
 
-def test_the_group_is_of_nccl_and_gloo(gpus, monkeypatch):
-    backends = []
+@pytest.mark.parametrize("users", [{}, {"NCCL_ALGO": "Tree"}, {"NCCL_PROTO": "LL"}])
+def test_the_group_is_of_nccl_and_gloo(users, gpus, monkeypatch):
+    """NCCL's algorithm is settled before it starts, by the user or by one that adds in a fixed order."""
+    backends, settled = [], []
     original = dist.init_process_group
+    monkeypatch.setattr(os, "environ", {name: os.environ[name] for name in os.environ if "NCCL" not in name} | users)
 
     def without_nccl(backend, **settings):
         backends.append(backend)
+        settled.append({name: value for name, value in os.environ.items() if "NCCL" in name})
         original("gloo", **settings)
 
     monkeypatch.setattr(dist, "init_process_group", without_nccl)
@@ -59,6 +63,7 @@ def test_the_group_is_of_nccl_and_gloo(gpus, monkeypatch):
         assert world.device == torch.device("cuda", 0)
         assert world.sum(1.5) == [1.5]
     assert backends == ["cpu:gloo,cuda:nccl"]
+    assert settled == [users or {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}]
 
 
 def test_training_on_a_gpu_is_deterministic(monkeypatch):
@@ -66,10 +71,14 @@ def test_training_on_a_gpu_is_deterministic(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     monkeypatch.setattr(torch, "use_deterministic_algorithms", asked.append)
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    products = SimpleNamespace()
+    monkeypatch.setattr(torch.backends.cuda, "matmul", products)
     devices.set_for_training(torch.device("cuda", 0))
     assert asked == [True]
     assert not torch.utils.deterministic.fill_uninitialized_memory
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert products.allow_bf16_reduced_precision_reduction is False
+    assert products.allow_fp16_reduced_precision_reduction is False
 
 
 def test_what_is_asked_of_the_gpu(gpus):
@@ -167,10 +176,17 @@ def test_a_deferred_signal_waits():
 
 
 @pytest.mark.parametrize(
+    "lost",
+    [
+        RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer"),
+        dist.DistBackendError("NCCL communicator was aborted on rank 0."),
+    ],
+    ids=["gloo", "NCCL"],
+)
+@pytest.mark.parametrize(
     ("word", "kind"), [(None, ProcessLostError), ("stopped", EarlyExit), ("--gb 7: too much", UserError)]
 )
-def test_a_lost_connection_has_the_reason_of_the_one_that_left(word, kind, monkeypatch):
-    lost = RuntimeError("[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+def test_a_lost_connection_has_the_reason_of_the_one_that_left(word, kind, lost, monkeypatch):
     destroy = dist.destroy_process_group
     monkeypatch.setattr(dist, "destroy_process_group", lambda: pytest.fail("could wait for the process that is gone"))
     with pytest.raises((UserError, EarlyExit)) as raised, process_group() as world:
