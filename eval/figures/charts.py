@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -57,25 +58,40 @@ def draw(data: dict[str, Any], out: Path, title: str | None) -> None:
         FigureCanvasAgg(figure)
         if title:
             figure.suptitle(text(title), fontsize=14)
+        aside = out.with_name(f".new-{out.name}")  # whoever looks at a figure never sees a part of it
         try:
-            figure.savefig(out, bbox_inches="tight")
+            figure.savefig(aside, bbox_inches="tight")
+            aside.replace(out)
         except OSError as error:
             raise UserError(f"{out}: {error.strerror}") from None
+        finally:
+            aside.unlink(missing_ok=True)
         text.complain()
 
 
 class Labels:
-    """Texts of others as labels: no mathematics in dollars, and no boxes where no font has a character."""
+    """Texts of others as labels: no mathematics in dollars, and no boxes where no font has a character.
+
+    Long ones are cut in their middle. What is different stays different, by a number if nothing else is left.
+    """
 
     def __init__(self, fonts: Sequence[str]) -> None:
         self.known = set().union(*(font_manager.get_font(font_manager.findfont(name)).get_charmap() for name in fonts))
         self.unknown: set[str] = set()
+        self.shown: dict[str, str] = {}  # each text's label
 
     def __call__(self, text: str) -> str:
+        if text not in self.shown:
+            first = self._label(text)
+            later = (f"{first} ({number})" for number in count(2))
+            self.shown[text] = next(label for label in chain([first], later) if label not in self.shown.values())
+        return self.shown[text]
+
+    def _label(self, text: str) -> str:
         unknown = {character for character in text if ord(character) not in self.known and not character.isspace()}
         self.unknown |= unknown
         shown = "".join("?" if character in unknown else character for character in " ".join(text.split()))
-        return (shown if len(shown) <= 48 else shown[:45] + "...").replace("$", r"\$")
+        return (shown if len(shown) <= 48 else shown[:22] + "..." + shown[-23:]).replace("$", r"\$")
 
     def complain(self) -> None:
         if self.unknown:
@@ -199,6 +215,11 @@ def draw_runs(data: dict[str, Any], text: Labels) -> Figure:
                 axes.plot(tokens, values, **style_of[name], linewidth=0.7, alpha=0.3)
                 smooth = running_mean(values, len(values) // 25)
                 (handles[name],) = axes.plot(tokens, smooth, **style_of[name], linewidth=2)
+            if field == "loss" and any(value is not None for value in run["validation_loss"]):
+                held_out = missing_as_nan(run["validation_loss"])
+                there, look = ~np.isnan(held_out), {"color": style_of[name]["color"], "linestyle": ":"}
+                axes.plot(tokens[there], held_out[there], **look, marker="o", markersize=5, markerfacecolor="white")
+                label = "loss (nats a token), circles: held out"
         axes.set_xlabel("tokens")
         axes.set_title(label)
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))

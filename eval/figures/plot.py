@@ -3,15 +3,18 @@
 What a PATH is shows in its content, and all of one call must be of one kind:
 - JSON of `eval score`: for each benchmark a radar of the categories, a polygon a model, and bars of first turn, second
   turn and average;
-- the directory of a run (OUT, with metrics.jsonl): loss, tokens a second and memory over the tokens, a curve a run;
+- the directory of a run (OUT, with metrics.jsonl): loss, also on held-out text, tokens a second and memory over the
+  tokens, a curve a run; with --watch drawn again whenever there is more, until Ctrl-C;
 - JSON of `benchmarks.training_step`: tokens a second and memory of each implementation, and hours over
   gigabytes where it has them.
 
 --json writes what was drawn.
 """
 
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ KINDS = (
     "(with metrics.jsonl) is what can be drawn"
 )
 TITLES = {"mt_bench": "MT-Bench", "japanese_mt_bench": "Japanese MT-Bench", "logickor": "LogicKor"}
+SECONDS = 2.0  # between two looks at runs
 TURNS = ("first", "second", "average")
 
 
@@ -35,10 +39,19 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="results, see above")
     parser.add_argument("--out", required=True, type=Path, metavar="FILE", help=f"the figure, {', '.join(FIGURES)}")
     parser.add_argument("--title", metavar="TEXT", help="of the figure")
+    parser.add_argument("--watch", action="store_true", help="draw again while runs go on, until Ctrl-C")
 
 
 def main(arguments: Namespace) -> None:
     check_figure("--out", arguments.out, [*arguments.paths, *([arguments.json] if arguments.json else [])])
+    if arguments.watch:
+        with suppress(KeyboardInterrupt):
+            watch(arguments)
+    else:
+        draw(arguments)
+
+
+def draw(arguments: Namespace) -> None:
     data = collect(arguments.paths)
     # Only here is matplotlib needed.
     from eval.figures import charts
@@ -47,6 +60,21 @@ def main(arguments: Namespace) -> None:
     say(str(arguments.out))
     if arguments.json:
         write_json(Path(arguments.json), data)
+
+
+def watch(arguments: Namespace) -> None:
+    """Draw whenever a run has written something; runs that have not begun are waited for."""
+    for path in arguments.paths:
+        if path.is_file():
+            raise UserError(f"--watch {path}: only runs go on; give their directories")
+    seen: list[int] | None = None
+    while True:
+        files = [path / "metrics.jsonl" for path in arguments.paths]
+        sizes = [file.stat().st_size if file.is_file() else 0 for file in files]
+        if sizes != seen and all(sizes):
+            draw(arguments)
+            seen = sizes
+        time.sleep(SECONDS)
 
 
 def check_figure(option: str, path: Path, inputs: Sequence[str | Path]) -> None:
@@ -121,17 +149,23 @@ def scores(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
     return {"benchmarks": benchmarks}
 
 
+def distinct(names: dict[Path, str]) -> dict[Path, str]:
+    """The names, or the whole paths where several have one."""
+    return {path: name if list(names.values()).count(name) == 1 else str(path) for path, name in names.items()}
+
+
 def runs(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
-    """{"runs": {name: {"tokens", "loss", "tokens_per_second", "memory_bytes": a list each}}}."""
+    """{"runs": {name: {"tokens", "loss", "validation_loss", ...: a list each}}}, null where a step has none."""
     series: dict[str, Data] = {}
+    names = distinct({path: path.resolve().name for path in paths})
     for path, content in zip(paths, contents, strict=True):
         lines = content["lines"]
         if not lines:
             raise UserError(f"{path / 'metrics.jsonl'}: no step was written yet")
-        name = path.resolve().name if path.resolve().name not in series else str(path)
+        name = names[path]
         series[name] = {
             field: [_number(line.record.get(field), f"{line.where}: {field}") for line in lines]
-            for field in ("tokens", "loss", "tokens_per_second", "memory_bytes")
+            for field in ("tokens", "loss", "validation_loss", "tokens_per_second", "memory_bytes")
         }
         if any(tokens is None for tokens in series[name]["tokens"]):
             raise UserError(f"{path / 'metrics.jsonl'}: a step without its tokens")
@@ -142,6 +176,7 @@ def speed(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
     """{"bars": {implementation: {dtype: {figure: value}}}, "figure3": hours over gigabytes, or null}."""
     bars: dict[str, dict[str, Data]] = {}
     figure3 = None
+    names = distinct({path: path.stem for path in paths})
     for path, content in zip(paths, contents, strict=True):
         for number, row in enumerate(content["rows"]):
             where = f"{path}: rows[{number}]"
@@ -153,7 +188,7 @@ def speed(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
             figures = {field: _number(row.get(field), f"{where}.{field}") for field in fields}
             if figures["tokens_per_second"] is None:
                 raise UserError(f"{where}: no tokens_per_second")
-            label = f"{label}, {path.stem}" if len(paths) > 1 else label
+            label = f"{label}, {names[path]}" if len(paths) > 1 else label
             bars.setdefault(label, {})[str(row.get("dtype", ""))] = figures
         if content.get("figure3") is not None:
             if figure3 is not None:

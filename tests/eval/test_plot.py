@@ -125,7 +125,7 @@ def test_any_names_can_be_drawn(names, plot, tmp_path):
 
 
 def run_directory(path, steps, loss=2.0):
-    path.mkdir()
+    path.mkdir(parents=True, exist_ok=True)
     lines = [
         {"step": n, "loss": loss + 1 / n, "tokens": 1000 * n, "tokens_per_second": 50.0 + n, "memory_bytes": 3 * 10**9}
         for n in range(1, steps + 1)
@@ -146,6 +146,70 @@ def test_curves_of_runs(plot, tmp_path):
     assert memory.lines[1].get_ydata()[0] == pytest.approx(3)
     assert series["runs"]["full"]["loss"][:2] == [6.0, 5.5]
     assert plot(run_directory(tmp_path / "one", 1))[0] == 0
+
+
+def test_held_out_losses(plot, tmp_path):
+    path = run_directory(tmp_path / "elo", 20)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()[:-1]]
+    held_out = [line | ({"validation_loss": line["loss"] + 1} if line["step"] % 5 == 0 else {}) for line in lines]
+    (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in held_out))
+    status, err, figure, series = plot(path, run_directory(tmp_path / "full", 10))
+    assert (status, err) == (0, "")
+    _, circles, _ = figure.axes[0].lines
+    assert list(circles.get_xdata()) == [5000, 10000, 15000, 20000]
+    assert list(circles.get_ydata()) == [3 + 1 / n for n in (5, 10, 15, 20)]
+    assert figure.axes[0].get_title() == "loss (nats a token), circles: held out"
+    assert series["runs"]["elo"]["validation_loss"][3:5] == [None, 3.2]
+
+
+def test_names_that_are_cut_stay_different(plot, tmp_path):
+    beginning = "a-run-of-which-the-name-is-much-longer-than-a-legend-has-room-for-"
+    names = [
+        beginning + "seed-1" + "-" * 10,
+        beginning + "seed-2" + "-" * 10,
+        *(f"x{'y' * 40}{n}{'z' * 40}" for n in "12"),
+    ]
+    paths = [run_directory(tmp_path / name, 3) for name in names]
+    _, _, figure, _ = plot(*paths, run_directory(tmp_path / "a" / "same", 3), run_directory(tmp_path / "b" / "same", 3))
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert len(set(labels)) == len(labels) == 6
+    assert all(len(label) <= 52 for label in labels)
+    assert "seed-1" in labels[0]
+    assert "seed-2" in labels[1]
+
+
+def test_a_figure_of_files_of_one_name(plot, tmp_path):
+    paths = [tmp_path / folder / "speed.json" for folder in ("a", "b")]
+    for path in paths:
+        path.parent.mkdir()
+        path.write_text(json.dumps({"rows": ROWS}))
+    assert len(plot(*paths)[3]["bars"]) == 4
+
+
+def test_watch_draws_again(plot, tmp_path, monkeypatch):
+    path = run_directory(tmp_path / "elo", 2)
+    whole = (path / "metrics.jsonl").read_text()
+    seen, drawn = [], []
+    draw = charts.draw
+    monkeypatch.setattr(charts, "draw", lambda data, *rest: drawn.append(data) or draw(data, *rest))
+
+    def sleep(_):
+        seen.append(len(drawn))
+        if len(seen) == 1:
+            run_directory(path, 5)
+        elif len(seen) == 4:
+            raise KeyboardInterrupt
+        elif len(seen) == 3:
+            (path / "metrics.jsonl").write_text(whole)
+
+    monkeypatch.setattr("eval.figures.plot.time.sleep", sleep)
+    status, _, _, series = plot(path, "--watch")
+    assert (status, seen) == (0, [1, 2, 2, 3])
+    assert [len(data["runs"]["elo"]["loss"]) for data in drawn] == [2, 5, 2]
+    assert len(series["runs"]["elo"]["loss"]) == 2
+    assert {file.name for file in tmp_path.iterdir()} == {"elo", "figure.png", "series.json"}
+    (tmp_path / "speed.json").write_text(json.dumps({"rows": ROWS}))
+    assert "--watch" in plot(tmp_path / "speed.json", "--watch")[1]
 
 
 def test_the_running_mean_is_symmetric():
