@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from elo.common.errors import UserError
 from elo.common.options import Interval, Parser, interval, not_negative, not_negative_int, positive, positive_int, share
 from elo.model.decoder import CausalLM
+from elo.runs.event_files import check_package
 from elo.runs.processes import World
 
 
@@ -33,6 +34,7 @@ class TrainingOptions:
     save_every: Interval | None
     keep_checkpoints: int
     stop_on_spike: bool
+    tensorboard: bool = False
 
     @staticmethod
     def add_arguments(parser: Parser, lr: float) -> None:
@@ -55,11 +57,14 @@ class TrainingOptions:
         group.add_argument(
             "--stop-on-spike", action="store_true", help="stop where a loss or gradient norm is out of range"
         )
+        group.add_argument("--tensorboard", action="store_true", help="metrics.jsonl as TensorBoard's event files too")
 
     @staticmethod
     def from_arguments(arguments: Namespace) -> "TrainingOptions":
         if arguments.optimizer_in_backward and arguments.clip:
             raise UserError("--optimizer-in-backward cannot clip by the gradient's norm: give --clip 0 with it")
+        if arguments.tensorboard:
+            check_package()
         names = TrainingOptions.__dataclass_fields__
         return TrainingOptions(**{name: getattr(arguments, name) for name in names})
 

@@ -87,7 +87,7 @@ def train(
     states = States(out / CHECKPOINTS, model, optimizer.adamws, world, *kept)
     with world.stop.deferred(), states:
         step = states.load_newest()
-        with Metrics(out, step, world) as metrics:
+        with Metrics(out, step, world, options.tensorboard) as metrics:
             health = Health((line["loss"], line["grad_norm"]) for line in metrics.before)
             begun = time.perf_counter() - (metrics.before[-1]["seconds"] if metrics.before else 0)
             progress = Progress(steps, step, metrics.before[-1]["tokens"] if metrics.before else 0, world)

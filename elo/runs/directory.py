@@ -21,6 +21,7 @@ from elo.common.files import read_file_lines
 from elo.common.options import Parser
 from elo.common.written import SAVING, Written
 from elo.runs.devices import device_name
+from elo.runs.event_files import EventFiles
 from elo.runs.processes import World
 from elo.runs.replacing import (
     CHECKPOINTS,
@@ -40,7 +41,7 @@ LARGEST_METRICS, LONGEST_METRIC = 2**30, 2**19  # bytes of the file and of a lin
 # Options that a run may go on with other values of.
 CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
 # Change nothing that is computed.
-WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"}
+WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge", "tensorboard"}
 WATCHING |= {"validation", "validation_mb", "validation_field", "validate_every"}  # what it leaves out is data's
 # How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
 LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"}
@@ -202,9 +203,11 @@ class Metrics:
 
     REMEMBERED = 100
 
-    def __init__(self, out: Path, step: int, world: World) -> None:
-        self.path, self.file = out / METRICS, None
+    def __init__(self, out: Path, step: int, world: World, tensorboard: bool = False) -> None:
+        self.path, self.file, self.events = out / METRICS, None, None
         self.before = world.on_rank_0(partial(self._open, step)) if world.rank == 0 else world.on_rank_0(lambda: None)
+        if tensorboard and world.rank == 0:
+            self.events = EventFiles(out, step)
 
     def _open(self, step: int) -> list[dict[str, Any]]:
         lines = read_metrics(self.path.parent)
@@ -224,6 +227,8 @@ class Metrics:
     def __exit__(self, *exception: object) -> None:
         if self.file is not None:
             self.file.close()
+        if self.events is not None:
+            self.events.close()
 
     def write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
@@ -232,3 +237,5 @@ class Metrics:
                 self.file.flush()
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
+        if self.events is not None:
+            self.events.write(line)

@@ -424,7 +424,7 @@ def test_other_options_are_refused_and_all_named(project, monkeypatch, capfd):
 # All options but these are part of what a run computes.
 MAY_CHANGE = {
     *("resume", "restart", "overwrite", "out"),
-    *("save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge"),
+    *("save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge", "tensorboard"),
     *("validation", "validation_mb", "validation_field", "validate_every"),
     *("micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"),
 }
