@@ -7,17 +7,15 @@ machine's moods hit both alike. The prompts' own computation counts too. Whether
 in bf16 they may part where two tokens are almost equally likely.
 """
 
-import statistics
 from argparse import Namespace
 from collections.abc import Callable
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
-from benchmarks.sides import Side
+from benchmarks.sides import Side, compared_options, take_turns
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import check_output, write_json
+from elo.common.fields import write_json
 from elo.common.options import Parser, positive_int
 from elo.generation.engine import generate
 from elo.model.checkpoint import load_model
@@ -29,16 +27,12 @@ Generate = Callable[[list[list[int]]], list[list[int]]]
 
 def arguments() -> Namespace:
     parser = Parser(prog="python -m benchmarks.generation_speed", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, help="(default: both)")
     parser.add_argument("--batch", type=positive_int, nargs="+", default=[1, 8], help="prompts at a time (1 8)")
     parser.add_argument("--prompt-tokens", type=positive_int, default=64, help="of the longest prompt (%(default)s)")
     parser.add_argument("--new-tokens", type=positive_int, default=64, help="(%(default)s)")
     parser.add_argument("--rounds", type=positive_int, default=5, help="of each (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    check_output("--json", options.json, [options.model])
-    return options
+    return compared_options(parser)
 
 
 def main() -> None:
@@ -51,12 +45,9 @@ def main() -> None:
         sides = {"ours": Side(ours_of, options, dtype), "transformers": Side(transformers_of, options, dtype)}
         for batch in options.batch:
             prompts = make_prompts(batch, options.prompt_tokens)
-            seconds: dict[str, list[float]] = {name: [] for name in sides}
-            written = {name: side.run(prompts)[1] for name, side in sides.items()}  # the warm-up
-            for _ in range(options.rounds):
-                for name, side in sides.items():
-                    seconds[name].append(side.run(prompts)[0])
-            speeds = {name: batch * options.new_tokens / statistics.median(taken) for name, taken in seconds.items()}
+            take_turns(sides, prompts, 1)  # the warm-up
+            seconds, written = take_turns(sides, prompts, options.rounds)
+            speeds = {name: batch * options.new_tokens / taken for name, taken in seconds.items()}
             rows.append(
                 {"dtype": dtype, "batch": batch, **speeds, "ratio": speeds["ours"] / speeds["transformers"]}
                 | {"same": sum(a == b for a, b in zip(*written.values(), strict=True))}

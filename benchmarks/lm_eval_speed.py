@@ -9,7 +9,6 @@ examples/texts.py in about the lengths of the real benchmarks; what they ask is 
 """
 
 import os
-import statistics
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
@@ -21,9 +20,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch  # noqa: E402
 
-from benchmarks.sides import Side
+from benchmarks.sides import Side, compared_options, take_turns
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import check_output, write_json
+from elo.common.fields import write_json
 from elo.common.options import Parser, positive_int
 from elo.model.checkpoint import load_model
 from elo.model.packed import pack_weights
@@ -39,7 +38,6 @@ Texts = list[tuple[str, list[str]]]  # context and choices
 
 def arguments() -> Namespace:
     parser = Parser(prog="python -m benchmarks.lm_eval_speed", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, metavar="DIR", help="benchmark files (default: made of prose)")
     parser.add_argument("--tasks", default="mmlu,kobest,marc_ja", metavar="NAME,...", help="(%(default)s)")
     parser.add_argument("--limit", type=positive_int, default=32, help="questions of a task (%(default)s)")
@@ -47,10 +45,7 @@ def arguments() -> Namespace:
     parser.add_argument("--rounds", type=positive_int, default=3, help="of each (%(default)s)")
     parser.add_argument("--batch-tokens", type=positive_int, default=8192, help="ours (%(default)s)")
     parser.add_argument("--lm-eval-batch-size", default="8", help="sequences, or auto (%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    check_output("--json", options.json, [options.model])
-    return options
+    return compared_options(parser)
 
 
 def main() -> None:
@@ -68,15 +63,9 @@ def main() -> None:
     total = dict.fromkeys(sides, 0.0)
     print(f"{'task':<22} {'questions':>9} {'ours/s':>8} {'lm-eval/s':>9} {'ratio':>6} {'difference':>11}")
     for name, asked_here in asked.items():
-        seconds: dict[str, list[float]] = {who: [] for who in sides}
-        values = {}
-        for _ in range(options.rounds):
-            for who, side in sides.items():
-                taken, values[who] = side.run(asked_here)
-                seconds[who].append(taken)
-        median = {who: statistics.median(taken) for who, taken in seconds.items()}
-        total = {who: total[who] + median[who] for who in sides}
-        per_second = {who: len(asked_here) / taken for who, taken in median.items()}
+        seconds, values = take_turns(sides, asked_here, options.rounds)
+        total = {who: total[who] + seconds[who] for who in sides}
+        per_second = {who: len(asked_here) / taken for who, taken in seconds.items()}
         rows.append(
             {
                 "task": name,

@@ -13,8 +13,9 @@ import tempfile
 from argparse import Namespace
 from pathlib import Path
 
+from benchmarks.sides import compared_options
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import check_output, write_json
+from elo.common.fields import write_json
 from elo.common.options import Parser, positive_int
 from elo.runs.devices import DTYPES
 from examples import texts
@@ -31,15 +32,11 @@ VARIANTS = {
 
 def arguments() -> Namespace:
     parser = Parser(prog="python -m benchmarks.training_memory", description=__doc__)
-    parser.add_argument("--model", required=True, metavar="DIR")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="(%(default)s)")
     parser.add_argument("--batch", type=positive_int, default=4, help="sequences in a step (%(default)s)")
     parser.add_argument("--seq-len", type=positive_int, default=512, help="tokens in a sequence (%(default)s)")
     parser.add_argument("--steps", type=positive_int, default=3, help="(%(default)s)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    options = parser.parse_args()
-    check_output("--json", options.json, [options.model])
-    return options
+    return compared_options(parser)
 
 
 def main() -> None:
