@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node=8 align.py --elo runs/elo --gb 1 --out runs/aligned
 
-The documents are those that come after the ones stage 1 consumed. --gb 0 only puts the layers back. Without --elo the
-unchanged model is trained: the control "alignment only", on the same documents if --after names the stage-1 run.
+The documents are those that come after the ones stage 1 consumed. --gb 0 only puts the layers back; or, with --model
+the directory of a LoRA adapter and no --elo, the adapter into its base. Without --elo the unchanged model is trained:
+the control "alignment only", on the same documents if --after names the stage-1 run.
 
 --scale A puts back a part of what stage 1 has learned, theta_0 + A (theta_ELO - theta_0): 1, the default, is what the
 paper does; auto tries some for each layer on the text of --validation before the alignment.
@@ -27,6 +28,7 @@ from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import Replaced
 from elo.training import planned_steps, train
 from elo.validation import HeldOut
+from elo.variants.adapted import open_checkpoint
 
 AUTO, TRIED = "auto", (0.0, 0.1, 0.25, 0.5, 1.0)
 
@@ -58,7 +60,8 @@ def scales(text: str) -> str | list[float]:
 
 
 def run(arguments: Namespace, world: World) -> None:
-    base = pretraining.open_base(arguments.model)
+    is_merge = arguments.gb == 0 and not arguments.elo
+    base = open_checkpoint(arguments.model) if is_merge else pretraining.open_base(arguments.model)
     replaced = Replaced(base, arguments.elo, arguments.scale) if arguments.elo else None
     start = replaced or base
     if arguments.scale and not replaced:
@@ -78,7 +81,7 @@ def run(arguments: Namespace, world: World) -> None:
             load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
         save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
         close_run(arguments, world)
-        world.say(f"The layers are in their places; the model is in {arguments.out}.")
+        world.say(f"The model is in {arguments.out}.")
         return tell_next(world, continued(arguments.out))
 
     after = arguments.after or arguments.elo

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -19,11 +20,8 @@ def instead_of_a_model(directory: Path) -> str:
         return ""
     if "adapter_config.json" in names:
         return (
-            "; this is a LoRA adapter, no model: train.py --method lora --merge writes the whole model, "
-            "and of a finished adapter peft does: "
-            f'python -c "from peft import AutoPeftModelForCausalLM as M; '
-            f"M.from_pretrained({str(directory)!r}, dtype='auto').merge_and_unload().save_pretrained('merged')\", "
-            "beside which belong the base's tokenizer files"
+            "; this is a LoRA adapter, no model: train.py --method lora --merge writes the whole model, and of a "
+            f"finished adapter `python align.py --model {shlex.quote(str(directory))} --gb 0 --out MERGED` does"
         )
     if pickled := [name for name in names if re.fullmatch(PICKLED, name)]:
         return (

@@ -4,7 +4,6 @@ import json
 import re
 
 import families
-import peft
 import pytest
 import torch
 from safetensors import safe_open
@@ -247,15 +246,16 @@ def test_names_of_wrapped_modules_are_shown_and_renamed(name, size, tmp_path):
     assert all(torch.equal(Checkpoint(tmp_path).tensor(tensor), value) for tensor, value in expected.items())
 
 
-def test_an_adapter_is_merged_by_the_command_in_the_message(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    base = families.write("llama3", tmp_path / "base")
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(base), peft.LoraConfig(target_modules=["q_proj"]))
-    torch.nn.init.ones_(model.base_model.model.model.layers[0].self_attn.q_proj.lora_B.default.weight)
-    model.save_pretrained(tmp_path / "lora")
-    assert "config.json: not found; this is a LoRA adapter, no model: train.py --method lora --merge" in told("lora")
-    merged = Checkpoint("merged").tensor("model.layers.0.self_attn.q_proj.weight")
-    assert not torch.equal(merged, Checkpoint(base).tensor("model.layers.0.self_attn.q_proj.weight"))
+def test_an_adapter_is_no_model(tmp_path):
+    """tests/variants/test_adapted.py carries the command out."""
+    (tmp_path / "a lora").mkdir()
+    (tmp_path / "a lora/adapter_config.json").write_text("{}")
+    with pytest.raises(UserError) as error:
+        Checkpoint(tmp_path / "a lora")
+    assert "config.json: not found; this is a LoRA adapter, no model: train.py --method lora --merge" in str(
+        error.value
+    )
+    assert f"`python align.py --model '{tmp_path}/a lora' --gb 0 --out MERGED` does" in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import families
@@ -13,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from small_runs import make_base, run_here
 from transformers import AutoModelForCausalLM
 
-from elo.common.errors import UserError
+import align
+from elo.common.errors import UserError, exit_status
 from elo.model.checkpoint import load_model
 from elo.variants.adapted import open_checkpoint
 
@@ -66,6 +68,24 @@ def test_it_gives_what_the_merged_run_gives(runs):
     ours = load_model(adapted, "cpu", torch.float32)
     # The base is in bf16, and so are the sums.
     torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=0.1, rtol=0)
+
+
+def test_a_finished_adapter_is_merged(runs, monkeypatch, capfd):
+    """As --merge would have; what is trained takes the merged model, and says how to make it."""
+
+    def align_with(*words):
+        monkeypatch.setattr(sys, "argv", ["align.py", *words])
+        with pytest.raises(SystemExit) as exit_:
+            exit_status(align.main)
+        return exit_.value.code
+
+    assert align_with("--model", "adapter", "--gb", "0", "--out", "later") == 0
+    assert Path("later/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
+    assert Path("later/tokenizer.json").read_bytes() == Path("base/tokenizer.json").read_bytes()
+    text = ["--target", "ko.jsonl", "--source", "en.jsonl", "--seq-len", "32", "--out", "aligned"]
+    for words in (text, [*text, "--gb", "0", "--elo", "merged"]):
+        assert align_with("--model", "adapter", *words) == 2
+        assert "align.py --model adapter --gb 0 --out MERGED" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
