@@ -20,12 +20,14 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
 import torch
 
 from elo.common.errors import EarlyExit, UserError, exit_status
+from elo.runs.signals import end_with_parent
 from eval.tables import table
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -195,7 +197,9 @@ def make(result: Path, sources: list[Path], command: str) -> None:
     if (ROOT / result).exists() and (ROOT / result).stat().st_mtime >= max(times):
         print("(it is done)")
         return
-    process = subprocess.Popen([program, *shlex.split(command)], cwd=ROOT)
+    # A killed demo leaves nothing behind that another one would meet at its work.
+    with_this = partial(end_with_parent, os.getpid())
+    process = subprocess.Popen([program, *shlex.split(command)], cwd=ROOT, preexec_fn=with_this)
     try:
         status = process.wait()
     finally:

@@ -55,10 +55,15 @@ class StopSignal:
 
 
 def end_with_torchrun() -> None:
-    """Have Linux send SIGTERM when torchrun dies, so that a killed one leaves no workers: they save and end."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ or platform.system() != "Linux":
+    """A killed torchrun leaves no workers: they save and end."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent(os.getppid())
+
+
+def end_with_parent(parent: int) -> None:
+    """Have Linux send SIGTERM to this process when its parent dies, however that dies."""
+    if platform.system() != "Linux":
         return
-    parent = os.getppid()
     ctypes.CDLL(None).prctl(SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
     if os.getppid() != parent:  # it died before it could be watched
         os.kill(os.getpid(), signal.SIGTERM)

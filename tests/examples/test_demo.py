@@ -7,10 +7,12 @@ import shlex
 import shutil
 import signal
 import sys
+import time
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from forking import Fork
 from small_runs import make_base
@@ -27,7 +29,7 @@ class Process(Fork):
 
     started: list[list[str]] = []
 
-    def __init__(self, words, cwd):
+    def __init__(self, words, cwd, preexec_fn):
         Process.started.append(words[1:])
         module, arguments = ("eval.__main__", words[3:]) if words[1] == "-m" else (words[1][: -len(".py")], words[2:])
         super().__init__(module, arguments, cwd)
@@ -179,3 +181,18 @@ time.sleep(600)
     finally:
         signal.signal(signal.SIGTERM, before)
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+def test_a_killed_demo_leaves_nothing_that_runs(tmp_path):
+    waits = command("import os, time; open('pid', 'w').write(f'{os.getpid()} '); time.sleep(600)")
+    before = f"from examples import demo; demo.main = lambda: demo.make(demo.Path('no'), [], {waits!r})"
+    killed = Fork("examples.demo", [], tmp_path, before=f"{before}; demo.ROOT = demo.Path({str(tmp_path)!r})")
+    deadline = time.monotonic() + 300
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text().endswith(" ")):
+        assert killed.poll() is None and time.monotonic() < deadline, killed.said("err")
+        time.sleep(0.02)
+    waiting = psutil.Process(int((tmp_path / "pid").read_text()))
+    killed.kill()
+    gone, alive = psutil.wait_procs([waiting], timeout=120)
+    assert gone and not alive
