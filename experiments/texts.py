@@ -45,7 +45,7 @@ def make_small(options: Namespace) -> None:
     """--small: what `make demo` trains, in its sizes."""
     folder = Path("data/demo")
     if not (folder / "ko.train.jsonl").exists():
-        made = subprocess.run([sys.executable, ROOT / "examples/texts.py", folder])
+        made = subprocess.run([sys.executable, "-m", "examples.texts", folder.absolute()], cwd=ROOT)
         if made.returncode:
             raise UserError("--small: the demo's texts could not be made, see above")
     options.model, options.gb, options.held_out = "models/SmolLM2-135M-Instruct", 0.00004, 12
