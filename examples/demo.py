@@ -168,15 +168,19 @@ def draw(cells: list[tuple[str, ...]], runs: list[Path], out: Path) -> None:
 
     with charts.matplotlib.rc_context(charts.STYLE):
         figure = charts.Figure(figsize=(10, 6.5), layout="constrained")
-        curves, below = figure.subplots(2, 1, height_ratios=(3, 1))
+        parts = figure.subplot_mosaic([["stage 1", "alignment"], ["table", "table"]], height_ratios=(3, 1))
+        below = parts.pop("table")
         losses = plot.collect([ROOT / run for run in runs])["runs"]
         for name, style in charts.styles(losses).items():
+            # Of a model of two layers, and of whole ones: another scale.
+            curves = parts["stage 1" if name == "elo" else "alignment"]
             tokens, loss = (losses[name][field] for field in ("tokens", "loss"))
             curves.plot(tokens, loss, **style, alpha=0.3)
             smooth = charts.running_mean(charts.missing_as_nan(loss), 4)
             curves.plot(tokens, smooth, **style, linewidth=2, label=name)
-        curves.set(xlabel="tokens of the run", ylabel="training loss (nats a token)")
-        curves.legend()
+        for title, curves in parts.items():
+            curves.set(xlabel="tokens of the run", ylabel="training loss (nats a token)", title=title)
+            curves.legend()
         below.axis("off")
         below.set_title("bits a byte of held-out text")
         below.table(
