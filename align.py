@@ -16,12 +16,13 @@ from pathlib import Path
 
 from elo import pretraining
 from elo.common.errors import UserError, exit_status
+from elo.common.fields import is_number
 from elo.common.options import Parser, not_negative
 from elo.common.written import RUN, Written
 from elo.model.decoder import CausalLM, build
 from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
-from elo.runs.directory import add_arguments, check_out, close_run, is_number, open_run
+from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.progress import continued, tell_next, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize

@@ -37,9 +37,9 @@ class Writer:
         agreeing = (number for number, (a, b) in enumerate(zip(self.ids, prompt, strict=False)) if a != b)
         agreed = min(next(agreeing, len(self.ids)), len(prompt) - 1)
         rope = self.model.config.rope
-        # Keys of a shorter sequence are turned otherwise than those of a long one.
-        turns = rope.varies and len(prompt) > rope.original_max_position_embeddings
-        self.cache.truncate(0 if turns else agreed)
+        # Beyond the original length the keys of a shorter sequence are rotated otherwise, and of no use.
+        is_rotated_anew = rope.varies and len(prompt) > rope.original_max_position_embeddings
+        self.cache.truncate(0 if is_rotated_anew else agreed)
         self.ids = list(prompt)
         decoder = self.tokenizer.stream_decoder()
         steps = stream(

@@ -65,7 +65,9 @@ def read_rope(config: Fields, max_position_embeddings: int, head_dim: int) -> Ro
         rope_config = RopeConfig("linear", theta, rope.number("factor"))
         known |= {"factor"}
     elif kind == "dynamic":
-        factor = rope.number("factor", minimum=1.0)
+        factor = rope.number("factor")
+        if factor < 1 or head_dim < 4:
+            raise UserError(f"{rope.where}: rope type dynamic needs a factor of at least 1 and heads of 4 dimensions")
         rope_config = RopeConfig("dynamic", theta, factor, max_position_embeddings)
         known |= {"factor"}
     elif kind in ("llama3", "yarn", "longrope"):
@@ -80,6 +82,8 @@ def read_rope(config: Fields, max_position_embeddings: int, head_dim: int) -> Ro
             rope_config = RopeConfig("llama3", theta, rope.number("factor"), original, low, high)
             known |= {"low_freq_factor", "high_freq_factor"}
         elif kind == "longrope":
+            if original < 2:
+                raise UserError(f"{rope.where}: original_max_position_embeddings must be more than 1 for longrope")
             factor = rope.number("factor", default=max_position_embeddings / original)
             by_length = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
             rope_config = RopeConfig(

@@ -138,12 +138,13 @@ def prepare(
     except ContextError as error:
         raise UserError(f"{task.name}, {error}") from None
     rope = scorer.model.config.rope
-    longest = max(len(continuation.ids) - 1 for question in encoded for continuation in question)
-    if rope.varies and longest > rope.original_max_position_embeddings:
-        raise UserError(
-            f"{task.name}: rotary embeddings of type {rope.type} are implemented here up to the original length of "
-            f"{rope.original_max_position_embeddings} tokens, and a question has {longest}; give fewer --shots"
-        )
+    if rope.varies:  # a row's beginning, which it may share with others, is turned before its length is known
+        longest = max(len(continuation.ids) - 1 for question in encoded for continuation in question)
+        if longest > rope.original_max_position_embeddings:
+            raise UserError(
+                f"{task.name}: rotary embeddings of type {rope.type} are implemented here up to the original length of "
+                f"{rope.original_max_position_embeddings} tokens, and a question has {longest}; give fewer --shots"
+            )
     batches = make_batches(encoded, tokens)
     return [batch for batch in batches if any(row.question not in finished for row in batch.rows)]
 

@@ -3,17 +3,24 @@
 import families
 import pytest
 import torch
+from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from elo.common.errors import UserError
 from elo.common.fields import Fields
+from elo.generation.chat import Writer
 from elo.generation.engine import generate
+from elo.generation.sampling import GREEDY
 from elo.model.cache import KVCache
 from elo.model.checkpoint import load_model
 from elo.model.config import ModelConfig
 from elo.model.packed import pack_weights
 from elo.model.rotary import read_rope, rotary_frequencies, rotary_table
+from elo.text.tokenizer import load_tokenizer
+from eval.likelihood.choice import prepare
+from eval.likelihood.loglikelihood import Scorer
+from eval.tasks import Question, Task
 
 LLAMA31 = {
     "rope_type": "llama3",
@@ -117,6 +124,34 @@ def test_generation_beyond_the_original_length(varying):
     expected = theirs.generate(prompt, max_new_tokens=40, do_sample=False, eos_token_id=-1)[0, 30:].tolist()
     ours = pack_weights(load_model(varying, "cpu", torch.float32))
     assert generate(ours, prompt.tolist(), [[]], 40) == [expected]
+
+
+def test_a_conversation_that_grows_beyond_the_original_length(varying):
+    """The cache of a shorter conversation is no use then: its keys were rotated for that length."""
+    write_tokenizer(varying, vocab_size=300)
+    model, tokenizer = pack_weights(load_model(varying, "cpu", torch.float32)), load_tokenizer(varying)
+    tokens = torch.randint(300, (60,), generator=torch.Generator().manual_seed(0)).tolist()
+    after_others, alone = (Writer(model, tokenizer, 0, GREEDY) for _ in range(2))
+    for writer, prompts in ((after_others, (tokens[:20], tokens[:35], tokens)), (alone, (tokens,))):
+        for prompt in prompts:
+            writer.max_new_tokens = 1
+            writer.answer(prompt, ())
+    for (keys, values), (expected_keys, expected_values) in zip(
+        after_others.cache.layers, alone.cache.layers, strict=True
+    ):
+        torch.testing.assert_close(keys[:, :, :60], expected_keys[:, :, :60], atol=1e-5, rtol=0)
+        torch.testing.assert_close(values[:, :, :60], expected_values[:, :, :60], atol=1e-5, rtol=0)
+
+
+def test_questions_beyond_the_original_length_are_refused(varying):
+    tokenizer = load_tokenizer(write_tokenizer(varying, vocab_size=300))
+    scorer = Scorer(load_model(varying, "cpu", torch.float32))
+    task = Task("made_up", lambda record: record, (), ())
+    short, long = Question("some text", ["a", "b"], 0), Question("some more text " * 9, ["a", "b"], 0)
+    if scorer.model.config.max_position_embeddings > 40:  # else it is cut to as many
+        with pytest.raises(UserError, match="made_up: rotary .* up to the original length of 40 tokens"):
+            prepare(task, [short, long], set(), tokenizer, scorer, 512)
+    assert len(prepare(task, [short], set(), tokenizer, scorer, 512)) == 1
 
 
 def test_the_context_is_what_the_factor_makes_of_the_positions(varying):

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import pytest
 from small_runs import lines, make_project, run_here
-
-pytest.importorskip("tensorboard")
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 

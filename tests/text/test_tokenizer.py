@@ -18,6 +18,7 @@ import tiktoken
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from small_tokenizer import TRAINING_TEXT, llama_json, sentencepiece_model
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
@@ -754,7 +755,7 @@ def test_published_llama3(tmp_path):
 
 @needs_shared
 def test_published_mistral(tmp_path):
-    mistral = pytest.importorskip("mistral_common.tokens.tokenizers.mistral").MistralTokenizer.v3()
+    mistral = MistralTokenizer.v3()
     ours = load_tokenizer(published("mistral-v0.3", tmp_path))
     reference = mistral.instruct_tokenizer.tokenizer
     documents = [*corpus(), *("".join(pair) for pair in itertools.product(PIECES, PIECES))]
