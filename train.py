@@ -84,9 +84,10 @@ def run(arguments: Namespace, world: World) -> None:
     else:
         export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
-    is_slice = arguments.method == "elo"
-    after = alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
-    tell_result(world, arguments.out, model, after)
+    if world.rank == 0:
+        is_slice = arguments.method == "elo"
+        after = alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
+        tell_result(world, arguments.out, model, after)
 
 
 def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptions | None) -> Method:

@@ -53,8 +53,10 @@ def low_rank(config: ModelConfig, options: LoraOptions) -> Method:
 def make(
     config: ModelConfig, method: str, layers: tuple[int, ...] | None = None, options: LoraOptions | None = None
 ) -> Method:
-    """One of METHODS. config: the base model's; layers: those of OF_LAYERS (default: DEFAULT_LAYERS);
-    options: of lora."""
+    """One of METHODS.
+
+    config: the base model's; layers: for OF_LAYERS (default: DEFAULT_LAYERS); options: for lora.
+    """
     if method in OF_LAYERS:
         layers = layers or parse_layers(DEFAULT_LAYERS, config.num_hidden_layers)
         return elo(config, layers) if method == "elo" else selective(config, layers)

@@ -99,9 +99,8 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
 
     # Forward pass and loss: all activations are there. The buffer in which the last block was gathered still is.
     at_work = [block_activations(block, setup) if number >= lowest else 0 for number, block in enumerate(blocks)]
-    kept = [
-        min(hidden, size) if setup.activation_checkpointing else size for size in at_work
-    ]  # until its backward pass
+    # Of each block until its backward pass.
+    kept = [min(hidden, size) if setup.activation_checkpointing else size for size in at_work]
     masks = mask_bytes(model, setup)
     ahead = block_weights[0] if setup.shard > 1 else 0
     activations = masks + sum(kept) + norm_bytes(model.model.norm, config.hidden_size * tokens, setup)

@@ -38,8 +38,8 @@ def make_parser() -> Parser:
     parser.add_argument("--stage", choices=STAGES, help="script (default: all, or train with --method)")
     parser.add_argument("--method", choices=METHODS, help="of train.py (default: all, or elo with --stage train)")
     parser.add_argument(
-        "--layers", help=(f"of methods {' and '.join(OF_LAYERS)}, from 1; -1 is the last (default: {DEFAULT_LAYERS})")
-    )  # fmt: skip)
+        "--layers", help=f"of methods {' and '.join(OF_LAYERS)}, from 1; -1 is the last (default: {DEFAULT_LAYERS})"
+    )
     parser.add_argument("--lora-rank", type=positive_int, default=LoraOptions.lora_rank, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
 

@@ -1,6 +1,5 @@
 """What a run shows while it works, and when it is done."""
 
-import math
 import os
 import shlex
 import sys
@@ -68,17 +67,14 @@ def tell_result(world: World, out: Path, model: nn.Module, next_command: Sequenc
     lines = read_metrics(out)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     every = sum(parameter.numel() for parameter in model.parameters())
-    done = [f"{trained / 1e6:,.1f} M of {every / 1e6:,.1f} M parameters were trained"]
+    said = f"{trained / 1e6:,.1f} M of {every / 1e6:,.1f} M parameters were trained"
     if lines:
-        last = lines[-1]
-        steps, seconds = len(lines), timedelta(seconds=round(last["seconds"]))
+        first, last = lines[0], lines[-1]
         memory = max(line.get("memory_bytes", 0) for line in lines) / 2**30
-        done = [
-            f"{done[0]} on {last['tokens']:,} tokens in {steps:,} steps and {seconds}, with {memory:,.1f} GiB of memory"
-        ]
-        losses = [line["loss"] for line in lines if math.isfinite(line["loss"])]
-        done.append(f"the loss went from {losses[0]:.4f} to {losses[-1]:.4f}")
-    world.say(f"{'; '.join(done)}. The result is in {out}.")
+        said += f" on {last['tokens']:,} tokens in {len(lines):,} steps and {timedelta(seconds=round(last['seconds']))}"
+        said += f", with {memory:,.1f} GiB of memory in a process"
+        said += f"; the loss went from {first['loss']:.4f} to {last['loss']:.4f}"
+    world.say(f"{said}. The result is in {out}.")
     tell_next(world, next_command)
 
 
