@@ -12,6 +12,7 @@ import unicodedata
 from functools import cache
 from pathlib import Path
 
+import mistral_common
 import pytest
 import sentencepiece
 import tiktoken
@@ -36,6 +37,7 @@ from elo.text.tokenizer import Tokenizer, load_tokenizer
 from elo.text.tokenizer_json import Prefix
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
+MISTRAL_V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers of ../shared/data are not here")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -712,6 +714,7 @@ def test_damaged_merges(tmp_path):
 
 @cache
 def corpus() -> list[str]:
+    """Real texts, where they are."""
     documents = []
     for path in sorted((SHARED / "corpus").glob("*.jsonl.gz")):
         with gzip.open(path, "rt", encoding="utf-8") as lines:
@@ -753,10 +756,9 @@ def test_published_llama3(tmp_path):
     assert ours.special_tokens["<|eot_id|>"] == 128009
 
 
-@needs_shared
 def test_published_mistral(tmp_path):
     mistral = MistralTokenizer.v3()
-    ours = load_tokenizer(published("mistral-v0.3", tmp_path))
+    ours = load_tokenizer(write(tmp_path, tokenizer__model=MISTRAL_V3.read_bytes()))
     reference = mistral.instruct_tokenizer.tokenizer
     documents = [*corpus(), *("".join(pair) for pair in itertools.product(PIECES, PIECES))]
     assert ours.encode_batch(documents) == [reference.encode(text, bos=False, eos=False) for text in documents]
@@ -765,10 +767,9 @@ def test_published_mistral(tmp_path):
     assert ours.special_tokens["[/INST]"] == 4
 
 
-@needs_shared
 @pytest.mark.parametrize("scheme", ["first", "prepend"])
 def test_published_mistral_without_its_model_file(tmp_path, scheme):
-    model = (SHARED / "tokenizers/mistral-v0.3/tokenizer.model").read_bytes()
+    model = MISTRAL_V3.read_bytes()
     directory = write(tmp_path, tokenizer__json=llama_json(scheme, model))
     ours, reference = load_tokenizer(directory), tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
     reference.encode_special_tokens = True
