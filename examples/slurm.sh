@@ -21,8 +21,9 @@ set -euo pipefail
 
 # torchrun gives the processes this many seconds to save before it kills them; 30 if nothing says so.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-540}
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Not by `| head`: now and then that closes the pipe while scontrol still writes, which ends scontrol and this script.
+nodes=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # A port of this job's own: two jobs may meet on a node.
 port=${PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 srun torchrun --nnodes="$SLURM_JOB_NUM_NODES" --nproc_per_node="${SLURM_GPUS_ON_NODE:-8}" \
-    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="$first:$port" "$@" --resume
+    --rdzv-id="$SLURM_JOB_ID" --rdzv-backend=c10d --rdzv-endpoint="${nodes%%$'\n'*}:$port" "$@" --resume

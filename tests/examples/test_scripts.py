@@ -14,7 +14,7 @@ STAND_INS = {
     "python": 'exec {python} "$@"',
     "torchrun": 'exec {python} -m torch.distributed.run "$@"',
     "hf": 'echo "hf has been called: $*" >&2; exit 1',
-    "scontrol": 'if [ "$*" = "show hostnames nodes[1-2]" ]; then printf "localhost\\nother\\n"; else exit 1; fi',
+    "scontrol": '[ "$*" = "show hostnames nodes[1-2]" ] && echo localhost && sleep 0.2 && echo other',
     # Every node runs the command; here both are this machine.
     "srun": 'for node in 1 2; do "$@" & pids="$pids $!"; done; for pid in $pids; do wait $pid || status=$?; done\n'
     "exit ${{status:-0}}",
