@@ -36,6 +36,7 @@ class Setup:
     cpu_offload: bool = False
     optimizer_in_backward: bool = False
     device: str = "cuda"
+    multiprocessors: int = 132  # of a GPU; the default is an H100's
 
     @property
     def itemsize(self) -> int:
@@ -124,6 +125,11 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         inner = hidden + 2 * size * last.in_features * tokens
         gradients = waiting + size * parameters(last, trained=True)
         yield moment(name, gathered, gradients, done, before + kept[number] + recomputed + inner, head_gradient)
+        if setup.device == "cuda":
+            gradients = waiting + size * parameters(block.mlp, trained=True)
+            inner = hidden + attention_work(block, setup) + (hidden if setup.activation_checkpointing else 0)
+            inner += block_activations(block, setup, up_to_attention=True)
+            yield moment(f"attention in the {name}", gathered, gradients, done, before + inner, head_gradient)
         gradients = waiting + size * trained
         yield moment(f"end of the {name}", gathered, gradients, done, before + 4 * hidden, head_gradient)
         gradients = FP32 * trained + max(size * trained, block_shard)
@@ -149,7 +155,7 @@ def sharded(module: nn.Module, setup: Setup, trained: bool = False) -> int:
     )
 
 
-def block_activations(block: Block, setup: Setup) -> int:
+def block_activations(block: Block, setup: Setup, up_to_attention: bool = False) -> int:
     """All that autograd keeps of a block, without the mask, which is the same in many."""
     size, windows = setup.itemsize, setup.tokens // setup.seq_len
     total = 0
@@ -166,6 +172,8 @@ def block_activations(block: Block, setup: Setup) -> int:
             normalizer = 0 if mask is None and on_cpu else FP32 * x[..., 0].numel()  # of softmax, a number a query
             # Queries, keys, values and the result.
             total += size * (2 * x.numel() + copies * (k.numel() + v.numel())) + normalizer
+            if up_to_attention:
+                return windows * total
             after_attention = True
             continue
         elif id(x) not in counted and (module.weight.requires_grad or isinstance(module, LoraLinear)):
@@ -178,6 +186,23 @@ def block_activations(block: Block, setup: Setup) -> int:
     # The gate, its SiLU, and what passes through it.
     total += size * sum(3 * m.down_proj.in_features for m in block.modules() if isinstance(m, MLP)) * setup.seq_len
     return windows * total
+
+
+def attention_work(block: Block, setup: Setup) -> int:
+    """What attention's backward pass on CUDA holds beside what is kept for it.
+
+    These are the gradients of its result and of queries, keys and values, of grouped ones also for each query head, and
+    sums of the queries' gradients in fp32: one where a kernel takes a mask or fp32, but of the flash kernel, which is
+    deterministic here, as many as give every multiprocessor its own (`nsplits` of mha_bwd in FlashAttention-2 and in
+    torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp).
+    """
+    q, k, _, mask = next(call.inputs for call in calls(block, setup.seq_len) if len(call.inputs) > 1)
+    _, heads, seq_len, head_dim = q.shape
+    windows, unit = setup.tokens // setup.seq_len, 32 if head_dim <= 128 else 64
+    gradients = 4 * q.numel() + (2 * k.numel() if k.shape[1] < heads else 0)
+    sums = ceil(setup.multiprocessors / (windows * heads)) if mask is None and setup.itemsize < FP32 else 1
+    rows, columns = 128 * ceil(seq_len / 128), unit * ceil(head_dim / unit)
+    return windows * (setup.itemsize * gradients + FP32 * heads * rows * (sums * columns + 1))
 
 
 def mask_bytes(model: CausalLM, setup: Setup) -> int:

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import sys
+from dataclasses import replace
 from statistics import fmean
 
 import families
@@ -20,7 +21,7 @@ from elo.model.decoder import sliding_window_mask
 from elo.model.rotary import rotary_table
 from elo.planning import plan as planning
 from elo.planning.costs import count_flops, flops_per_token, parameters
-from elo.planning.memory import Setup, block_activations, planned_memory
+from elo.planning.memory import Setup, attention_work, block_activations, planned_memory
 from elo.runs.sharding import use_faster_operators
 from elo.variants.lora import LoraOptions
 
@@ -180,6 +181,33 @@ def test_a_mask_is_kept_once_and_no_scores_are():
         model(torch.zeros(1, 512, dtype=torch.long))
     mask = 512 * 512 * 4
     assert [size for _, size in kept.values() if size >= mask] == [mask]
+
+
+@pytest.mark.parametrize(
+    ("windows", "seq_len", "multiprocessors", "sums"),
+    [(4, 4096, 132, 2), (1, 4096, 132, 5), (1, 4096, 108, 4), (8, 4096, 132, 1), (1, 1000, 132, 5)],
+)
+def test_sums_of_the_deterministic_attention(windows, seq_len, multiprocessors, sums):
+    """As mha_bwd of FlashAttention-2 allocates them: 0.5 GB at 16,384 tokens of 32 heads of 128."""
+    model = make(planning_paper.config("Llama-3.1-8B"), "full").model
+    setup = Setup(windows * seq_len, seq_len, multiprocessors=multiprocessors)
+    rows, each = windows * -(-seq_len // 128) * 128, 2 * windows * seq_len * 128
+    gradients = each * (4 * 32 + 2 * 8)  # of the result, queries, keys and values for 32 heads; of the latter for 8
+    assert attention_work(model.model.layers[0], setup) == gradients + 4 * rows * 32 * (sums * 128 + 1)
+
+
+def test_few_heads_on_one_window_make_attention_the_highest_moment():
+    """6 heads of 8 on 4,096 tokens: 22 sums of 32 columns each in fp32. A kernel that takes a mask needs one."""
+    flash, masked = (
+        make(family(name, max_position_embeddings=4096), "full").model for name in ("llama3", "mistral-v0.1")
+    )
+    setup = Setup(4096, 4096)
+    planned = planned_memory(flash, setup)
+    assert planned.moment == "attention in the backward pass of block 4"
+    assert planned.total > 22 * 32 * 6 * 4096 * 4
+    saved = attention_work(flash.model.layers[0], setup) - attention_work(masked.model.layers[0], setup)
+    assert saved == 21 * 32 * 6 * 4096 * 4
+    assert planned_memory(flash, replace(setup, device="cpu")).moment != planned.moment
 
 
 @pytest.mark.parametrize("shard", [1, 2])
