@@ -105,8 +105,8 @@ class ChatFormat:
         has_space = text.startswith(" ") or self.prefix == "never" or (self.prefix == "first" and not is_first)
         if self.prefix == "prepend" or not has_space:
             return self.tokenizer.encode(text)
-        # The line end takes the space that SentencePiece puts in front.
-        return self.tokenizer.encode("\n" + text)[len(self.tokenizer.encode("\n")) :]
+        # NUL takes the space that SentencePiece puts in front, and merges with nothing: no token has it but its own.
+        return self.tokenizer.encode("\0" + text)[len(self.tokenizer.encode("\0")) :]
 
 
 def check_messages(messages: Messages) -> None:

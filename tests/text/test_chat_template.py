@@ -2,14 +2,11 @@
 
 import json
 import random
-import shutil
 
 import pytest
-import sentencepiece
 import tokenizers
 from chat_layouts import IM, LAYOUTS, Layout, each
-from small_tokenizer import write_tokenizer
-from tokenizers import normalizers, pre_tokenizers
+from small_tokenizer import llama_json, sentencepiece_model, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from elo.common.errors import UserError
@@ -40,19 +37,8 @@ def load(directory):
     return tokenizer, chat_format(directory, tokenizer), PreTrainedTokenizerFast.from_pretrained(directory)
 
 
-CONTENTS = (
-    "Hi",
-    "둘째로 끝",
-    " a",
-    "b \n",
-    "\n\nc\n",
-    "d\n\n\ne",
-    "x  ",
-    "1 < 2 {{ y }} {% z %}",
-    "[SYS] x",
-    "\t<think>",
-    "é😀",
-)
+CONTENTS = ("Hi", "둘째로 끝", " a", "b \n", "\n\nc\n", "d\n\n\ne", "x  ", "1 < 2 {{ y }} {% z %}", "[SYS] x")
+CONTENTS += ("\t<think>", "é😀")
 
 
 def conversations(layout, count=25):
@@ -240,60 +226,13 @@ def test_the_process_comes_back(tmp_path):
 # ---- SentencePiece, whose space goes in front of texts in other places in other files
 
 
-@pytest.fixture(scope="module")
-def sentencepiece_files(tmp_path_factory):
-    """A tokenizer.model with byte fallback, and its vocabulary and merges as tokenizer.json has them."""
-    path = tmp_path_factory.mktemp("sp") / "text.txt"
-    path.write_text(
-        "\n".join(f"some words {number} and 둘째로 또 [INST] more [/INST] USER: ok" for number in range(300))
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(path),
-        model_prefix=str(path.parent / "tokenizer"),
-        model_type="bpe",
-        vocab_size=420,
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        minloglevel=2,
-    )
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(path.parent / "tokenizer.model"))
-    vocab = {processor.id_to_piece(id): id for id in range(processor.get_piece_size())}
-    pairs = [
-        (vocab[piece], (piece[:cut], piece[cut:]))
-        for piece in vocab
-        for cut in range(1, len(piece))
-        if piece[:cut] in vocab and piece[cut:] in vocab and not piece.startswith(("<", "["))
-    ]
-    return path.parent / "tokenizer.model", vocab, [pair for _, pair in sorted(pairs)]
-
-
-SPACES = {
-    "prepend": (
-        normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]),
-        None,
-    ),
-    **{
-        scheme: (None, pre_tokenizers.Metaspace(replacement="▁", prepend_scheme=scheme, split=False))
-        for scheme in ("first", "always", "never")
-    },
-}
-
-
-@pytest.mark.parametrize("scheme", SPACES)
+@pytest.mark.parametrize("scheme", ["prepend", "first", "always", "never"])
 @pytest.mark.parametrize("name", ["llama2", "mistral-v0.1", "mistral-v0.3", "vicuna"])
-def test_sentencepiece(tmp_path, sentencepiece_files, name, scheme):
+def test_sentencepiece(tmp_path, name, scheme):
     layout = LAYOUTS[name]
-    model, vocab, merges = sentencepiece_files
-    shutil.copy(model, tmp_path / "tokenizer.model")
-    bpe = tokenizers.models.BPE(vocab, merges, byte_fallback=True, fuse_unk=True, unk_token="<unk>")
-    tokenizer = tokenizers.Tokenizer(bpe)
-    normalizer, pre_tokenizer = SPACES[scheme]
-    if normalizer is not None:
-        tokenizer.normalizer = normalizer
-    if pre_tokenizer is not None:
-        tokenizer.pre_tokenizer = pre_tokenizer
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>", *layout.tokens])
+    (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+    tokenizer = tokenizers.Tokenizer.from_str(json.dumps(llama_json(scheme)))
+    tokenizer.add_special_tokens([*layout.tokens])
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     (tmp_path / "chat_template.jinja").write_text(layout.template)
