@@ -5,7 +5,7 @@ import random
 import shutil
 
 import pytest
-from test_chat_format import checkpoint, random_chat, specials_of
+from chat_checkpoints import checkpoint, random_chat, specials_of
 from transformers import PreTrainedTokenizerFast
 
 from elo.text.built_in_formats import FORMATS
