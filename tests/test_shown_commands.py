@@ -34,12 +34,17 @@ ADDED = {
     "eval answers": "--max-new-tokens 4 --dtype fp32",
     "eval choice": "--dtype fp32",
     "eval perplexity": "--seq-len 32 --dtype fp32",
-    "benchmarks.training_step": "--dtype fp32 --batch 1",
+    "benchmarks.training_step": "--dtype fp32 --batch 1 --seconds 0.001",
     "benchmarks.ideas": "--only oneDNN's --batch 1 --seq-len 32",
     "benchmarks.training_memory": "--batch 1 --seq-len 32 --steps 1",
     "benchmarks.generation_speed": "--dtype fp32 --batch 1 --prompt-tokens 4 --new-tokens 2 --rounds 1",
     "benchmarks.lm_eval_speed": "--tasks kobest_copa",
 }
+# What benchmarks measure in fresh processes, forks measure here: all import what they compare with, once.
+FORKING = """
+import multiprocessing, benchmarks.sides, lm_eval, peft, transformers
+benchmarks.sides.get_context = lambda _: multiprocessing.get_context("fork")
+"""
 MAIN = {
     "experiments": "experiments.__main__",
     "elo.generation": "elo.generation.chat",
@@ -77,7 +82,7 @@ def run(place, words, judge):
     if words[0] == "torchrun":
         processes = fork_group(2, module, arguments, place)
     else:
-        processes = [Fork(module, arguments, place)]
+        processes = [Fork(module, arguments, place, before=FORKING if name.startswith("benchmarks.") else "")]
     for process in processes:
         out, err = process.communicate()
         assert process.returncode == 0, f"{' '.join(words)}\n{out}{err}"
