@@ -1,52 +1,25 @@
-"""`python -m eval choice`: file formats, continued runs, several processes, mistakes."""
+"""`python -m eval choice`: continued runs, several processes, mistakes."""
 
-import csv
 import json
 import shutil
 import sys
 
 import families
-import pyarrow
-import pyarrow.parquet
 import pytest
+from choice_runs import make_root, run
 from forking import fork_group
-from small_tokenizer import write_tokenizer
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 from eval import tasks as benchmarks
 from eval.likelihood import loglikelihood
-from eval.likelihood.metrics import macro_f1
 from examples import questions
 
 TASKS = "mmlu,kobest,marc_ja"
-# The columns of SKT-LSL/KoBEST_datarepo's files, those that are not used among them.
-UPSTREAM = {
-    "boolq": ("BoolQ", ["ID", "Text", "Question", "Answer"]),
-    "copa": ("COPA", ["ID", "sentence", "question", "1", "2", "Answer"]),
-    "wic": ("WiC", ["ID", "Target", "SENTENCE1", "Dictionary 1", "Link 1", "SENTENCE2", "Link2", "ANSWER"]),
-    "hellaswag": ("HellaSwag", ["ID", "context", "choice1", "choice2", "choice3", "choice4", "label"]),
-    "sentineg": ("SentiNeg", ["ID", "Label_origin", "Text_origin", "Label", "Text", "Category_neg"]),
-}
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
-    """A random model and the sample questions."""
-    root = tmp_path_factory.mktemp("choice")
-    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400, max_position_embeddings=1024)
-    families.write("small", root / "model")
-    write_tokenizer(root / "model")
-    questions.write(root / "data")
-    return root
-
-
-def run(monkeypatch, root, *words):
-    words = ["--model", root / "model", "--dtype", "fp32", "--batch-tokens", 600, *words]
-    monkeypatch.setattr(sys, "argv", ["eval", "choice", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(evaluation.main)
-    return exit_.value.code
+    return make_root(tmp_path_factory.mktemp("choice"))
 
 
 @pytest.fixture(scope="module")
@@ -64,71 +37,6 @@ def by_question(text):
     found = {(sample["task"], sample["index"]): sample for sample in samples}
     assert len(found) == len(samples)
     return found
-
-
-# ---- files
-
-
-def write_tsv(path, columns, rows):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        csv.writer(file, delimiter="\t").writerows([columns, *rows])
-
-
-def as_upstream(name, record, number):
-    """A row of the upstream TSV file."""
-    match name:
-        case "boolq":
-            return [number, record["paragraph"], record["question"], str(bool(record["label"]))]
-        case "copa":
-            return [number, *list(record.values())[:-1], record["label"] + 1]
-        case "wic":
-            word, first, second, label = record.values()
-            return [number, word, first, 1, "link", second, "link", str(bool(label))]
-        case "hellaswag":
-            return [number, *record.values()]
-        case "sentineg":
-            return [number, 1 - record["label"], "다른 문장", record["label"], record["sentence"], 1]
-
-
-def test_kobest_as_upstream_tsv(root, tmp_path, capsys):
-    for name, split, records in questions.kobest_rows():
-        folder, columns = UPSTREAM[name]
-        rows = [as_upstream(name, record, number) for number, record in enumerate(records)]
-        incomplete = ["", *rows[0][1:]]
-        write_tsv(tmp_path / "kobest" / folder / f"{split}.tsv", columns, [rows[0], incomplete, *rows[1:]])
-    for task in benchmarks.load()[0].values():
-        if task.name.startswith("kobest"):
-            assert task.questions(tmp_path, shots=2) == task.questions(root / "data", shots=2)
-    assert "boolq/test.tsv:3: passed over, since a cell is empty".lower() in capsys.readouterr().err.lower()
-
-
-@pytest.mark.parametrize("layout", ["test-{}-of-00002.parquet", "test/{}.parquet"])
-def test_parquet_as_on_hugging_face(root, tmp_path, layout):
-    """cais/mmlu and skt/kobest_v1; files in shards."""
-
-    def write(folder, split, records):
-        for shard, part in enumerate((records[:2], records[2:])):
-            path = folder / layout.replace("test", split).format(f"{shard:05}")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            pyarrow.parquet.write_table(
-                pyarrow.Table.from_pylist(part, pyarrow.Table.from_pylist(records).schema), path
-            )
-
-    for subject, split, rows in questions.mmlu_rows():
-        records = [
-            {"question": question, "subject": subject, "choices": choices, "answer": "ABCD".index(answer)}
-            for question, *choices, answer in rows
-        ]
-        write(tmp_path / "mmlu" / subject, split, records)
-    for name, split, records in questions.kobest_rows():
-        write(tmp_path / "kobest" / name, split, records)
-    for task in benchmarks.load()[0].values():
-        if task.found(root / "data") and task.name != "marc_ja":
-            assert task.questions(tmp_path, shots=2) == task.questions(root / "data", shots=2)
-
-
-# ---- runs
 
 
 def test_a_context_is_computed_once(root, finished, monkeypatch):
@@ -258,71 +166,6 @@ def test_limit_takes_the_first_questions(root, finished, tmp_path, monkeypatch):
         for name, results in finished[1]["results"].items()
         if name in ("kobest", "marc_ja", "mmlu_sociology")
     )
-
-
-def test_macro_f1_by_hand():
-    # Class 0: 1 hit, 1 missed, 0 wrong; class 1: 1 hit, 0 missed, 1 wrong; class 2: predicted once, never right.
-    assert macro_f1([0, 0, 1], [0, 1, 1]) == pytest.approx((2 / 3 + 2 / 3) / 2)
-    assert macro_f1([0, 0], [0, 2]) == pytest.approx((2 / 3 + 0) / 2)
-
-
-# ---- mistakes
-
-
-def replace(path, old, new):
-    def change(data):
-        text = (data / path).read_text()
-        assert old in text
-        (data / path).write_text(text.replace(old, new, 1))
-
-    return change
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            replace("kobest/boolq/test.jsonl", '"paragraph"', '"passage"'),
-            "boolq/test.jsonl:1: no column 'paragraph' or 'Text'; it has 'passage', 'question', 'label'",
-        ),
-        (
-            replace("kobest/boolq/test.jsonl", '"label": 0', '"label": 2'),
-            "boolq/test.jsonl:2: the label 'label' is 2; it should be one of False, True (or 0 to 1)",
-        ),
-        (replace("kobest/copa/test.jsonl", "결과", "끝"), "copa/test.jsonl:1: 'question' must be 원인 (cause) or 결과"),
-        (replace("kobest/copa/test.jsonl", "강물이 불어났다.", ""), "copa/test.jsonl:1: a choice is empty"),
-        (replace("kobest/wic/test.jsonl", '{"word"', '{"word'), "wic/test.jsonl:1: not a line of JSON"),
-        (replace("kobest/wic/test.jsonl", '"배"', "7"), "wic/test.jsonl:1: 'word' must be text, not 7"),
-        (
-            replace("marc_ja/valid-v1.0.json", "positive", "neutral"),
-            "valid-v1.0.json:1: the label 'label' is 'neutral'; it should be one of positive, negative",
-        ),
-        (
-            replace("mmlu/test/virology_test.csv", ",C\n", ",E\n"),
-            "virology_test.csv:1: the label 'answer' is 'E'; it should be one of A, B, C, D",
-        ),
-        (replace("mmlu/dev/virology_dev.csv", ",a few", ""), "virology_dev.csv:1: 5 columns instead of 6 (question, A"),
-        (lambda data: (data / "mmlu/test/virology_test.csv").write_text(""), "virology_test.csv: it has no records"),
-        (lambda data: (data / "mmlu/dev/virology_dev.csv").unlink(), "virology_dev.*: not found; mmlu_virology needs"),
-        (
-            lambda data: (data / "kobest/wic/test.tsv").write_text("ID\n1\n"),
-            "wic/test.jsonl and",
-        ),
-        (lambda data: (data / "kobest/wic/test.jsonl").write_bytes(b'{"word": "\xff"}'), "wic/test.jsonl:1: not UTF-8"),
-        (
-            lambda data: (data / "kobest/wic/test.jsonl").rename(data / "kobest/wic/test.parquet"),
-            "wic/test.parquet: damaged or incomplete",
-        ),
-        (lambda data: shutil.rmtree(data / "kobest"), "no file of kobest, such as "),
-    ],
-)
-def test_bad_data_is_one_line(root, tmp_path, change, message, monkeypatch, capfd):
-    data = shutil.copytree(root / "data", tmp_path / "data")
-    change(data)
-    assert run(monkeypatch, root, "--data", data, "--tasks", "mmlu_virology,kobest,marc_ja") == 2
-    error = capfd.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: ")
-    assert message in error
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,14 @@
 """Small benchmarks in the formats of MT-Bench, Japanese MT-Bench and LogicKor, and a model that answers them."""
 
 import json
+from pathlib import Path
 
 import families
 from small_tokenizer import write_tokenizer
 from tokenizers import Tokenizer, decoders
 
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared" / "data" / "bench"
 MT_CATEGORIES = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TEXTS = {
     "mt_bench": ("Tell me of {} number {}. {{x}} 🙂", "And now shorter, as “{{answer}}”."),
@@ -94,3 +97,21 @@ def write_model(directory, context=2000):
     )
     (directory / "chat_template.jinja").write_text(template)
     return directory
+
+
+def write_answers(directory, name, model="tiny", text="answer {} turn {}"):
+    """An answer file of a model whose answers say which ones they are."""
+    questions = read_jsonl(directory / "question.jsonl")
+    ids = [question["id" if name == "logickor" else "question_id"] for question in questions]
+    turns = {id: [text.format(id, 1), text.format(id, 2)] for id in ids}
+    records = [
+        {
+            "question_id": id,
+            "answer_id": "a",
+            "model_id": model,
+            "choices": [{"index": 0, "turns": turns[id]}],
+            "tstamp": 1.0,
+        }
+        for id in ids
+    ]
+    return write_jsonl(directory / "model_answer" / f"{model}.jsonl", records)

@@ -8,6 +8,7 @@ import time
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+SECRET = "sk-secret-0123456789"
 RATED = "It answers the question. Rating: [[7]]"
 
 

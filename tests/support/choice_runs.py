@@ -1,0 +1,29 @@
+"""`eval choice` on a random model and the sample questions."""
+
+import sys
+
+import families
+import pytest
+from small_tokenizer import write_tokenizer
+
+from elo.common.errors import exit_status
+from eval import __main__ as evaluation
+from examples import questions
+
+
+def make_root(root):
+    """A random model and the sample questions."""
+    families.VARIANTS["small"] = lambda: families.llama(vocab_size=400, max_position_embeddings=1024)
+    families.write("small", root / "model")
+    write_tokenizer(root / "model")
+    questions.write(root / "data")
+    return root
+
+
+def run(monkeypatch, root, *words):
+    """The exit status of `eval choice` with that model."""
+    words = ["--model", root / "model", "--dtype", "fp32", "--batch-tokens", 600, *words]
+    monkeypatch.setattr(sys, "argv", ["eval", "choice", *map(str, words)])
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(evaluation.main)
+    return exit_.value.code
