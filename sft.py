@@ -4,8 +4,8 @@
         --samples 31000 --epochs 10 --out runs/sft
 
 The loss counts the assistant's words and its end-of-turn token, nothing else: no empty answers, and none that the data
-take out of it, as by {"weight": 0} in a message. With --validation-fraction every epoch ends with the loss on held-out
-conversations.
+take out of it, as by {"weight": 0} in a message. With --validation or --validation-fraction every epoch ends with the
+loss of held-out conversations.
 """
 
 import math
@@ -20,7 +20,8 @@ from elo.common.options import Parser
 from elo.common.written import Written
 from elo.data import conversations
 from elo.data.conversation_batches import ConversationBatches
-from elo.data.conversations import load_conversations
+from elo.data.conversation_files import message_digests
+from elo.data.conversations import Conversations, load_conversations
 from elo.model.checkpoint import CONFIG, Checkpoint
 from elo.model.decoder import CausalLM, build
 from elo.model.saving import copy, export, model_files
@@ -35,7 +36,7 @@ from elo.text.chat_format import ChatFormat, chat_format
 from elo.text.chat_result import tuned_config, write_chat_files
 from elo.text.tokenizer import load_tokenizer
 from elo.training import train
-from elo.validation import summed_losses
+from elo.validation import HeldOut, held_out_conversations
 
 TIME = "time"  # in run.json's data
 
@@ -64,16 +65,16 @@ def parse_arguments() -> Namespace:
 def run(arguments: Namespace, world: World) -> None:
     base = Checkpoint(arguments.model)
     base.config.check_seq_len(arguments.seq_len)
-    if arguments.keep == "best" and not arguments.validation_fraction:
-        raise UserError("--keep best needs --validation-fraction, to tell which epoch is the best")
-    if arguments.validate_every and not arguments.validation_fraction:
-        raise UserError("--validate-every needs --validation-fraction, which holds conversations out")
+    needs = "--keep best" if arguments.keep == "best" else "--validate-every" if arguments.validate_every else None
+    if needs and not (arguments.validation or arguments.validation_fraction):
+        raise UserError(f"{needs} needs --validation FILE or --validation-fraction, conversations that are held out")
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
     now = world.on_rank_0(partial(time_of_run, arguments.out, goes_on))
     tokenizer = load_tokenizer(arguments.model, base.config.vocab_size)
     chat = chat_format(arguments.model, tokenizer, arguments.chat_format, now)
+    watched = load_validation(arguments, chat, world)
     every, report = load_conversations(
         arguments.data,
         chat,
@@ -82,22 +83,42 @@ def run(arguments: Namespace, world: World) -> None:
         arguments.samples,
         arguments.seed,
         arguments.skip_malformed,
+        message_digests(arguments.validation or ()),
     )
     world.say(*report.lines())
-    training, held_out = every.split(arguments.validation_fraction, arguments.seed)
+    training, split_off = every.split(arguments.validation_fraction, arguments.seed)
+    watched = watched or split_off
+    held_out = held_out_conversations(watched, arguments.micro_batch_tokens) if len(watched) else None
     shape = arguments.batch_conversations, arguments.micro_batch_tokens
     batches = ConversationBatches(training, *shape, arguments.epochs, arguments.seed, world)
-    validation = ConversationBatches(held_out, *shape, 1, arguments.seed, world) if len(held_out) else None
     data = {"conversations": every.digest(), "model": base.fingerprint(), **({TIME: now} if chat.needs_time else {})}
+    if arguments.validation and arguments.keep == "best":
+        data["conversations of --validation"] = watched.digest()
     open_run(arguments, world, goes_on, data)
 
     model = parallelize(build(tuned_config(base.config, chat)), world, parallel, shapes_vary=True)
     base.load_into(model)
-    epochs = Epochs(arguments, model, base, chat, batches, validation, world)
+    epochs = Epochs(arguments, model, base, chat, batches, held_out, world)
     done = train(model, batches, options, world, arguments.out, after_step=epochs.after_step)
     epochs.finish(done)
     close_run(arguments, world)
     tell_result(world, arguments.out, model, ["-m", "elo.generation", "--model", arguments.out])
+
+
+def load_validation(arguments: Namespace, chat: ChatFormat, world: World) -> Conversations | None:
+    """All conversations of the files of --validation, if it is given, each of which has one at least."""
+    if not arguments.validation:
+        return None
+    fitting = {"seq_len": arguments.seq_len, "skip_malformed": arguments.skip_malformed}
+    try:
+        held_out, report = load_conversations(arguments.validation, chat, **fitting)
+    except UserError as error:
+        raise UserError(f"--validation: {error}") from None
+    for number, file in enumerate(arguments.validation):
+        if number not in held_out.table["file"]:
+            raise UserError(f"--validation {file}: no conversation there has an answer that fits into --seq-len")
+    world.say(*(f"held out: {line}" for line in report.lines()))
+    return held_out
 
 
 def time_of_run(out: Path, goes_on: bool) -> float:
@@ -116,11 +137,11 @@ class Epochs:
         base: Checkpoint,
         chat: ChatFormat,
         batches: ConversationBatches,
-        validation: ConversationBatches | None,
+        held_out: HeldOut | None,
         world: World,
     ) -> None:
         self.out, self.keep, self.model, self.base = arguments.out, arguments.keep, model, base
-        self.batches, self.validation, self.world = batches, validation, world
+        self.batches, self.held_out, self.world = batches, held_out, world
         self.validate_every = arguments.validate_every
         self.chat_files = partial(write_chat_files, chat)
         self.best = world.on_rank_0(self.best_so_far)
@@ -128,17 +149,17 @@ class Epochs:
 
     def after_step(self, step: int, is_last: bool) -> dict[str, Any]:
         epoch, rest = divmod(step, self.batches.steps_per_epoch)
-        is_due = not rest or (self.validate_every and (is_last or step % self.validate_every == 0))
+        is_due = not rest or is_last or (self.validate_every and step % self.validate_every == 0)
         ended: dict[str, Any] = {} if rest else {"epoch": epoch}
-        is_best = False
-        if self.validation is not None and is_due:
-            loss = ended["validation_loss"] = self.held_out_loss()
-            self.world.say(f"{f'step {step}' if rest else f'epoch {epoch}'}: held-out loss {loss:.4f}")
+        if self.held_out and is_due:
+            ended |= self.held_out.measure(self.model, f"step {step}" if rest else f"epoch {epoch}", self.world)
         if rest:
             return ended
-        if self.validation is not None:
-            is_best = self.best is None or (number(loss), epoch) < self.best
-            self.best = (number(loss), epoch) if is_best else self.best
+        is_best = False
+        if self.held_out:
+            this = number(ended["validation_loss"]), epoch
+            is_best = self.best is None or this < self.best
+            self.best = this if is_best else self.best
         if self.keep == "every" or (self.keep == "best" and is_best):
             self.save(epoch)
         if self.keep == "best" and is_best and self.world.rank == 0:
@@ -146,12 +167,6 @@ class Epochs:
                 if directory != self.directory(epoch):
                     self.remove(directory)
         return ended
-
-    def held_out_loss(self) -> float:
-        """In nats a trained token, over all that is held out. Collective."""
-        batches, steps = self.validation, range(len(self.validation))
-        pairs = ((0, *pair) for step in steps for pair in batches.micro_batches(step))
-        return summed_losses(self.model, pairs, 1, self.world)[0] / sum(map(batches.label_count, steps))
 
     def best_so_far(self) -> tuple[float, int] | None:
         """(loss, epoch) of the best epoch that an interrupted run saved."""

@@ -26,7 +26,7 @@ from elo.model.loss import IGNORE
 from elo.runs.directory import option_values
 from elo.runs.processes import World
 from elo.text.tokenizer import load_tokenizer
-from elo.validation import HeldOut
+from elo.validation import HeldOutTexts
 from elo.variants.active_vocabulary import ActiveVocabulary
 
 DEFAULT_MODEL = "models/Llama-3.1-8B"
@@ -66,14 +66,14 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     )
 
 
-def open_validation(arguments: Namespace, config: ModelConfig) -> HeldOut | None:
+def open_validation(arguments: Namespace, config: ModelConfig) -> HeldOutTexts | None:
     """The text of --validation. Raises UserError for its options without it."""
     names = ("validation_mb", "validate_every", "validation_field")
     if not arguments.validation:
         for name in (name for name in names if getattr(arguments, name) is not None):
             raise UserError(f"--{name.replace('_', '-')} needs --validation PATH")
         return None
-    return HeldOut(
+    return HeldOutTexts(
         find_texts("--validation", arguments.validation),
         load_tokenizer(arguments.model, config.vocab_size),
         arguments.seq_len,
@@ -84,7 +84,7 @@ def open_validation(arguments: Namespace, config: ModelConfig) -> HeldOut | None
 
 
 def watch(
-    held_out: HeldOut | None, model: CausalLM, arguments: Namespace, steps: int, world: World
+    held_out: HeldOutTexts | None, model: CausalLM, arguments: Namespace, steps: int, world: World
 ) -> Callable[[int, bool], dict[str, Any]]:
     """What `training.train` does after each of its steps."""
     if held_out is None:
@@ -97,7 +97,7 @@ def open_windows(
     config: ModelConfig,
     world: World,
     after: Path | None = None,
-    held_out: HeldOut | None = None,
+    held_out: HeldOutTexts | None = None,
 ) -> Windows:
     """Tokenize both languages, or reuse their tokens, and open their stream; one process a node does the work.
 
@@ -179,7 +179,7 @@ def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> d
     }
 
 
-def find_texts(option: str, patterns: list[str], held_out: HeldOut | None = None) -> list[Path]:
+def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None = None) -> list[Path]:
     """The files of an option, but for copies of those held out, which are named on stderr."""
     try:
         files = find_files(patterns)

@@ -1,15 +1,15 @@
-"""Loss and bits per UTF-8 byte of held-out text, for `python -m eval perplexity` and for runs that watch it.
+"""The loss of what is held out, for runs that watch it, and of texts also for `python -m eval perplexity`.
 
-Documents are taken one by one and cut into windows; every token that has a predecessor in its window counts. The
-family's BOS stands in front of a document, and no other special token anywhere. Bits per byte, which compare models
-with different tokenizers, are the bits of the counted tokens over all bytes of the text.
+Of a conversation the tokens count that training would count. A document is cut into windows; every token that has a
+predecessor in its window counts. The family's BOS stands in front of a document, and no other special token anywhere.
+Bits per byte, which compare models with different tokenizers, are the bits of the counted tokens over all bytes of the
+text.
 """
 
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
+from elo.data.conversations import Conversations
 from elo.data.documents import Document, read_documents
 from elo.data.shards import TokenShard
 from elo.model.decoder import CausalLM
@@ -29,15 +30,15 @@ from elo.text.tokenizer import Tokenizer
 from elo.variants.active_vocabulary import whole_head
 
 BATCH_TOKENS = 8192
-SORTED_TOGETHER = 512  # windows, so that those of a batch are of about one length
+SORTED_TOGETHER = 512  # rows, so that those of a batch are of about one length
 MOST_FILES = 100  # all of them stand in a line of metrics.jsonl
 
-Batch = tuple[Tensor, Tensor]  # tokens and labels, each (rows, length)
+Batch = tuple[Tensor, Tensor]  # tokens and labels, each (rows, length); of one row each (length,)
 
 
 @dataclass
 class Score:
-    """Sums over the documents of a file; `nats` is their summed cross-entropy."""
+    """Sums over the documents of a file; `nats` is their summed cross-entropy. Of conversations no bytes are known."""
 
     documents: int = 0
     bytes: int = 0
@@ -52,7 +53,7 @@ class Score:
             "bytes": self.bytes,
             "loss": loss,
             "perplexity": math.exp(min(loss, 700.0)),
-            "bits_per_byte": self.nats / math.log(2) / self.bytes,
+            **({"bits_per_byte": self.nats / math.log(2) / self.bytes} if self.bytes else {}),
         }
 
 
@@ -65,25 +66,26 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoded:
     return Encoded(len(text.encode("utf-8")), tokenizer.encode(text))
 
 
-def make_batches(documents: Iterable[Encoded], bos_id: int | None, seq_len: int, score: Score) -> Iterator[Batch]:
-    """Windows of `seq_len` tokens in batches, in bounded memory; what they have is added to `score`."""
+def windows(documents: Iterable[Encoded], bos_id: int | None, seq_len: int, score: Score) -> Iterator[Batch]:
+    """Rows of at most `seq_len` tokens; the documents and bytes that they are of are added to `score`."""
+    for document in documents:
+        score.documents += 1
+        score.bytes += document.bytes
+        ids = torch.tensor(document.ids if bos_id is None else [bos_id, *document.ids])
+        # A window of one token predicts nothing.
+        yield from ((window[:-1], window[1:]) for window in ids.split(seq_len) if len(window) > 1)
 
-    def windows() -> Iterator[Tensor]:
-        for document in documents:
-            score.documents += 1
-            score.bytes += document.bytes
-            ids = torch.tensor(document.ids if bos_id is None else [bos_id, *document.ids])
-            # A window of one token predicts nothing.
-            yield from (window for window in ids.split(seq_len) if len(window) > 1)
 
-    stream = windows()
-    while group := sorted(islice(stream, SORTED_TOGETHER), key=len):
+def make_batches(rows: Iterable[Batch], score: Score, most_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
+    """Rows in batches, in bounded memory; the tokens that count are added to `score`."""
+    stream = iter(rows)
+    while group := sorted(islice(stream, SORTED_TOGETHER), key=lambda row: len(row[0])):
         while group:
-            size = max(1, BATCH_TOKENS // len(group[-1]))
+            size = max(1, most_tokens // len(group[-1][0]))
             batch, group = group[-size:], group[:-size]
             # Right padding needs no mask under causal attention: no real token looks at it.
-            tokens = pad_sequence([window[:-1] for window in batch], batch_first=True)
-            labels = pad_sequence([window[1:] for window in batch], batch_first=True, padding_value=IGNORE)
+            tokens = pad_sequence([row[0] for row in batch], batch_first=True)
+            labels = pad_sequence([row[1] for row in batch], batch_first=True, padding_value=IGNORE)
             score.tokens += int((labels != IGNORE).sum())
             yield tokens, labels
 
@@ -98,7 +100,7 @@ def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterable[Docume
     """The score of a model, which is no run's, on documents."""
     score, device = Score(), model.lm_head.weight.device
     encoded = (encode(tokenizer, document.text) for document in documents)
-    for tokens, labels in make_batches(encoded, tokenizer.bos_id, seq_len, score):
+    for tokens, labels in make_batches(windows(encoded, tokenizer.bos_id, seq_len, score), score):
         score.nats += model(tokens.to(device), labels.to(device)).item()
     return score
 
@@ -120,6 +122,67 @@ def summed_losses(model: CausalLM, batches: Iterable[tuple[int, Tensor, Tensor]]
 
 
 class HeldOut:
+    """What a run is not trained on: batches of each of some files, and what is told of their loss."""
+
+    def __init__(self, files: Sequence[str | Path]) -> None:
+        self.files = files
+        self.scores = [Score() for _ in files]
+        self.batches: list[tuple[int, Tensor, Tensor]] = []
+
+    def add(self, file: int, rows: Iterable[Batch], most_tokens: int = BATCH_TOKENS) -> None:
+        self.batches += [(file, *batch) for batch in make_batches(rows, self.scores[file], most_tokens)]
+
+    def evaluate(self, model: CausalLM, world: World) -> dict[str, Any]:
+        """For a line of metrics.jsonl: the loss, of text also the bits per byte, of all and of each file. Collective.
+
+        A batch is one process's; they are the same for any number of them.
+        """
+        # All must call the model equally often.
+        nothing = 0, torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE)
+        mine = self.batches[world.rank :: world.size]
+        mine += [nothing] * (-(-len(self.batches) // world.size) - len(mine))
+        for score, nats in zip(self.scores, summed_losses(model, mine, len(self.files), world), strict=True):
+            score.nats = nats
+        names = ("documents", "bytes", "tokens", "nats")
+        every = Score(*(sum(getattr(score, name) for score in self.scores) for name in names))
+        by_file = [{"file": str(file), **_shown(score)} for file, score in zip(self.files, self.scores, strict=True)]
+        return {**{f"validation_{name}": value for name, value in _shown(every).items()}, "validation": by_file}
+
+    def measure(self, model: CausalLM, when: str, world: World) -> dict[str, Any]:
+        """`evaluate`, and said: the loss, and of each file the bits per byte, or the loss where it has no bytes."""
+        record = self.evaluate(model, world)
+        files = [f"{Path(line['file']).name} {[*line.values()][-1]:.4f}" for line in record["validation"][:4]]
+        more = len(self.files) - len(files)
+        bits = record.get("validation_bits_per_byte")
+        world.say(
+            f"{when}: held-out loss {record['validation_loss']:.4f}"
+            f"{'' if bits is None else f', bits per byte {bits:.4f}'}"
+            f" ({', '.join(files)}{f' and {more} more' if more else ''})"
+        )
+        return record
+
+    def watch(self, model: CausalLM, every: int, world: World) -> Callable[[int, bool], dict[str, Any]]:
+        """An `after_step` for `training.train`: measures every so many steps and after the last one."""
+        return lambda step, is_last: {} if step % every and not is_last else self.measure(model, f"step {step}", world)
+
+
+def _shown(score: Score) -> dict[str, float]:
+    return {name: value for name, value in score.figures().items() if name in ("loss", "bits_per_byte")}
+
+
+def held_out_conversations(conversations: Conversations, most_tokens: int) -> HeldOut:
+    """Conversations by the files that they are from, or all together if these are too many."""
+    of_file = conversations.table["file"]
+    groups = {conversations.files[number]: np.flatnonzero(of_file == number) for number in np.unique(of_file)}
+    if len(groups) > MOST_FILES:
+        groups = {f"{len(groups)} files": np.arange(len(conversations))}
+    held_out = HeldOut([*groups])
+    for number, indices in enumerate(groups.values()):
+        held_out.add(number, map(conversations.__getitem__, indices), most_tokens)
+    return held_out
+
+
+class HeldOutTexts(HeldOut):
     """The texts of --validation, tokenized: of `megabytes` (10^6 bytes) each file's beginning has an equal part."""
 
     def __init__(
@@ -134,17 +197,15 @@ class HeldOut:
         check_seq_len(seq_len)
         if len(files) > MOST_FILES:
             raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
-        self.files = files
-        self.scores = [Score() for _ in files]
-        self.batches: list[tuple[int, Tensor, Tensor]] = []
+        super().__init__(files)
         # Every document as it stands in a shard, by its numbers of tokens and bytes there.
         self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
         on_malformed = (lambda *_: None) if skip_malformed else None
-        for number, (file, score) in enumerate(zip(files, self.scores, strict=True)):
+        for number, file in enumerate(files):
             documents = read_documents([file], text_field, on_malformed)
             encoded = self._beginning(documents, tokenizer, int(megabytes * 10**6) // len(files))
-            self.batches += [(number, *batch) for batch in make_batches(encoded, tokenizer.bos_id, seq_len, score)]
-            if not score.tokens:
+            self.add(number, windows(encoded, tokenizer.bos_id, seq_len, self.scores[number]))
+            if not self.scores[number].tokens:
                 raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
 
     def _beginning(self, documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
@@ -171,42 +232,3 @@ class HeldOut:
             if ids in self.documents.get((tokens, int(table["bytes"][number])), ()):
                 found.append(number)
         return np.array(found, np.int64)
-
-    def evaluate(self, model: CausalLM, world: World) -> dict[str, Any]:
-        """For a line of metrics.jsonl: the loss and bits per byte of all the text, and of each file. Collective.
-
-        A batch is one process's; they are the same for any number of them.
-        """
-        # All must call the model equally often.
-        nothing = 0, torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE)
-        mine = self.batches[world.rank :: world.size]
-        mine += [nothing] * (-(-len(self.batches) // world.size) - len(mine))
-        for score, nats in zip(self.scores, summed_losses(model, mine, len(self.files), world), strict=True):
-            score.nats = nats
-        names = ("documents", "bytes", "tokens", "nats")
-        every = Score(*(sum(getattr(score, name) for score in self.scores) for name in names)).figures()
-        by_file = [
-            {"file": str(file)} | {name: score.figures()[name] for name in ("loss", "bits_per_byte")}
-            for file, score in zip(self.files, self.scores, strict=True)
-        ]
-        return {
-            "validation_loss": every["loss"],
-            "validation_bits_per_byte": every["bits_per_byte"],
-            "validation": by_file,
-        }
-
-    def watch(self, model: CausalLM, every: int, world: World) -> Callable[[int, bool], dict[str, Any]]:
-        """An `after_step` for `training.train`: evaluates every so many steps and after the last one."""
-        return partial(self._after_step, model, every, world)
-
-    def _after_step(self, model: CausalLM, every: int, world: World, step: int, is_last: bool) -> dict[str, Any]:
-        if step % every and not is_last:
-            return {}
-        record = self.evaluate(model, world)
-        files = [f"{Path(line['file']).name} {line['bits_per_byte']:.4f}" for line in record["validation"][:4]]
-        more = len(self.files) - len(files)
-        world.say(
-            f"step {step}: held-out loss {record['validation_loss']:.4f}, bits per byte "
-            f"{record['validation_bits_per_byte']:.4f} ({', '.join(files)}{f' and {more} more' if more else ''})"
-        )
-        return record

@@ -20,6 +20,7 @@ from elo.generation.sampling import GREEDY
 from elo.model.checkpoint import load_model
 from elo.text.chat_format import chat_format
 from elo.text.tokenizer import load_tokenizer
+from elo.validation import HeldOut
 
 
 @pytest.fixture
@@ -80,9 +81,13 @@ def test_a_records_system_message_and_its_switches_change_what_is_learned(projec
     assert not any(weights["as it is"].equal(weights[name]) for name in ("system", "part"))
 
 
+def evaluated(loss):
+    return {"validation_loss": loss, "validation": []}
+
+
 def test_what_is_kept(project, monkeypatch):
     losses = iter([3.0, 1.0, 2.0] * 2)  # of three epochs, the second is the best
-    monkeypatch.setattr(sft.Epochs, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_: evaluated(next(losses)))
     options = ["--epochs", "3", "--validation-fraction", "0.2"]
     every, best = project / "every", project / "best"
     assert run(project, monkeypatch, *options, "--out", every, "--keep", "every") == 0
@@ -205,9 +210,9 @@ def test_a_model_where_that_of_the_best_epoch_is_gone(project, monkeypatch):
 
     def remove_and_evaluate(*_):
         shutil.rmtree(project / "out/epoch-1", ignore_errors=True)
-        return next(losses)
+        return evaluated(next(losses))
 
-    monkeypatch.setattr(sft.Epochs, "held_out_loss", remove_and_evaluate)
+    monkeypatch.setattr(HeldOut, "evaluate", remove_and_evaluate)
     options = ["--epochs", "2", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
     assert run(project, monkeypatch, *options) == 0
     assert json.loads((project / "out/sft.json").read_text())["steps"] == 8
@@ -216,7 +221,7 @@ def test_a_model_where_that_of_the_best_epoch_is_gone(project, monkeypatch):
 
 def test_the_best_epoch_is_no_nan(project, monkeypatch):
     losses = iter([math.nan, 2.0, math.nan])
-    monkeypatch.setattr(sft.Epochs, "held_out_loss", lambda *_: next(losses))
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_: evaluated(next(losses)))
     options = ["--epochs", "3", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
     assert run(project, monkeypatch, *options) == 0
     assert json.loads((project / "out/sft.json").read_text())["epoch"] == 2

@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
 
 import families
 import pytest
+import small_runs
 import torch
 from small_runs import KOREAN, finish, lines, make_project, result, run_here, start_group
 from small_tokenizer import add_chat_tokens, write_tokenizer
@@ -159,11 +161,123 @@ def test_a_run_that_goes_on_may_be_watched_in_another_way(capfd):
     assert run_here(f"{command} valid.jsonl held.txt --validate-every 2 --max-steps 4") == 0
 
 
+# ---- conversations
+
+
+def chat(number):
+    answer = f"{number} some text " * (number % 3 + 1)
+    return [{"from": "human", "value": f"다른 {number}?"}, {"from": "gpt", "value": answer}]
+
+
+def write_chats(name, numbers, record=lambda chat: {"conversations": chat}):
+    Path(name).write_text("".join(json.dumps(record(chat(number))) + "\n" for number in numbers))
+
+
+@pytest.fixture
+def files_only(monkeypatch):
+    """sft.py without --validation-fraction."""
+    monkeypatch.setattr(small_runs, "CHATS", small_runs.CHATS.replace(" --validation-fraction 0.2", ""))
+
+
 def test_conversations_every_few_steps(capfd):
-    assert run_here("sft --epochs 2 --validate-every 3") == 0
+    assert run_here("sft --epochs 2 --validate-every 3 --max-steps 7") == 0
     judged = [(line["step"], line.get("epoch")) for line in lines(Path("out")) if "validation_loss" in line]
-    assert judged == [(3, None), (4, 1), (6, None), (8, 2)]
-    assert "step 3: held-out loss" in capfd.readouterr().out
+    assert judged == [(3, None), (4, 1), (6, None), (7, None)]
+    said = capfd.readouterr().out
+    first, *_, last = (line["validation_loss"] for line in validations("out"))
+    assert f"step 3: held-out loss {first:.4f} (chats.json {first:.4f})\n" in said
+    assert f"the held-out one from {first:.4f} to {last:.4f}. The result" in said
+
+
+def test_the_loss_of_conversations_is_that_of_training(files_only):
+    """Of each file, whatever micro-batches it is in; a conversation of several languages' files, as they come."""
+    write_chats("a.jsonl", range(7))
+    write_chats("b.jsonl", range(50, 53))
+    assert run_here("sft --validation a.jsonl b.jsonl --max-steps 1 --lr 1e-12 --validate-every 1") == 0
+    (found,) = validations("out")
+    assert [line["file"] for line in found["validation"]] == ["a.jsonl", "b.jsonl"]
+    tokens = nats = 0
+    for name, mine in zip("ab", found["validation"], strict=True):
+        assert run_here(f"sft --data {name}.jsonl --batch-conversations 10 --epochs 1", name) == 0
+        (line,) = lines(Path(name))
+        assert mine["loss"] == pytest.approx(line["loss"], rel=2e-6)
+        tokens, nats = tokens + line["tokens"], nats + line["tokens"] * line["loss"]
+    assert found["validation_loss"] == pytest.approx(nats / tokens, rel=2e-6)
+    assert run_here("sft --validation a.jsonl b.jsonl --max-steps 1 --lr 1e-12 --micro-batch-tokens 30", "small") == 0
+    assert validations("small")[0]["validation_loss"] == pytest.approx(nats / tokens, rel=2e-6)
+
+
+SAME = {
+    "as it is": lambda chat: {"conversations": chat},
+    "other names": lambda chat: {
+        "messages": [
+            {"role": role, "content": f"{turn['value']} "}
+            for role, turn in zip(("user", "assistant"), chat, strict=True)
+        ]
+    },
+    "with more": lambda chat: {
+        "language": "ko",
+        "system": "Be kind.",
+        "conversations": [*chat, {"from": "human", "value": "?"}],
+    },
+}
+
+
+@pytest.mark.parametrize("written", SAME)
+def test_held_out_conversations_are_not_trained_on(files_only, written, capfd):
+    write_chats("held.jsonl", range(6))
+    write_chats("more.jsonl", range(9), SAME[written])
+    write_chats("rest.jsonl", range(6, 9), SAME[written])
+    command = "sft --epochs 1 --samples 22 --data chats.json"
+    assert run_here(f"{command} more.jsonl --validation held.jsonl") == 0
+    assert "--data: 6 conversations of more.jsonl are left out, which --validation has too\n" in capfd.readouterr().err
+    assert run_here(f"{command} rest.jsonl", "plain") == 0
+    assert result(Path("out"))[0]["model.safetensors"] == result(Path("plain"))[0]["model.safetensors"]
+
+
+def test_what_is_there_twice_is_not_held_out_and_trained_on(capfd):
+    """Whichever is held out: nothing of it is left to train on."""
+    write_chats("twice.jsonl", range(20))
+    assert run_here("sft --epochs 1 --data twice.jsonl twice.jsonl") == 0
+    left_out = int(re.search(r"--data: (\d+) conversations are left out, the same as", capfd.readouterr().err)[1])
+    assert 2 < left_out <= 8
+    assert lines(Path("out"))[-1]["conversations"] == 40 - 8 - left_out
+
+
+def test_the_best_epoch_is_that_of_the_files(files_only, capfd):
+    """Then another file of --validation would choose otherwise, and does not go with the epochs before."""
+    write_chats("held.jsonl", range(6))
+    write_chats("other.jsonl", range(6, 9))
+    command = "sft --epochs 2 --keep best --validation"
+    assert run_here(f"{command} held.jsonl") == 0
+    best = min(validations("out"), key=lambda line: line["validation_loss"])
+    assert json.loads(Path("out/sft.json").read_text())["epoch"] == best["epoch"]
+    Path("out/config.json").unlink()
+    assert run_here(f"{command} other.jsonl") == 2
+    assert "since the run there began, its conversations of --validation changed" in capfd.readouterr().err
+    assert run_here(f"{command} held.jsonl") == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ("absent.jsonl", "--validation: absent.jsonl"),
+        ("held.jsonl long.jsonl", "--validation long.jsonl: no conversation there has an answer that fits"),
+        ("long.jsonl", "--validation: too few conversations: 1 needed, 0 usable"),
+        ("chats.json", "20 dropped: --validation has it too"),
+        ("bad.jsonl", "--validation: bad.jsonl:1: no field 'conversations' or 'messages'"),
+    ],
+)
+def test_mistakes_in_held_out_conversations(files_only, files, message, capfd):
+    write_chats("held.jsonl", range(6))
+    write_chats("long.jsonl", [1], lambda chat: {"conversations": [chat[0] | {"value": "글 " * 99}, chat[1]]})
+    Path("bad.jsonl").write_text('{"text": "x"}\n')
+    assert run_here(f"sft --validation {files}") == 2
+    (error,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error")]
+    assert message in error
+
+
+# ---- mistakes
 
 
 @pytest.mark.parametrize(
@@ -176,7 +290,8 @@ def test_conversations_every_few_steps(capfd):
         ("train --validation held.txt --seq-len 1", "--seq-len 1: a window needs at least 2 tokens"),
         ("train --validation held.txt --validation-mb 0.000001", "held.txt: no token has a predecessor"),
         ("train --validation ko.jsonl", "--target: --validation has all of it"),
-        ("sft --validate-every 3 --validation-fraction 0", "--validate-every needs --validation-fraction"),
+        ("sft --validate-every 3 --validation-fraction 0", "--validate-every needs --validation FILE or"),
+        ("sft --validation chats.json", "--validation: not allowed with"),
     ],
 )
 def test_mistakes_are_one_line(command, message, capfd):

@@ -5,12 +5,13 @@ A record has messages, see `elo.data.conversation_records`, and perhaps a "langu
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.data.conversation_records import LANGUAGE, LISTS, OF_RECORD, remember
+from elo.data.conversation_records import LANGUAGE, LISTS, OF_RECORD, message_digest, read_messages, remember
 from elo.data.json_records import JSON_ENDINGS, MalformedError, read_json_records
 from elo.data.parquet import read_rows
 
@@ -79,3 +80,14 @@ def read_language(record: Any) -> str | None:
     if not isinstance(language, str | None):
         raise MalformedError(f"field {LANGUAGE!r} is not a string")
     return None if language is None else language_name(language)
+
+
+def message_digests(paths: Iterable[str]) -> set[bytes]:
+    """The `message_digest` of every conversation in these files that is not malformed."""
+    digests = set()
+    for path in paths:
+        for _, record in read_conversation_records(path):
+            with suppress(MalformedError):
+                read_language(record)
+                digests.add(message_digest(read_messages(record)))
+    return digests

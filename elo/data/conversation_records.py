@@ -6,6 +6,8 @@ can be told not to be trained, as by {"weight": 0} in a message, for all of them
 by a list there with a value for each message; they stay what later answers follow. Fields without a value say nothing.
 """
 
+import hashlib
+import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -159,3 +161,10 @@ def is_blank(text: str) -> bool:
 
 def text_bytes(messages: Messages) -> int:
     return sum(len(message["content"].encode()) for message in messages)
+
+
+def message_digest(messages: Messages) -> bytes:
+    """Of what is said up to the last answer, without the system's message and space around what anyone says."""
+    said = [(message["role"], message["content"].strip()) for message in messages if message["role"] != "system"]
+    ends = [end for end, (role, text) in enumerate(said, start=1) if role == "assistant" and not is_blank(text)]
+    return hashlib.sha256(json.dumps(said[: max(ends, default=None)]).encode()).digest()

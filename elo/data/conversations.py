@@ -9,7 +9,7 @@ batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world
 import hashlib
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int, seed, share
+from elo.common.terminal import note
 from elo.data.conversation_files import (
     LANGUAGE,
     SUPPORTED,
@@ -28,7 +29,7 @@ from elo.data.conversation_files import (
     read_conversation_records,
     read_language,
 )
-from elo.data.conversation_records import is_blank, read_messages, text_bytes
+from elo.data.conversation_records import is_blank, message_digest, read_messages, text_bytes
 from elo.data.drawing import Pool, random_numbers
 from elo.data.json_records import MalformedError, Skipped, place
 from elo.model.loss import IGNORE
@@ -43,10 +44,11 @@ def add_arguments(parser: Parser) -> None:
         "--languages", type=language_list, metavar="A,B", help="as many of each, names or codes such as ko,en"
     )
     group.add_argument("--samples", type=positive_int, help="conversations in all (default: as many as there are)")
-    group.add_argument("--validation-fraction", type=share, default=0.0, help="to hold out (%(default)s)")
-    group.add_argument(
-        "--validate-every", type=positive_int, metavar="N", help="its loss every N steps too (default: every epoch)"
-    )
+    held_out = group.add_mutually_exclusive_group()
+    held_out.add_argument("--validation", nargs="+", metavar="FILE", help=(
+        "held-out conversations, never trained on: the loss of their answers after every epoch"))  # fmt: skip
+    held_out.add_argument("--validation-fraction", type=share, default=0.0, help="or so many of --data (%(default)s)")
+    group.add_argument("--validate-every", type=positive_int, metavar="N", help="and every N steps")
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--seed", type=seed, default=0, help="of draw, split and shuffle (%(default)s)")
     group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens of the longest one (%(default)s)")
@@ -97,10 +99,14 @@ class Conversations:
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         """Input and labels, each (tokens - 1,) of int64: at every token the next one, or IGNORE."""
+        place = self._place(index)
+        ids = torch.from_numpy(self.ids[place].astype(np.int64))
+        return ids[:-1], ids[1:].where(torch.from_numpy(self.trained[place][1:]), IGNORE)
+
+    def _place(self, index: int) -> slice:
+        """Where its tokens are."""
         start = int(self.table["offset"][index])
-        stop = start + int(self.table["tokens"][index])
-        ids = torch.from_numpy(self.ids[start:stop].astype(np.int64))
-        return ids[:-1], ids[1:].where(torch.from_numpy(self.trained[start + 1 : stop]), IGNORE)
+        return slice(start, start + int(self.table["tokens"][index]))
 
     def place(self, index: int) -> str:
         return place(self.files[self.table["file"][index]], self.table["number"][index])
@@ -113,7 +119,10 @@ class Conversations:
         return digest.hexdigest()[:32]
 
     def split(self, fraction: float, seed: int) -> tuple["Conversations", "Conversations"]:
-        """(training, held out): this fraction of each language is held out, at least one conversation of several."""
+        """(training, held out): this fraction of each language is held out, at least one conversation of several.
+
+        What is the same as a held-out one to the last token is in neither.
+        """
         held_out = np.zeros(len(self), bool)
         for number, language in enumerate(self.languages):
             mine = np.flatnonzero(self.table["language"] == number)
@@ -121,9 +130,13 @@ class Conversations:
             if fraction > 0 and len(mine) > 1:
                 count = min(max(count, 1), len(mine) - 1)
             held_out[random_numbers(seed, "held out", language).permutation(mine)[:count]] = True
-        if fraction > 0 and (held_out.all() or not held_out.any()):
+        taken = {self.ids[self._place(index)].tobytes() for index in np.flatnonzero(held_out)}
+        twins = np.array([self.ids[self._place(index)].tobytes() in taken for index in range(len(self))], bool)
+        if fraction > 0 and (twins.all() or not held_out.any()):
             raise UserError(f"--validation-fraction {fraction:g}: {len(self)} conversations cannot be split")
-        return tuple(replace(self, table=self.table[chosen]) for chosen in (~held_out, held_out))
+        if left_out := int((twins & ~held_out).sum()):
+            note(f"--data: {left_out:,} conversations are left out, the same as some of --validation-fraction")
+        return tuple(replace(self, table=self.table[chosen]) for chosen in (~twins, held_out))
 
 
 @dataclass
@@ -135,6 +148,7 @@ class Report:
     cut: int = 0
     unanswered: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
+    left_out: Counter[str] = field(default_factory=Counter)  # by file
     malformed: Skipped = field(default_factory=Skipped)
     unread: set[str] = field(default_factory=set)  # fields
 
@@ -160,11 +174,13 @@ def load_conversations(
     samples: int | None = None,
     seed: int = 0,
     skip_malformed: bool = False,
+    held_out: Collection[bytes] = (),
 ) -> tuple[Conversations, Report]:
     """Draw and tokenize conversations.
 
     With `languages` (names, see `language_name`) equally many of each: of `samples` in all, the first ones get what
-    cannot be divided; without `samples`, as many as the rarest one has. Without `languages` all are one pool.
+    cannot be divided; without `samples`, as many as the rarest one has. Without `languages` all are one pool. None has
+    a `message_digest` in `held_out`: how many of each file are left out for that is noted on stderr.
 
     Raises UserError with file and line for a malformed record, unless `skip_malformed`; where there are too few; and
     for a file that does not say the languages that are asked for.
@@ -187,11 +203,16 @@ def load_conversations(
             if pool is None:
                 continue
             messages = read_messages(record, report.unread)
+            if held_out and message_digest(messages) in held_out:
+                report.left_out[files[file]] += 1
+                continue
             head = file, number, found_languages.setdefault(language or "", len(found_languages))
             pool.offer(partial(make_example, format, messages, seq_len, head, report.dropped))
         except MalformedError as error:
             report.malformed.add(error, files[file], number, skip_malformed)
 
+    for path, count in report.left_out.items():
+        note(f"--data: {count:,} conversations of {path} are left out, which --validation has too")
     examples = sorted(_draw(pools, samples, report), key=lambda example: example.row)
     conversations = _store(examples, files, list(found_languages))
     counts = np.bincount(conversations.table["language"], minlength=len(found_languages))
@@ -257,9 +278,10 @@ def _draw(pools: dict[str | None, Pool], samples: int | None, report: Report) ->
         needed = (f"{pool.size or 1:,} {name or ''}".strip() for name, pool in pools.items())
         usable = (f"{pool.offered - pool.refused:,} {name or ''}".strip() for name, pool in pools.items())
         found = (f"{count:,} {name or 'of no language'}" for name, count in report.found.most_common(12))
+        dropped = report.dropped + Counter({"--validation has it too": report.left_out.total()})
         raise UserError(
             f"too few conversations: {' and '.join(needed)} needed, {' and '.join(usable)} usable"
-            + "".join(f", {count:,} dropped: {reason}" for reason, count in report.dropped.items())
+            + "".join(f", {count:,} dropped: {reason}" for reason, count in dropped.items())
             + f"; in the files there are {', '.join(found) or 'none'}"
         )
     fewest = min(len(pool.heap) for pool in pools.values())

@@ -33,7 +33,7 @@ class EventFiles:
         """Every number of a line of metrics.jsonl, and of --validation those of each file."""
         scalars = {name: value for name, value in line.items() if isinstance(value, int | float)}
         for held_out in line.get("validation", ()):
-            for name in ("loss", "bits_per_byte"):
+            for name in held_out.keys() - {"file"}:
                 scalars[f"validation_{name}/{held_out['file']}"] = held_out[name]
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, line["step"])
