@@ -5,18 +5,13 @@ import json
 import pyarrow
 import pyarrow.parquet
 import pytest
-from small_chats import chat, chatml, sharegpt, write_lines
+from small_chats import chat, sharegpt, write_lines
 
 from elo.common.errors import UserError
 from elo.data.conversation_records import MOST_UNREAD, SWITCHES, is_blank, read_messages
 from elo.data.conversations import load_conversations
 
 MESSAGES = chat("Hi", "Hello!", "And?", "And so.")
-
-
-@pytest.fixture(scope="module")
-def format(tmp_path_factory):
-    return chatml(tmp_path_factory.mktemp("chatml"))
 
 
 def both(messages=MESSAGES, **fields):

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shard_files import error_of
 from small_tokenizer import write_tokenizer
 
 from elo.common.errors import UserError
@@ -53,12 +54,6 @@ def tokens_of(mixture):
         document = shard.documents[number]
         tokens += shard.tokens[document["offset"] : document["offset"] + document["tokens"]].tolist()
     return tokens
-
-
-def error_of(function, *arguments, **options):
-    with pytest.raises(UserError) as caught:
-        function(*arguments, **options)
-    return str(caught.value)
 
 
 document_sizes = st.lists(st.integers(1, 1000), min_size=1, max_size=60)
@@ -113,9 +108,7 @@ def test_gb_takes_that_much():
 
 
 def test_gb_can_be_exactly_what_there_is():
-    target, source = [100] * 90, [10] * 100
-    mixture = make_mixture(target, source, size=10_000)
-    assert len(mixture.stream) == 190
+    assert len(make_mixture([100] * 90, [10] * 100, size=10_000).stream) == 190
 
 
 def test_more_than_there_is():
@@ -297,7 +290,6 @@ def test_from_files_to_windows(tmp_path):
     assert inputs.shape == labels.shape == (32,)
     assert inputs[1:].tolist() == labels[:-1].tolist()
     consumed = windows.consumed(len(windows))
-    assert Fraction(consumed["target_bytes"], consumed["target_bytes"] + consumed["source_bytes"]) == pytest.approx(
-        0.9, abs=0.02
-    )
+    share = Fraction(consumed["target_bytes"], consumed["target_bytes"] + consumed["source_bytes"])
+    assert share == pytest.approx(0.9, abs=0.02)
     assert all(":" in place for place in windows.documents(3))

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import tokenizers
 from small_tokenizer import write_tokenizer
 
@@ -34,3 +35,31 @@ def sharegpt(messages, **fields):
 def write_lines(path, records):
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
+
+
+CHATS = [
+    chat("Hi", "Hello!", "And?", "And so."),
+    chat("둘째로", "더 많은 글이 필요하다.", system="S"),
+    chat("a\n\nb", "c"),
+]
+
+
+def tagengo(path, counts):
+    """A file with so many conversations of each language, mixed."""
+    records = [
+        sharegpt(chat(f"{language} {number}", "답 " + "x " * (number % 9)), language=language)
+        for language, count in counts.items()
+        for number in range(count)
+    ]
+    np.random.RandomState(0).shuffle(records)
+    return write_lines(path, records)
+
+
+def texts_of(conversations, format):
+    """The text of every conversation, special tokens left out."""
+    return [format.tokenizer.decode(all_ids(conversations, index)) for index in range(len(conversations))]
+
+
+def all_ids(conversations, index):
+    row = conversations.table[index]
+    return conversations.ids[int(row["offset"]) : int(row["offset"] + row["tokens"])].tolist()
