@@ -20,8 +20,9 @@ from benchmarks.training_step import steps
 from benchmarks.training_step.steps import Case
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive, positive_int
-from elo.cpu import attention, linear
-from elo.model import decoder, loss
+from elo.cpu import attention, linear, loss
+from elo.model import decoder
+from elo.model.loss import LinearCrossEntropy
 from elo.runs import devices, sharding
 
 BOTH = ("fp32", "bf16")
@@ -40,7 +41,8 @@ def torch_products() -> None:
 
 
 def rows_of_logits() -> None:
-    loss._by_vocabulary = lambda *factors: loss._by_tokens(*factors, True, False)[:2]
+    rows = LinearCrossEntropy().loss_and_gradients
+    loss._by_vocabulary = lambda *factors: rows(*factors, True, False)[:2]
 
 
 def batched_attention() -> None:

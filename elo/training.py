@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from elo.common.errors import UserError
 from elo.model.decoder import CausalLM
+from elo.model.loss import IGNORE
 from elo.optimizer import Optimizer, TrainingOptions, learning_rate
 from elo.runs.devices import peak_memory
 from elo.runs.directory import CHECKPOINTS, Metrics
@@ -47,9 +48,10 @@ def accumulate(model: CausalLM, batches: Batches, step: int, optimizer: Optimize
     total = torch.zeros((), device=world.device)
     micro_batches = list(batches.micro_batches(step))
     for number, (tokens, labels) in enumerate(micro_batches, start=1):
+        counted = int((labels != IGNORE).sum())  # while they are here: nobody waits for a GPU
         tokens = tokens.to(world.device, non_blocking=True)
         labels = labels.to(world.device, non_blocking=True)
-        loss = model(tokens, labels) / count
+        loss = model(tokens, labels, counted=counted) / count
         total += loss.detach()
         optimizer.last_micro_batch = number == len(micro_batches)
         if optimizer.last_micro_batch:

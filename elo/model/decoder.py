@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from elo.model.cache import Extend, KVCache
 from elo.model.config import ModelConfig
-from elo.model.loss import linear_cross_entropy, softmax_
+from elo.model.loss import LinearCrossEntropy
 from elo.model.rotary import rotary_table, rotate
 
 
@@ -170,7 +170,7 @@ class CausalLM(nn.Module):
 
     `forward(tokens)` gives logits of shape (batch, sequence, vocabulary) in the dtype of computation. With `labels`
     of the tokens' shape (the next token at each position, or IGNORE) it gives the summed cross-entropy in nats as an
-    fp32 scalar, and tokens x vocabulary logits never exist (`elo.model.loss`).
+    fp32 scalar, and tokens x vocabulary logits never exist; `counted` as in `elo.model.loss`.
 
     With a cache, the tokens follow those in it and are added to it, and the logits are those of each row's last token
     only, (batch, vocabulary). `lengths` is how many of a row's tokens are real, the others are padding at its end.
@@ -181,7 +181,7 @@ class CausalLM(nn.Module):
         self.config = config
         self.model = Transformer(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.softmax = softmax_  # of the loss
+        self.loss = LinearCrossEntropy()
         self.is_tied = config.tie_word_embeddings
         self.tie_weights()
 
@@ -196,6 +196,7 @@ class CausalLM(nn.Module):
         labels: Tensor | None = None,
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
+        counted: int | None = None,
     ) -> Tensor:
         hidden = self.model(tokens, cache)
         if cache is not None:
@@ -204,7 +205,7 @@ class CausalLM(nn.Module):
             return self.lm_head(hidden[range(len(lengths)), [new - 1 for new in lengths]])
         if labels is None:
             return self.lm_head(hidden)
-        return linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), self.softmax)
+        return self.loss(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten(), counted)
 
 
 def build(config: ModelConfig) -> CausalLM:

@@ -13,6 +13,7 @@ from math import ceil
 from torch import nn
 
 from elo.common.chunks import even_chunk
+from elo.cpu import loss as cpu_loss
 from elo.cpu.linear import ONEDNN
 from elo.model import loss
 from elo.model.decoder import MLP, Block, CausalLM, RMSNorm, ScaledDotProductAttention
@@ -108,8 +109,8 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     buffers = hidden + loss_buffers(model, setup)
     yield moment("loss", root_weights + ahead, activations=activations + hidden, loss=buffers)
     if head_is_trained:
-        # In fp32, multiplied by the loss's own gradient, and that in the dtype of computation.
-        buffers = 2 * hidden + 2 * FP32 * head + (head_gradient if size != FP32 else 0)
+        # In fp32, and in the dtype of computation, in which autograd hands it on.
+        buffers = 2 * hidden + FP32 * head + (head_gradient if size != FP32 else 0)
         yield moment("gradient of the head", root_weights + ahead, activations=activations, loss=buffers)
 
     # Backward pass, block by block, the next one gathered meanwhile.
@@ -221,27 +222,34 @@ def norm_bytes(norm: RMSNorm, elements: int, setup: Setup) -> int:
 
 
 def loss_buffers(model: CausalLM, setup: Setup) -> int:
-    """Of `loss.linear_cross_entropy` in its forward pass, without the gradient of the hidden states."""
+    """Of `loss.LinearCrossEntropy` in its forward pass, without the gradient of the hidden states."""
     vocabulary, width = model.lm_head.weight.shape
-    size, tokens, device = setup.itemsize, setup.tokens, setup.device
-    onednn = size == FP32 and device == "cpu" and ONEDNN  # it takes no transposed factor, but copies it
+    size, tokens, trained = setup.itemsize, setup.tokens, model.lm_head.weight.requires_grad
     is_rounded = size != FP32
+    head_gradient = FP32 * vocabulary * width * trained
+    if setup.device == "cuda":
+        rows = loss.tile_rows(tokens, vocabulary * size, "cuda")
+        logits = rows * vocabulary * size
+        # Beside them a copy in fp32, which a compiled softmax has none of; later what they make of the head.
+        return head_gradient + logits + max(FP32 * rows * vocabulary * is_rounded, size * rows * width)
+
+    onednn = size == FP32 and ONEDNN  # it takes no transposed factor, but copies it
 
     def block(rows: int, columns: int) -> int:
-        """Some rows of logits in fp32, where they are not so already; a compiled softmax has none of it."""
-        return even_chunk(rows, loss.BLOCK_BYTES[device] // (columns * FP32)) * columns * FP32 * is_rounded
+        """Some rows of logits in fp32, where they are not so already."""
+        return even_chunk(rows, cpu_loss.BLOCK_BYTES // (columns * FP32)) * columns * FP32 * is_rounded
 
-    if not model.lm_head.weight.requires_grad:
-        rows = even_chunk(tokens, loss.TILE_ROWS[device])
-        columns = even_chunk(vocabulary, loss.TILE_BYTES[device] // (rows * size), multiple=64)
+    if not trained:
+        rows = even_chunk(tokens, cpu_loss.TILE_ROWS)
+        columns = even_chunk(vocabulary, cpu_loss.TILE_BYTES // (rows * size), multiple=64)
         tile = rows * columns * size
         earlier = tile if columns < vocabulary else 0  # a tile goes when the next one is there
         product = rows * width * (FP32 + size * is_rounded) + columns * width * FP32 * onednn
         work = tile + max(earlier, block(rows, columns), product)
         return rows * width * (size + FP32) + max(work, rows * width * 2 * FP32)
-    rows = even_chunk(tokens, loss.CHUNK_BYTES[device] // (vocabulary * size))
+    rows = even_chunk(tokens, cpu_loss.CHUNK_BYTES // (vocabulary * size))
     logits = rows * vocabulary * size
-    # The weight's gradient is summed in fp32: of most devices' fp32 factors in place, of others' apart.
+    # The head's gradient is summed in fp32: of most devices' fp32 factors in place, of others' apart.
     product = vocabulary * width * size * (is_rounded or onednn)
     work = max(logits if rows < tokens else 0, block(rows, vocabulary), product + logits * onednn)
-    return vocabulary * width * FP32 + logits + work
+    return head_gradient + logits + work

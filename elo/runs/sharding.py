@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int
-from elo.cpu import attention, linear
+from elo.cpu import attention, linear, loss
 from elo.model.decoder import CausalLM, ScaledDotProductAttention
-from elo.model.loss import softmax_to_compile_
+from elo.model.loss import LinearCrossEntropy, softmax_
 from elo.runs.compilation import compiled
 from elo.runs.devices import DTYPES, inference_device, set_for_training
 from elo.runs.processes import World
@@ -38,7 +38,7 @@ class ParallelOptions:
         group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
         group.add_argument(
             "--compile", action=BooleanOptionalAction, default=inference_device().type == "cuda", help=(
-            "blocks and softmax (default: on CUDA)"))  # fmt: skip
+            "blocks, on CUDA the loss's softmax too (default: on CUDA)"))  # fmt: skip
         group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
         group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
         group.add_argument("--shard", type=positive_int, metavar="N", help=(
@@ -59,9 +59,23 @@ def make_mesh(world: World, shard: int | None) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
+class CpuCrossEntropy(LinearCrossEntropy):
+    """Takes the place of the decoder's; outside of training it is the same."""
+
+    def loss_and_gradients(
+        self, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, *needs: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        compute = loss.loss_and_gradients if self.training and any(needs) else super().loss_and_gradients
+        return compute(hidden, weight, labels, places, *needs)
+
+
 def use_faster_operators(model: nn.Module) -> None:
-    """For training on a CPU: the same results from faster matrix products and attention (`elo.cpu`)."""
-    faster = {nn.Linear: linear.Linear, ScaledDotProductAttention: attention.ScaledDotProductAttention}
+    """For training on a CPU: the same results from faster matrix products, attention and loss (`elo.cpu`)."""
+    faster = {
+        nn.Linear: linear.Linear,
+        ScaledDotProductAttention: attention.ScaledDotProductAttention,
+        LinearCrossEntropy: CpuCrossEntropy,
+    }
     for module in model.modules():
         module.__class__ = faster.get(type(module), type(module))
 
@@ -91,7 +105,8 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_
         ignored_params=frozen if (options.shard or world.size) == 1 and not options.cpu_offload else None,
     )
     if options.compile:
-        model.softmax = compiled(softmax_to_compile_, world, shapes_vary)
+        # The loss of a CPU does not call it.
+        model.loss.softmax_, model.loss.one_shape = compiled(softmax_, world, shapes_vary), not shapes_vary
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing
         if options.compile:

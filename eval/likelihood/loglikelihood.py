@@ -28,7 +28,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from elo.model.cache import KVCache
 from elo.model.decoder import CausalLM
-from elo.model.loss import CHUNK_BYTES
+from elo.model.loss import TILE_BYTES
 from elo.text.tokenizer import Tokenizer
 
 CAPACITY = 256  # rotary tables are made for multiples of this many positions
@@ -205,7 +205,7 @@ class Scorer:
         ids = torch.tensor(tokens, device=hidden.device)
         hidden = hidden[torch.tensor(distinct, device=hidden.device)]
         result = torch.empty(len(tokens), device=hidden.device)
-        rows = max(1, CHUNK_BYTES[hidden.device.type] // (self.model.config.vocab_size * 4))
+        rows = max(1, TILE_BYTES[hidden.device.type] // (self.model.config.vocab_size * 4))
         for start in range(0, len(distinct), rows):
             logits = self.model.lm_head(hidden[start : start + rows]).float()  # (rows, vocabulary)
             here = (wanted >= start) & (wanted < start + rows)

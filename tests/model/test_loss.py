@@ -1,12 +1,21 @@
-"""The chunked head and loss against torch's own cross-entropy."""
+"""The head and loss in one, its plain form and the one for CPUs, against torch's own cross-entropy."""
 
+import flops
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
+from elo.cpu import loss as cpu_loss
 from elo.cpu.linear import product_dtype
-from elo.model import loss as loss_module
-from elo.model.loss import IGNORE, linear_cross_entropy, softmax_, softmax_to_compile_
+from elo.model import loss as plain_loss
+from elo.model.loss import IGNORE
+from elo.runs.sharding import CpuCrossEntropy
+
+
+@pytest.fixture(params=[plain_loss.LinearCrossEntropy, CpuCrossEntropy], ids=["plain", "cpu"])
+def linear_cross_entropy(request):
+    return request.param()
 
 
 def sample(dtype=torch.float32, seed=0):
@@ -20,10 +29,11 @@ def sample(dtype=torch.float32, seed=0):
 
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("rows_at_a_time", [1, 10, 1000])
-def test_value_and_gradients(rows_at_a_time, frozen, monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 301 * 4 * rows_at_a_time)
-    monkeypatch.setitem(loss_module.TILE_ROWS, "cpu", rows_at_a_time)
-    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 64 * 4 * rows_at_a_time)  # five tiles, the last one smaller
+def test_value_and_gradients(rows_at_a_time, frozen, linear_cross_entropy, monkeypatch):
+    monkeypatch.setitem(plain_loss.TILE_BYTES, "cpu", 301 * 4 * rows_at_a_time)
+    monkeypatch.setattr(cpu_loss, "CHUNK_BYTES", 301 * 4 * rows_at_a_time)
+    monkeypatch.setattr(cpu_loss, "TILE_ROWS", rows_at_a_time)
+    monkeypatch.setattr(cpu_loss, "TILE_BYTES", 64 * 4 * rows_at_a_time)  # five tiles, the last one smaller
     hidden, weight, labels = sample()
     weight.requires_grad_(not frozen)
     loss = linear_cross_entropy(hidden, weight, labels)
@@ -36,28 +46,58 @@ def test_value_and_gradients(rows_at_a_time, frozen, monkeypatch):
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_a_softmax_to_compile_meets_one_shape(frozen, monkeypatch):
-    """Though the last tiles are smaller, in rows and in columns."""
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 301 * 4 * 10)
-    monkeypatch.setitem(loss_module.TILE_ROWS, "cpu", 10)
-    monkeypatch.setitem(loss_module.TILE_BYTES, "cpu", 64 * 4 * 10)
-    shapes, found = set(), []
+def test_tiles_are_of_one_shape(frozen, monkeypatch):
+    """For a softmax that is compiled for a shape: though the last tile is smaller, and whatever number counts."""
+    monkeypatch.setitem(plain_loss.TILE_BYTES, "cpu", 301 * 4 * 20)
+    found = []
+    for one_shape in (False, True):
+        shapes, module = set(), plain_loss.LinearCrossEntropy()
+        module.one_shape = one_shape
+        module.softmax_ = lambda logits, shapes=shapes: shapes.add(tuple(logits.shape)) or plain_loss.softmax_(logits)
+        for ignored in (0, 3, 40, 53):
+            hidden, weight, labels = sample()
+            labels.clamp_(min=0)[:ignored] = IGNORE
+            weight.requires_grad_(not frozen)
+            loss = module(hidden, weight, labels)
+            loss.backward()
+            found.append((loss.detach(), hidden.grad, weight.grad))
+        assert shapes == ({(18, 301)} if one_shape else {(18, 301), (17, 301), (16, 301), (13, 301)})
+    for plain, filled in zip(found[:4], found[4:], strict=True):
+        torch.testing.assert_close(filled, plain, rtol=1e-5, atol=1e-5)
 
-    def softmax(logits):
-        shapes.add(logits.shape)
-        return softmax_to_compile_(logits)
 
-    for function in (softmax, softmax_):
-        hidden, weight, labels = sample()
-        weight.requires_grad_(not frozen)
-        loss = linear_cross_entropy(hidden, weight, labels, function)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("counted", [None, 13])
+def test_ignored_labels_cost_no_head(counted, frozen, linear_cross_entropy):
+    """By torch's count of FLOPs: of 53 labels 13 count."""
+    hidden, weight, labels = sample()
+    labels.clamp_(min=0)[::4] = IGNORE
+    labels[1::2] = IGNORE
+    weight.requires_grad_(not frozen)
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
+        loss = linear_cross_entropy(hidden, weight, labels, counted)
         loss.backward()
-        found.append((loss.detach(), hidden.grad, weight.grad))
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
-    assert len(shapes) == 1
+    assert counter.get_total_flops() == 2 * 13 * 24 * 301 * (2 if frozen else 3)
+    ours = loss.detach(), hidden.grad, weight.grad
+    hidden.grad = weight.grad = None
+    loss = F.cross_entropy(hidden @ weight.T, labels, ignore_index=IGNORE, reduction="sum")
+    loss.backward()
+    torch.testing.assert_close(ours, (loss.detach(), hidden.grad, weight.grad), rtol=1e-5, atol=1e-5)
 
 
-def test_a_frozen_head_gets_no_gradient():
+def test_a_trained_heads_gradient_is_summed_in_fp32(monkeypatch):
+    """Over tiles, beside fp64: nothing of a tile is rounded to bf16 before it is added."""
+    monkeypatch.setitem(plain_loss.TILE_BYTES, "cpu", 301 * 2)
+    hidden, weight, labels = sample(torch.bfloat16)
+    labels = labels.clamp(min=0)
+    gradient = plain_loss.LinearCrossEntropy().loss_and_gradients(hidden, weight, labels, None, False, True)[2]
+    exact = [factor.detach().double().requires_grad_() for factor in (hidden, weight)]
+    F.cross_entropy(exact[0] @ exact[1].T, labels, reduction="sum").backward()
+    assert gradient.dtype == torch.float32
+    assert (gradient - exact[1].grad).norm() < 0.006 * exact[1].grad.norm()
+
+
+def test_a_frozen_head_gets_no_gradient(linear_cross_entropy):
     hidden, weight, labels = sample()
     weight.requires_grad_(False)
     linear_cross_entropy(hidden, weight, labels).backward()
@@ -66,7 +106,7 @@ def test_a_frozen_head_gets_no_gradient():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_bf16_is_summed_in_fp32(frozen):
+def test_bf16_is_summed_in_fp32(frozen, linear_cross_entropy):
     hidden, weight, labels = sample(torch.bfloat16)
     weight.requires_grad_(not frozen)
     loss = linear_cross_entropy(hidden, weight, labels)
@@ -81,7 +121,7 @@ def test_bf16_is_summed_in_fp32(frozen):
     assert (hidden.grad.float() - exact.grad).norm() < 0.02 * exact.grad.norm()
 
 
-def test_only_ignored_labels():
+def test_only_ignored_labels(linear_cross_entropy):
     hidden, weight, labels = sample()
     loss = linear_cross_entropy(hidden, weight, torch.full_like(labels, IGNORE))
     loss.backward()
@@ -90,7 +130,7 @@ def test_only_ignored_labels():
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-def test_logits_that_would_overflow_exp(frozen):
+def test_logits_that_would_overflow_exp(frozen, linear_cross_entropy):
     hidden, weight, labels = sample()
     weight.requires_grad_(not frozen)
     loss = linear_cross_entropy(hidden * 1000, weight, labels)
@@ -101,11 +141,11 @@ def test_logits_that_would_overflow_exp(frozen):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     "softmax",
-    [softmax_, softmax_to_compile_, torch.compile(softmax_to_compile_, backend="aot_eager", fullgraph=True)],
-    ids=["eager", "to compile", "compiled"],
+    [plain_loss.softmax_, cpu_loss.softmax_, torch.compile(plain_loss.softmax_, backend="aot_eager", fullgraph=True)],
+    ids=["plain", "cpu", "compiled"],
 )
 def test_softmax_in_place(softmax, dtype, monkeypatch):
-    monkeypatch.setitem(loss_module.BLOCK_BYTES, "cpu", 301 * 4 * 4)  # the last block is smaller
+    monkeypatch.setattr(cpu_loss, "BLOCK_BYTES", 301 * 4 * 4)  # the last block is smaller
     logits = (20 * torch.randn(53, 301)).to(dtype)
     exact, given = logits.double(), logits
     torch.testing.assert_close(softmax(logits), exact.logsumexp(1, keepdim=True).float(), rtol=1e-6, atol=1e-6)

@@ -1,16 +1,16 @@
 """`elo.planning` says beforehand what a run takes; here it is held against runs."""
 
 import json
-import math
 import re
 import sys
 from dataclasses import replace
 from statistics import fmean
 
 import families
+import flops
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import planning_checks, planning_paper
 from elo.common.errors import UserError, exit_status
@@ -35,16 +35,6 @@ def family(variant, **changes):
 
 # ---- FLOPs, against torch's count of real steps
 
-# The counter does not know oneDNN's products, nor attention on a CPU, nor products that are added in place.
-FORMULAS = {
-    torch.ops.mkldnn._linear_pointwise: lambda x, weight, *_, **__: 2 * math.prod(x) * weight[0],
-    torch.ops.aten.addmm_: lambda total, a, b, *_, **__: 2 * math.prod(a) * b[1],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v)),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-        lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
-    ),
-}
-
 
 def counted(model):
     """torch's FLOPs of a step, a token: (attention, everything else)."""
@@ -52,7 +42,7 @@ def counted(model):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     tokens = torch.randint(0, 300, (2, SEQ_LEN), generator=torch.Generator().manual_seed(0))
-    with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+    with FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
         model(tokens, tokens).backward()
     counts = counter.get_flop_counts()["Global"]
     attention = sum(count for op, count in counts.items() if "dot_product" in str(op))
