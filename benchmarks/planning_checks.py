@@ -59,6 +59,7 @@ def train(config: ModelConfig, method: str, setup: Setup, world: World) -> None:
         compile=False,
         activation_checkpointing=setup.activation_checkpointing,
         cpu_offload=setup.cpu_offload,
+        gather_once=setup.gather_once,
     )
     model = parallelize(make(config, method).model, world, options)
     with torch.no_grad():
@@ -118,8 +119,10 @@ def cases() -> Iterator[tuple[str, Setup]]:
             yield method, replace(setup, activation_checkpointing=True)
             yield method, replace(setup, optimizer_in_backward=True)
             yield method, replace(setup, micro_batches=2)
+            yield method, replace(setup, micro_batches=2, gather_once=True)
             yield method, replace(setup, tokens=4 * SEQ_LEN)
             yield method, replace(setup, shard=2)
+            yield method, replace(setup, shard=2, micro_batches=2, gather_once=True)
 
 
 def main() -> None:

@@ -94,7 +94,7 @@ class Optimizer:
     In backward, each parameter is stepped and its gradient freed as soon as that gradient is complete, so that never
     all of them exist. The parameters are those of the ordinary step. Clipping by the global norm is impossible then:
     the norm is known when it is too late. With several micro-batches gradients must wait for the last one, which
-    takes their full memory; use one micro-batch a step to save it.
+    takes their full memory; use one micro-batch a step to save it. With --gather-once none are complete before it.
     """
 
     def __init__(self, model: CausalLM, options: TrainingOptions) -> None:
@@ -104,6 +104,7 @@ class Optimizer:
         # With --shard every gradient is there several times.
         self.replicas = self.parameters[0].device_mesh.size(0) if self.parameters[0].device_mesh.ndim == 2 else 1
         self.last_micro_batch = False
+        self.gathered_once = model.gathered_once  # by `sharding.parallelize`
         adamw = partial(torch.optim.AdamW, lr=options.lr, betas=(0.9, 0.95), fused=True)
         if not self.in_backward:
             self.adamws = [adamw(self.groups)]
@@ -120,6 +121,16 @@ class Optimizer:
         for adamw in self.adamws:
             for group in adamw.param_groups:
                 group["lr"] = lr
+
+    def before_backward(self, is_last: bool) -> None:
+        """Of a step's every micro-batch: after the last one's backward pass the gradients are complete.
+
+        What is gathered once stays so until then, and its gradients are added up unreduced, in fp32.
+        """
+        self.last_micro_batch = is_last
+        for module in self.gathered_once:
+            module.set_reshard_after_backward(is_last, recurse=False)
+            module.set_requires_gradient_sync(is_last, recurse=False)
 
     def _step_one(self, adamw: torch.optim.AdamW, parameter: Tensor) -> None:
         if self.last_micro_batch:

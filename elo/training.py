@@ -53,12 +53,13 @@ def accumulate(model: CausalLM, batches: Batches, step: int, optimizer: Optimize
         labels = labels.to(world.device, non_blocking=True)
         loss = model(tokens, labels, counted=counted) / count
         total += loss.detach()
-        optimizer.last_micro_batch = number == len(micro_batches)
-        if optimizer.last_micro_batch:
+        is_last = number == len(micro_batches)
+        if is_last:
             # Known before the last backward pass, which may already change parameters.
             (whole,) = world.sum(total.item())
             if not math.isfinite(whole):
                 return whole
+        optimizer.before_backward(is_last)
         # fully_shard averages gradients over the processes; the batch's gradient is their sum.
         (loss * world.size).backward()
     return whole

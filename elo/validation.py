@@ -116,8 +116,9 @@ def summed_losses(model: CausalLM, batches: Iterable[tuple[int, Tensor, Tensor]]
     with torch.compiler.set_stance("force_eager"), whole_head(model):
         for group, tokens, labels in batches:
             totals[group] += model(tokens.to(world.device), labels.to(world.device))
-    # Without a backward pass what the root gathered would stay, instead of its sharded parameters.
-    model.reshard()
+    # Without a backward pass what was gathered would stay, instead of the sharded parameters.
+    for module in (*model.model.layers, model):
+        module.reshard()
     return world.sum(*totals.tolist())
 
 

@@ -44,6 +44,7 @@ class Run:
     activation_checkpointing: bool
     cpu_offload: bool
     optimizer_in_backward: bool
+    gather_once: bool
     tokens: float | None
 
     @property
@@ -67,6 +68,7 @@ class Run:
             activation_checkpointing=self.activation_checkpointing,
             cpu_offload=self.cpu_offload,
             optimizer_in_backward=self.optimizer_in_backward,
+            gather_once=self.gather_once,
         )
 
     def hours(self, flops: float, tokens: float) -> float:
@@ -142,6 +144,8 @@ def fewest_options(model: CausalLM, run: Run, given: str = "") -> list[str]:
         ways.append([("--optimizer-in-backward --clip 0", {"optimizer_in_backward": True})])
     if not run.activation_checkpointing:
         ways.append([("--activation-checkpointing", {"activation_checkpointing": True})])
+    if run.gather_once:
+        ways.append([("no --gather-once", {"gather_once": False})])
     smaller = [run.micro_batch >> halvings for halvings in range(1, run.micro_batch.bit_length())]
     unit, name = (run.seq_len, "--micro-batch-tokens") if run.stage == "sft" else (1, "--micro-batch")
     if smaller:

@@ -1,7 +1,8 @@
 """The bytes that a training step holds at its highest point in each process, counted on a model without memory.
 
 It follows `elo.runs.sharding` (fully_shard: trained weights in fp32 shards, frozen ones in the dtype of computation; a
-block's weights gathered while it is at work, the next one's on their way; gradients reduced in fp32), `elo.model.loss`
+block's weights gathered while it is at work, the next one's on their way; gradients reduced in fp32; with --gather-once
+all weights gathered, and gradients whole in fp32 until the last micro-batch reduces them), `elo.model.loss`
 (its tiles, and the gradient of a trained head in fp32) and what autograd keeps of `elo.model.decoder` without
 torch.compile, which keeps less.
 """
@@ -36,6 +37,7 @@ class Setup:
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     optimizer_in_backward: bool = False
+    gather_once: bool = False
     device: str = "cuda"
     multiprocessors: int = 132  # of a GPU; the default is an H100's
 
@@ -83,17 +85,22 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     root_weights, *block_weights = (size * parameters(module, trained=whole) for module in (root, *blocks))
     hidden = size * config.hidden_size * tokens
     head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
-    head_gradient = size * head * head_is_trained
 
     weights = sum(sharded(module, setup) for module in (root, *blocks))
     root_shard, *block_shards = (sharded(module, setup, trained=True) for module in (root, *blocks))
     all_shards = root_shard + sum(block_shards)
 
+    # The sum over micro-batches: of whole gradients until the last one's backward pass, or of shards of them.
+    is_whole, is_sharded = ((setup.micro_batches > 1) & (setup.gather_once == once) for once in (True, False))
+    whole_root, *whole_blocks = (is_whole * FP32 * parameters(module, trained=True) for module in (root, *blocks))
+    in_place = is_whole and size == FP32  # a gradient goes as soon as it is added
+    head_gradient = size * head * (head_is_trained and not in_place)
+
     def moment(
         name: str, gathered: int, gradients: int = 0, done: int = 0, activations: int = 0, loss: int = 0
     ) -> Bytes:
         """`gradients`: whole ones and buffers; `done`: the shards that are complete."""
-        held = all_shards if setup.micro_batches > 1 else 0 if setup.optimizer_in_backward else done
+        held = all_shards if is_sharded else 0 if setup.optimizer_in_backward else done
         shards = weights, 2 * all_shards, held
         if setup.cpu_offload:
             return Bytes(name, 0, 0, gradients, gathered, activations, loss, sum(shards))
@@ -104,14 +111,16 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     # Of each block until its backward pass.
     kept = [min(hidden, size) if setup.activation_checkpointing else size for size in at_work]
     masks = mask_bytes(model, setup)
-    ahead = block_weights[0] if setup.shard > 1 else 0
+    ahead = block_weights[0] if setup.shard > 1 and not setup.gather_once else 0
     activations = masks + sum(kept) + norm_bytes(model.model.norm, config.hidden_size * tokens, setup)
     buffers = hidden + loss_buffers(model, setup)
-    yield moment("loss", root_weights + ahead, activations=activations + hidden, loss=buffers)
+    gathered = root_weights + (sum(block_weights) if setup.gather_once else ahead)
+    whole_gradients = whole_root + sum(whole_blocks)
+    yield moment("loss", gathered, whole_gradients, activations=activations + hidden, loss=buffers)
     if head_is_trained:
         # In fp32, and in the dtype of computation, in which autograd hands it on.
         buffers = 2 * hidden + FP32 * head + (head_gradient if size != FP32 else 0)
-        yield moment("gradient of the head", root_weights + ahead, activations=activations, loss=buffers)
+        yield moment("gradient of the head", gathered, whole_gradients, activations=activations, loss=buffers)
 
     # Backward pass, block by block, the next one gathered meanwhile.
     waiting = done = 0  # the buffer of gradients that are being reduced; the shards that are complete
@@ -119,29 +128,31 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         block, block_shard = blocks[number], block_shards[number]
         trained = parameters(block, trained=True)
         last = [call.module for call in calls(block, setup.seq_len) if isinstance(call.module, nn.Linear)][-1]
-        gathered = root_weights + block_weights[number] + (ahead if number else 0)
+        if not setup.gather_once:
+            gathered = root_weights + block_weights[number] + (ahead if number else 0)
         before, name = masks + sum(kept[:number]), f"backward pass of block {number + 1}"
         recomputed = at_work[number] if setup.activation_checkpointing else 0
         # The gradients of the block's output, of the two factors in the MLP, and of their product's weight.
         inner = hidden + 2 * size * last.in_features * tokens
-        gradients = waiting + size * parameters(last, trained=True)
+        gradients = whole_gradients + waiting + size * parameters(last, trained=True)
         yield moment(name, gathered, gradients, done, before + kept[number] + recomputed + inner, head_gradient)
         if setup.device == "cuda":
-            gradients = waiting + size * parameters(block.mlp, trained=True)
+            gradients = whole_gradients + waiting + size * parameters(block.mlp, trained=True) * (not in_place)
             inner = hidden + attention_work(block, setup) + (hidden if setup.activation_checkpointing else 0)
             inner += block_activations(block, setup, up_to_attention=True)
             yield moment(f"attention in the {name}", gathered, gradients, done, before + inner, head_gradient)
-        gradients = waiting + size * trained
+        gradients = whole_gradients + waiting + size * trained * (not in_place)
         yield moment(f"end of the {name}", gathered, gradients, done, before + 4 * hidden, head_gradient)
-        gradients = FP32 * trained + max(size * trained, block_shard)
         gathered -= block_weights[number]
+        whole_gradients -= whole_blocks[number]
+        gradients = whole_gradients + FP32 * trained + max(whole_blocks[number] or size * trained, block_shard)
         yield moment(f"reduction after the {name}", gathered, gradients, done, before + hidden, head_gradient)
         waiting, done = FP32 * trained or waiting, done + block_shard
 
     if root_is_trained:
-        gradients = waiting + size * embedding
+        gradients = whole_root + waiting + size * embedding
         yield moment("gradient of the embedding", root_weights, gradients, done, hidden, head_gradient)
-        gradients = FP32 * parameters(root) + max(root_weights, root_shard)
+        gradients = FP32 * parameters(root) + max(whole_root or root_weights, root_shard)
         yield moment("reduction of the gradients of embedding and head", 0, gradients, done)
     yield moment("optimizer", 0 if root_is_trained else root_weights, done=all_shards)
 

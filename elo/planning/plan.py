@@ -66,7 +66,7 @@ def make_parser() -> Parser:
     group.add_argument("--micro-batch-tokens", type=positive_int, default=8192, help="of sft.py (%(default)s)")
     group.add_argument("--dtype", choices=DTYPES, default="bf16", help="(%(default)s)")
     group.add_argument("--shard", type=positive_int, metavar="N", help="(default: over all GPUs)")
-    for name in ("activation-checkpointing", "cpu-offload", "optimizer-in-backward"):
+    for name in ("activation-checkpointing", "cpu-offload", "optimizer-in-backward", "gather-once"):
         group.add_argument(f"--{name}", action="store_true")
     return parser
 

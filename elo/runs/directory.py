@@ -44,7 +44,7 @@ CALLS = {"resume", "restart", "overwrite", "out"}  # how the run is called
 WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge", "tensorboard"}
 WATCHING |= {"validation", "validation_mb", "validation_field", "validate_every"}  # what it leaves out is data's
 # How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
-LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"}
+LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "gather_once", "shard"}
 
 
 def add_arguments(parser: Parser) -> None:

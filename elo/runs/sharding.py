@@ -30,6 +30,7 @@ class ParallelOptions:
     compile: bool
     activation_checkpointing: bool = False
     cpu_offload: bool = False
+    gather_once: bool = False
     shard: int | None = None
 
     @staticmethod
@@ -41,6 +42,8 @@ class ParallelOptions:
             "blocks, on CUDA the loss's softmax too (default: on CUDA)"))  # fmt: skip
         group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
         group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
+        group.add_argument("--gather-once", action="store_true", help=(
+            "a step: blocks stay gathered, and gradients whole, through its micro-batches"))  # fmt: skip
         group.add_argument("--shard", type=positive_int, metavar="N", help=(
             "shard over N processes and replicate such groups (default: shard over all)"))  # fmt: skip
 
@@ -87,6 +90,8 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_
     are held in that dtype as well: nothing is ever added to them. Where each process has the whole model, they are
     left as they are: fully_shard would compute with a copy of them.
 
+    With `options.gather_once` each block is gathered once a step; `optimizer.Optimizer` says when the step ends.
+
     shapes_vary: micro-batches are not all of one shape (`elo.runs.compilation`).
     """
     set_for_training(world.device)
@@ -112,10 +117,15 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_
         if options.compile:
             block.forward = compiled(block.forward, world, shapes_vary)
         shard(block)
+        if options.gather_once:
+            block.set_reshard_after_forward(False)
     shard(model)
+    model.gathered_once = [*model.model.layers] if options.gather_once else []
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
         # A frozen embedding and head never change: gather them once and keep them.
         model.set_reshard_after_backward(False, recurse=False)
+    elif options.gather_once:
+        model.gathered_once.append(model)
     model.to_empty(device="cpu" if options.cpu_offload else world.device)
     model.tie_weights()
     return model

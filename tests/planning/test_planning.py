@@ -21,7 +21,7 @@ from elo.model.decoder import sliding_window_mask
 from elo.model.rotary import rotary_table
 from elo.planning import plan as planning
 from elo.planning.costs import count_flops, flops_per_token, parameters
-from elo.planning.memory import Setup, attention_work, block_activations, planned_memory
+from elo.planning.memory import Setup, attention_work, block_activations, moments, planned_memory
 from elo.runs.sharding import use_faster_operators
 from elo.variants.lora import LoraOptions
 
@@ -114,11 +114,12 @@ def test_parameters_of_methods():
         ("elo", Setup(1024, 512, dtype="fp32", device="cpu")),
         ("full", Setup(512, 512, dtype="fp32", device="cpu", activation_checkpointing=True)),
         ("selective", Setup(512, 512, dtype="fp32", device="cpu")),
+        ("full", Setup(512, 512, dtype="fp32", device="cpu", micro_batches=2, gather_once=True)),
         ("elo", Setup(1024, 1024, dtype="fp32", device="cpu")),
     ],
 )
 def test_peak_memory(method, setup):
-    """Two of the cases of docs/planning.md, with a smaller model; the last one with a window."""
+    """Some of the cases of docs/planning.md, with a smaller model."""
     fields = planning_paper.PUBLIC["Llama-3.1-8B"][0]
     small = {"hidden_size": 256, "intermediate_size": 1024, "num_attention_heads": 4, "num_hidden_layers": 4}
     fields = {**fields, **small, "vocab_size": 16384, "num_key_value_heads": 2}
@@ -210,6 +211,16 @@ def test_what_the_host_holds(shard):
     assert planned.optimizer == 0
 
 
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_what_is_gathered_once(micro_batches):
+    """All weights, in the dtype of computation, and with several micro-batches whole gradients in fp32."""
+    model = make(family("llama3"), "full").model
+    setup = Setup(64, 32, micro_batches=micro_batches, shard=8, gather_once=True)
+    at_the_loss = next(moments(model, setup))
+    assert at_the_loss.gathered == 2 * parameters(model)
+    assert at_the_loss.gradients == 4 * parameters(model) * (micro_batches > 1)
+
+
 def test_a_module_that_is_not_known_is_refused():
     model = make(family("llama3"), "full").model
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()
@@ -283,6 +294,7 @@ def test_table_of_all_stages(tmp_path, monkeypatch, capsys):
         ("Llama-3.1-8B", "--method full --gpus 16 --shard 4"),
         ("Llama-3-70B", "--method lora"),
         ("Llama-3-70B", "--stage align"),
+        ("Llama-3-70B", "--stage align --gpus 64 --gather-once"),
     ],
 )
 def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, capsys):
@@ -295,10 +307,12 @@ def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, c
         changed = list(base)
         if "GPUs" in words:
             words = ["--gpus", *words[:1], *words[2:]]
-        if "no" in words:
-            words = words[2:]
-            place = changed.index("--shard")
-            del changed[place : place + 2]
+        while "no" in words:
+            place = words.index("no")
+            option = words[place + 1]
+            del words[place : place + 2]
+            place = changed.index(option)
+            del changed[place : place + (2 if option == "--shard" else 1)]
         for name, value in (("--micro-batch", "4"), ("--micro-batch-tokens", "8192")):
             assert name not in words or int(words[words.index(name) + 1]) < int(value)
         assert run(monkeypatch, capsys, *changed, *words)[0] == 0, way

@@ -88,7 +88,7 @@ def kill():
 
 COMMANDS = [
     "train --layers 1,4",
-    "train --layers 1,4 --micro-batch 1 --dtype bf16",
+    "train --layers 1,4 --micro-batch 1 --dtype bf16 --gather-once",
     "train --method full --save-every 4",
     "train --method full --optimizer-in-backward --clip 0 --micro-batch 9",
     "train --method full --activation-checkpointing --cpu-offload",
@@ -426,7 +426,7 @@ MAY_CHANGE = {
     *("resume", "restart", "overwrite", "out"),
     *("save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache", "merge", "tensorboard"),
     *("validation", "validation_mb", "validation_field", "validate_every"),
-    *("micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "shard"),
+    *("micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "gather_once", "shard"),
 }
 
 
