@@ -19,6 +19,7 @@ from elo.common.errors import UserError, exit_status
 from elo.common.fields import is_number
 from elo.common.options import Parser, not_negative
 from elo.common.written import RUN, Written
+from elo.held_out_texts import open_validation, watch
 from elo.model.decoder import CausalLM, build
 from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
@@ -73,7 +74,7 @@ def run(arguments: Namespace, world: World) -> None:
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
-    held_out = pretraining.open_validation(arguments, base.config)
+    held_out = open_validation(arguments, base.config.vocab_size)
     if arguments.gb == 0:
         if held_out and not is_auto:
             raise UserError("--gb 0 only puts the layers back: python -m eval perplexity is what measures the result")
@@ -95,7 +96,7 @@ def run(arguments: Namespace, world: World) -> None:
         load_best(replaced, model, held_out, arguments.out, world)
     else:
         start.load_into(model)
-    after_step = pretraining.watch(held_out, model, arguments, planned_steps(batches, options), world)
+    after_step = watch(held_out, model, arguments, planned_steps(batches, options), world)
     done = train(model, batches, options, world, arguments.out, after_step)
     export(arguments.out, model, base, notes=notes(arguments, replaced, batches, done), wait=world.wait)
     close_run(arguments, world)

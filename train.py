@@ -12,6 +12,7 @@ from pathlib import Path
 from elo import methods, pretraining
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
+from elo.held_out_texts import open_validation, watch
 from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS, Method
 from elo.model.config import ModelConfig
 from elo.model.saving import export
@@ -58,7 +59,7 @@ def run(arguments: Namespace, world: World) -> None:
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
 
-    held_out = pretraining.open_validation(arguments, base.config)
+    held_out = open_validation(arguments, base.config.vocab_size)
     windows = pretraining.open_windows(arguments, base.config, world, held_out=held_out)
     active = None
     if narrows:
@@ -76,7 +77,7 @@ def run(arguments: Namespace, world: World) -> None:
         base.load_into(model, method.base_name)
     if adapters:
         lora.initialize(model, arguments.seed)
-    after_step = pretraining.watch(held_out, model, arguments, planned_steps(batches, options), world)
+    after_step = watch(held_out, model, arguments, planned_steps(batches, options), world)
     done = train(model, batches, options, world, arguments.out, after_step)
     notes = pretraining.notes(arguments, method.layers, batches, done)
     if adapters:

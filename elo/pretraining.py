@@ -1,38 +1,35 @@
 """What stages 1 and 2 share: continual pretraining on packed windows of the two-language corpus."""
 
-import hashlib
 from argparse import Namespace
-from collections.abc import Callable, Iterator
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from elo import held_out_texts
 from elo.common.chunks import even_chunk
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object
-from elo.common.options import Parser, not_negative, positive, positive_int, seed, share
+from elo.common.options import Parser, not_negative, positive_int, seed, share
 from elo.common.terminal import note
 from elo.data.corpus import Mixture, Windows
 from elo.data.documents import SUPPORTED
 from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
+from elo.held_out_texts import HeldOutTexts
 from elo.model.checkpoint import Checkpoint
 from elo.model.config import ModelConfig
-from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.directory import option_values
 from elo.runs.processes import World
 from elo.text.tokenizer import load_tokenizer
-from elo.validation import HeldOutTexts
 from elo.variants.active_vocabulary import ActiveVocabulary
 
 DEFAULT_MODEL = "models/Llama-3.1-8B"
 LARGEST_BATCH = 2**19  # tokens
 FEWEST_STEPS = 100
-VALIDATION_MB, VALIDATIONS = 1.0, 10
 
 
 def add_arguments(parser: Parser, gb: float | None = None) -> None:
@@ -45,15 +42,8 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     amount = "all at that ratio" if gb is None else f"{gb:g}"
     group.add_argument("--gb", type=not_negative, default=gb, help=f"10^9 bytes of text, both languages ({amount})")
     group.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet (%(default)s)")
-    for option in ("--target-field", "--source-field", "--validation-field"):
+    for option in ("--target-field", "--source-field"):
         group.add_argument(option, metavar="NAME", help="where that text's has another name")
-    group.add_argument("--validation", nargs="+", metavar="PATH", help=(
-        "held-out text, never trained on: its loss and bits per byte while training"
-        f"{'; with --method elo those of the slice' if gb is None else ''}"))  # fmt: skip
-    group.add_argument("--validation-mb", type=positive, metavar="MB", help=(
-        f"10^6 bytes of it, equal parts of each file's beginning (default: {VALIDATION_MB:g})"))  # fmt: skip
-    group.add_argument("--validate-every", type=positive_int, metavar="N", help=(
-        f"steps, and after the last (default: a {VALIDATIONS}th of them)"))  # fmt: skip
     group.add_argument("--skip-malformed", action="store_true", help="count and report malformed records")
     group.add_argument("--cache", type=Path, help="tokens of earlier runs (default: token-cache beside --out)")
     group.add_argument("--workers", type=positive_int, help="processes that tokenize (default: one a core)")
@@ -64,32 +54,7 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     group.add_argument(
         "--micro-batch", type=positive_int, default=4, help="windows at a time in a process (%(default)s)"
     )
-
-
-def open_validation(arguments: Namespace, config: ModelConfig) -> HeldOutTexts | None:
-    """The text of --validation. Raises UserError for its options without it."""
-    names = ("validation_mb", "validate_every", "validation_field")
-    if not arguments.validation:
-        for name in (name for name in names if getattr(arguments, name) is not None):
-            raise UserError(f"--{name.replace('_', '-')} needs --validation PATH")
-        return None
-    return HeldOutTexts(
-        find_texts("--validation", arguments.validation),
-        load_tokenizer(arguments.model, config.vocab_size),
-        arguments.seq_len,
-        arguments.validation_mb or VALIDATION_MB,
-        arguments.validation_field or arguments.text_field,
-        arguments.skip_malformed,
-    )
-
-
-def watch(
-    held_out: HeldOutTexts | None, model: CausalLM, arguments: Namespace, steps: int, world: World
-) -> Callable[[int, bool], dict[str, Any]]:
-    """What `training.train` does after each of its steps."""
-    if held_out is None:
-        return lambda step, is_last: {}
-    return held_out.watch(model, arguments.validate_every or max(1, steps // VALIDATIONS), world)
+    held_out_texts.add_arguments(parser, of_slice=gb is None)
 
 
 def open_windows(
@@ -179,31 +144,13 @@ def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> d
     }
 
 
-def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None = None) -> list[Path]:
-    """The files of an option, but for copies of those held out, which are named on stderr."""
+def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None) -> list[Path]:
+    """The files of an option, but for copies of those held out."""
     try:
         files = find_files(patterns)
     except UserError as error:
         raise UserError(f"{option}: {error}; put the texts of that language there or name them with {option}") from None
-    kept = list(files)
-    by_size: dict[int, list[Path]] = {}
-    for file in held_out.files if held_out else ():
-        by_size.setdefault(file.stat().st_size, []).append(file)
-    for file in files if by_size else ():
-        for other in by_size.get(file.stat().st_size, ()):
-            if digest(file) == digest(other):
-                note(f"{option}: {file} is left out, which --validation has too")
-                kept.remove(file)
-                break
-    if not kept:
-        raise UserError(f"{option}: --validation has all of it, and none is left to train on")
-    return kept
-
-
-@cache
-def digest(file: Path) -> bytes:
-    with open(file, "rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
+    return held_out.without_copies(option, files) if held_out else files
 
 
 class PackedBatches:

@@ -7,7 +7,6 @@ text.
 """
 
 import math
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -21,8 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
 from elo.data.conversations import Conversations
-from elo.data.documents import Document, read_documents
-from elo.data.shards import TokenShard
+from elo.data.documents import Document
 from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.processes import World
@@ -181,55 +179,3 @@ def held_out_conversations(conversations: Conversations, most_tokens: int) -> He
     for number, indices in enumerate(groups.values()):
         held_out.add(number, map(conversations.__getitem__, indices), most_tokens)
     return held_out
-
-
-class HeldOutTexts(HeldOut):
-    """The texts of --validation, tokenized: of `megabytes` (10^6 bytes) each file's beginning has an equal part."""
-
-    def __init__(
-        self,
-        files: Sequence[Path],
-        tokenizer: Tokenizer,
-        seq_len: int,
-        megabytes: float,
-        text_field: str = "text",
-        skip_malformed: bool = False,
-    ) -> None:
-        check_seq_len(seq_len)
-        if len(files) > MOST_FILES:
-            raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
-        super().__init__(files)
-        # Every document as it stands in a shard, by its numbers of tokens and bytes there.
-        self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
-        on_malformed = (lambda *_: None) if skip_malformed else None
-        for number, file in enumerate(files):
-            documents = read_documents([file], text_field, on_malformed)
-            encoded = self._beginning(documents, tokenizer, int(megabytes * 10**6) // len(files))
-            self.add(number, windows(encoded, tokenizer.bos_id, seq_len, self.scores[number]))
-            if not self.scores[number].tokens:
-                raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
-
-    def _beginning(self, documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
-        """The first `size` bytes of documents, of which the last one may be a part."""
-        for document in documents:
-            text = document.text.encode("utf-8")[:size].decode("utf-8", "ignore")
-            if not text:
-                return
-            whole = encode(tokenizer, document.text)
-            ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *whole.ids, tokenizer.eos_id]
-            self.documents[len(ids), whole.bytes].add(np.array(ids, "<u4").tobytes())
-            yield (part := whole if text == document.text else encode(tokenizer, text))
-            size -= part.bytes
-
-    def find(self, shard: TokenShard) -> np.ndarray:
-        """The numbers of the documents of a shard that are among these."""
-        table = shard.documents
-        near = np.isin(table["tokens"], [tokens for tokens, _ in self.documents])
-        near &= np.isin(table["bytes"], [size for _, size in self.documents])
-        found = []
-        for number in np.flatnonzero(near).tolist():
-            offset, tokens = int(table["offset"][number]), int(table["tokens"][number])
-            ids = shard.tokens[offset : offset + tokens].astype("<u4").tobytes()
-            if ids in self.documents.get((tokens, int(table["bytes"][number])), ()):
-                found.append(number)
-        return np.array(found, np.int64)

@@ -1,0 +1,139 @@
+"""Text that stages 1 and 2 are not trained on, and whose loss they show while they train."""
+
+import hashlib
+from argparse import Namespace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from elo.common.errors import UserError
+from elo.common.options import Parser, positive, positive_int
+from elo.common.terminal import note
+from elo.data.documents import Document, read_documents
+from elo.data.finding import find_files
+from elo.data.shards import TokenShard
+from elo.model.decoder import CausalLM
+from elo.runs.processes import World
+from elo.text.tokenizer import Tokenizer, load_tokenizer
+from elo.validation import MOST_FILES, Encoded, HeldOut, check_seq_len, encode, windows
+
+MEGABYTES, VALIDATIONS = 1.0, 10
+
+
+def add_arguments(parser: Parser, of_slice: bool) -> None:
+    group = parser.add_argument_group("held-out text")
+    group.add_argument("--validation", nargs="+", metavar="PATH", help=(
+        "held-out text, never trained on: its loss and bits per byte while training"
+        f"{'; with --method elo those of the slice' if of_slice else ''}"))  # fmt: skip
+    group.add_argument("--validation-field", metavar="NAME", help="where its text has another name")
+    group.add_argument("--validation-mb", type=positive, metavar="MB", help=(
+        f"10^6 bytes of it, equal parts of each file's beginning (default: {MEGABYTES:g})"))  # fmt: skip
+    group.add_argument("--validate-every", type=positive_int, metavar="N", help=(
+        f"steps, and after the last (default: a {VALIDATIONS}th of them)"))  # fmt: skip
+
+
+def open_validation(arguments: Namespace, embeddings: int) -> "HeldOutTexts | None":
+    """The text of --validation, for a model of so many `embeddings`. Raises UserError for its options without it."""
+    if not arguments.validation:
+        for name in ("validation_mb", "validate_every", "validation_field"):
+            if getattr(arguments, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} needs --validation PATH")
+        return None
+    try:
+        files = find_files(arguments.validation)
+    except UserError as error:
+        raise UserError(f"--validation: {error}; name texts that are there") from None
+    return HeldOutTexts(
+        files,
+        load_tokenizer(arguments.model, embeddings),
+        arguments.seq_len,
+        arguments.validation_mb or MEGABYTES,
+        arguments.validation_field or arguments.text_field,
+        arguments.skip_malformed,
+    )
+
+
+def watch(
+    held_out: "HeldOutTexts | None", model: CausalLM, arguments: Namespace, steps: int, world: World
+) -> Callable[[int, bool], dict[str, Any]]:
+    """What `training.train` does after each of its `steps`."""
+    if held_out is None:
+        return lambda step, is_last: {}
+    return held_out.watch(model, arguments.validate_every or max(1, steps // VALIDATIONS), world)
+
+
+class HeldOutTexts(HeldOut):
+    """The texts of --validation, tokenized: of `megabytes` (10^6 bytes) each file's beginning has an equal part."""
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        tokenizer: Tokenizer,
+        seq_len: int,
+        megabytes: float,
+        text_field: str = "text",
+        skip_malformed: bool = False,
+    ) -> None:
+        check_seq_len(seq_len)
+        if len(files) > MOST_FILES:
+            raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
+        super().__init__(files)
+        # Every document as it stands in a shard, by its numbers of tokens and bytes there.
+        self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+        on_malformed = (lambda *_: None) if skip_malformed else None
+        for number, file in enumerate(files):
+            documents = read_documents([file], text_field, on_malformed)
+            encoded = self._beginning(documents, tokenizer, int(megabytes * 10**6) // len(files))
+            self.add(number, windows(encoded, tokenizer.bos_id, seq_len, self.scores[number]))
+            if not self.scores[number].tokens:
+                raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
+
+    def _beginning(self, documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
+        """The first `size` bytes of documents, of which the last one may be a part."""
+        for document in documents:
+            text = document.text.encode("utf-8")[:size].decode("utf-8", "ignore")
+            if not text:
+                return
+            whole = encode(tokenizer, document.text)
+            ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *whole.ids, tokenizer.eos_id]
+            self.documents[len(ids), whole.bytes].add(np.array(ids, "<u4").tobytes())
+            yield (part := whole if text == document.text else encode(tokenizer, text))
+            size -= part.bytes
+
+    def find(self, shard: TokenShard) -> np.ndarray:
+        """The numbers of the documents of a shard that are among these."""
+        table = shard.documents
+        near = np.isin(table["tokens"], [tokens for tokens, _ in self.documents])
+        near &= np.isin(table["bytes"], [size for _, size in self.documents])
+        found = []
+        for number in np.flatnonzero(near).tolist():
+            offset, tokens = int(table["offset"][number]), int(table["tokens"][number])
+            ids = shard.tokens[offset : offset + tokens].astype("<u4").tobytes()
+            if ids in self.documents.get((tokens, int(table["bytes"][number])), ()):
+                found.append(number)
+        return np.array(found, np.int64)
+
+    def without_copies(self, option: str, files: list[Path]) -> list[Path]:
+        """`files` but for copies of these, which are named on stderr."""
+        by_size: dict[int, list[Path]] = {}
+        for file in self.files:
+            by_size.setdefault(file.stat().st_size, []).append(file)
+        kept = []
+        for file in files:
+            if any(digest(file) == digest(other) for other in by_size.get(file.stat().st_size, ())):
+                note(f"{option}: {file} is left out, which --validation has too")
+            else:
+                kept.append(file)
+        if not kept:
+            raise UserError(f"{option}: --validation has all of it, and none is left to train on")
+        return kept
+
+
+@cache
+def digest(file: Path) -> bytes:
+    with open(file, "rb") as content:
+        return hashlib.file_digest(content, "sha256").digest()
