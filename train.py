@@ -22,7 +22,7 @@ from elo.runs.progress import alignment_after, continued, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import parse_layers
 from elo.training import TrainingOptions, planned_steps, train
-from elo.variants import active_vocabulary, lora
+from elo.variants import active_vocabulary, bridge, lora
 from elo.variants.active_vocabulary import ActiveVocabulary
 from elo.variants.lora import LoraOptions
 
@@ -43,6 +43,7 @@ def parse_arguments() -> Namespace:
     add_arguments(parser)
     pretraining.add_arguments(parser)
     LoraOptions.add_arguments(parser)
+    parser.add_argument("--bridge", action="store_true", help="a frozen map for the layers left out by --method elo")
     active_vocabulary.add_arguments(parser)
     TrainingOptions.add_arguments(parser, lr=3e-4)
     ParallelOptions.add_arguments(parser)
@@ -77,6 +78,8 @@ def run(arguments: Namespace, world: World) -> None:
         base.load_into(model, method.base_name)
     if adapters:
         lora.initialize(model, arguments.seed)
+    if arguments.bridge:
+        world.say(bridge.fit(model, method.layers, base, windows, arguments.dtype, world))
     after_step = watch(held_out, model, arguments, planned_steps(batches, options), world)
     done = train(model, batches, options, world, arguments.out, after_step)
     notes = pretraining.notes(arguments, method.layers, batches, done)
@@ -94,8 +97,11 @@ def run(arguments: Namespace, world: World) -> None:
 def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptions | None) -> Method:
     if arguments.method not in OF_LAYERS and arguments.layers is not None:
         raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
+    if arguments.bridge and arguments.method != "elo":
+        raise UserError(f"--bridge goes with --method elo, not with {arguments.method}")
     text = DEFAULT_LAYERS if arguments.layers is None else arguments.layers
-    return methods.make(config, arguments.method, parse_layers(text, config.num_hidden_layers), adapters)
+    layers = parse_layers(text, config.num_hidden_layers)
+    return methods.make(config, arguments.method, layers, adapters, arguments.bridge)
 
 
 if __name__ == "__main__":

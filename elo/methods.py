@@ -10,7 +10,7 @@ from typing import NamedTuple
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM, build
 from elo.slicing import base_name, detach, freeze_all_but_layers, parse_layers
-from elo.variants import lora
+from elo.variants import bridge, lora
 from elo.variants.lora import LoraOptions
 
 METHODS = ("elo", "full", "lora", "selective")
@@ -24,10 +24,12 @@ class Method(NamedTuple):
     layers: tuple[int, ...] | None = None  # those that were detached, from 1
 
 
-def elo(config: ModelConfig, layers: tuple[int, ...]) -> Method:
+def elo(config: ModelConfig, layers: tuple[int, ...], bridged: bool = False) -> Method:
     """Layers between the base's own embedding, norm and head, which are frozen (equations 1 and 2)."""
     model = build(detach(config, layers))
     freeze_all_but_layers(model)
+    if bridged:
+        bridge.attach(model, layers)
     return Method(model, partial(base_name, layers=layers), layers)
 
 
@@ -51,13 +53,17 @@ def low_rank(config: ModelConfig, options: LoraOptions) -> Method:
 
 
 def make(
-    config: ModelConfig, method: str, layers: tuple[int, ...] | None = None, options: LoraOptions | None = None
+    config: ModelConfig,
+    method: str,
+    layers: tuple[int, ...] | None = None,
+    options: LoraOptions | None = None,
+    bridged: bool = False,
 ) -> Method:
     """One of METHODS.
 
-    config: the base model's; layers: for OF_LAYERS (default: DEFAULT_LAYERS); options: for lora.
+    config: the base model's; layers: for OF_LAYERS (default: DEFAULT_LAYERS); options: for lora; bridged: for elo.
     """
     if method in OF_LAYERS:
         layers = layers or parse_layers(DEFAULT_LAYERS, config.num_hidden_layers)
-        return elo(config, layers) if method == "elo" else selective(config, layers)
+        return elo(config, layers, bridged) if method == "elo" else selective(config, layers)
     return low_rank(config, options or LoraOptions()) if method == "lora" else full(config)

@@ -15,6 +15,7 @@ from elo import methods
 from elo.common.errors import UserError
 from elo.model.config import ModelConfig
 from elo.model.decoder import MLP, Attention, Block, CausalLM, RMSNorm, ScaledDotProductAttention
+from elo.variants.bridge import Bridge
 from elo.variants.lora import LoraLinear, LoraOptions
 
 
@@ -27,7 +28,7 @@ class Call(NamedTuple):
 
 # What these keep and compute is known here. A block with anything else in it is not planned.
 CONTAINERS = (Block, Attention, MLP, nn.Identity)
-KNOWN = (*CONTAINERS, nn.Linear, LoraLinear, RMSNorm, ScaledDotProductAttention)
+KNOWN = (*CONTAINERS, nn.Linear, LoraLinear, Bridge, RMSNorm, ScaledDotProductAttention)
 # Nor is a model with anything else beside its blocks.
 ROOT = {"", "model", "model.layers", "model.embed_tokens", "model.norm", "lm_head", "loss"}
 

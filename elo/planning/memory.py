@@ -51,7 +51,7 @@ class Bytes:
     """What one process holds at a moment of a step."""
 
     moment: str
-    weights: int  # shards of them
+    weights: int  # shards of them, and buffers
     optimizer: int
     gradients: int  # shards of them, and on their way to them
     gathered: int  # whole weights
@@ -87,6 +87,7 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     head, embedding = model.lm_head.weight.numel(), model.model.embed_tokens.weight.numel()
 
     weights = sum(sharded(module, setup) for module in (root, *blocks))
+    unsharded = size * sum(buffer.numel() for buffer in model.buffers())  # each process has all of them
     root_shard, *block_shards = (sharded(module, setup, trained=True) for module in (root, *blocks))
     all_shards = root_shard + sum(block_shards)
 
@@ -103,8 +104,8 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         held = all_shards if is_sharded else 0 if setup.optimizer_in_backward else done
         shards = weights, 2 * all_shards, held
         if setup.cpu_offload:
-            return Bytes(name, 0, 0, gradients, gathered, activations, loss, sum(shards))
-        return Bytes(name, weights, 2 * all_shards, gradients + held, gathered, activations, loss)
+            return Bytes(name, unsharded, 0, gradients, gathered, activations, loss, sum(shards))
+        return Bytes(name, weights + unsharded, 2 * all_shards, gradients + held, gathered, activations, loss)
 
     # Forward pass and loss: all activations are there. The buffer in which the last block was gathered still is.
     at_work = [block_activations(block, setup) if number >= lowest else 0 for number, block in enumerate(blocks)]

@@ -40,6 +40,7 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--layers", help=f"of methods {' and '.join(OF_LAYERS)}, from 1; -1 is the last (default: {DEFAULT_LAYERS})"
     )
+    parser.add_argument("--bridge", action="store_true", help="of method elo")
     parser.add_argument("--lora-rank", type=positive_int, default=LoraOptions.lora_rank, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
 
@@ -84,6 +85,8 @@ def planned_runs(arguments: Namespace) -> list[Run]:
         chosen = [*(("train", method) for method in METHODS), ("align", "full"), ("sft", "full")]
     if arguments.layers and not any(method in OF_LAYERS for _, method in chosen):
         raise UserError(f"--layers {arguments.layers}: only train.py --method elo or selective trains some of them")
+    if arguments.bridge and not any(method == "elo" for _, method in chosen):
+        raise UserError("--bridge goes with train.py --method elo")
     if arguments.shard and arguments.gpus % arguments.shard:
         raise UserError(f"--shard {arguments.shard} does not divide the {arguments.gpus} GPUs")
     if not arguments.utilization:
@@ -208,7 +211,7 @@ def main() -> None:
     layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
     adapters = LoraOptions(lora_rank=arguments.lora_rank)
     runs = planned_runs(arguments)
-    models = {run.method: methods.make(config, run.method, layers, adapters).model for run in runs}
+    models = {run.method: methods.make(config, run.method, layers, adapters, arguments.bridge).model for run in runs}
     plans = [make_plan(models[run.method], run) for run in runs]
     if arguments.json:
         write_json(arguments.json, {"model": str(arguments.model), "plans": [as_json(plan) for plan in plans]})

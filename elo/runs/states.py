@@ -1,7 +1,7 @@
 """Resumable states of a run: OUT/checkpoints/step-N, written by torch.distributed.checkpoint while training goes on.
 
-A state has the trained parameters, the optimizer, the number of steps done, which is also the position in the data
-and in the schedule, and the random state of every process. Frozen parameters come from the base checkpoint again.
+A state has the trained parameters and the buffers, the optimizer, the number of steps done, which is also the position
+in the data and in the schedule, and the random state of every process. Frozen parameters come from the base again.
 
 One that is damaged is passed over for the one before it. One that is as it was written and still cannot be read is
 another version's: it is worth keeping, and the run does not go on without it.
@@ -202,7 +202,8 @@ class States:
         """What there is now, as references: loading writes into them, and saving copies them first."""
         model, optimizer = get_state_dict(self.model, self.optimizers, options=TRAINED_ONLY)
         # Without the second name of a tied head: it is trained or frozen as the embedding.
-        model = {name: model[name] for name, _ in self.model.named_parameters() if name in model}
+        names = [name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())]
+        model = {name: model[name] for name in names if name in model}
         random = {f"{self.world.rank}-{name}": value for name, value in random_state(self.world.device).items()}
         return {"model": model, "optimizer": optimizer, "random": random}
 

@@ -49,10 +49,11 @@ def counted(model):
     return attention / tokens.numel(), (sum(counts.values()) - attention) / tokens.numel()
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "bridged"])
 @pytest.mark.parametrize("variant", families.VARIANTS)
 def test_flops(variant, method):
-    model = make(family(variant), method).model
+    config = family(variant)
+    model = make(config, "elo", bridged=True).model if method == "bridged" else make(config, method).model
     planned = count_flops(model, SEQ_LEN)
     attention, rest = counted(model)
     assert planned.total - planned.attention == pytest.approx(rest, rel=1e-9)
@@ -221,6 +222,15 @@ def test_what_is_gathered_once(micro_batches):
     assert at_the_loss.gradients == 4 * parameters(model) * (micro_batches > 1)
 
 
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_bridge_is_whole_in_every_process(offload):
+    """A square matrix and a vector, in the dtype of computation, whatever else is sharded or on the host."""
+    config, setup = family("llama3"), Setup(64, 32, shard=4, cpu_offload=offload)
+    plain, bridged = (planned_memory(make(config, "elo", bridged=on).model, setup) for on in (False, True))
+    assert bridged.total - plain.total == 2 * (config.hidden_size**2 + config.hidden_size)
+    assert (bridged.weights > plain.weights) and bridged.host == plain.host
+
+
 def test_a_module_that_is_not_known_is_refused():
     model = make(family("llama3"), "full").model
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()
@@ -325,6 +335,8 @@ def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, c
         ("--stage align --method lora", "--method lora is an option of train.py"),
         ("--stage sft --layers 1,2", "--layers 1,2: only train.py --method elo"),
         ("--layers 1,99", "--layers 1,99: there is no layer 99"),
+        ("--stage align --bridge", "--bridge goes with train.py --method elo"),
+        ("--method full --bridge", "--bridge goes with train.py --method elo"),
         ("--gpus 8 --shard 3", "--shard 3 does not divide the 8 GPUs"),
         ("--gb 9", "--gb needs --bytes-per-token"),
         ("--bytes-per-token 3", "--bytes-per-token goes with --gb"),
