@@ -171,3 +171,17 @@ def changed_json_file(document: Any) -> st.SearchStrategy[bytes]:
         ),
         st.sampled_from([b"[" * 100_000, b'{"a":' * 100_000, b"1" * 100_000, b'"' + b"\\ud800" * 10 + b'"']),
     )
+
+
+@st.composite
+def changed_lines(draw, records):
+    """JSON lines of which one or two have another structure, or other bytes."""
+    lines = [dumped(record) for record in records]
+    for _ in range(draw(st.integers(1, 2))):
+        number = draw(st.integers(0, len(lines) - 1))
+        hostile = [b"", b"{}", b"[" * 50_000, b'{"a":' * 500 + b"1" + b"}" * 500, b"9" * 5000, b"\0", b'"\\ud800"']
+        changed = changed_json(records[number]).map(dumped)
+        lines[number] = draw(
+            st.one_of(changed, changed, changed, changed_bytes(lines[number]), st.sampled_from(hostile))
+        )
+    return draw(st.sampled_from([b"\n", b"\n", b"\n", b"\r\n", b"\n\n"])).join([*lines, b""])
