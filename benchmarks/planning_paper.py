@@ -8,15 +8,13 @@ windows were, nor whether blocks were recomputed; here they are not.
 
 from typing import Any
 
+from benchmarks.published import LLAMA, LLAMA_8B, LLAMA_70B
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive_int
 from elo.model.config import ModelConfig
 from elo.planning.budget import GPUS
 from elo.planning.costs import flops_per_token
 
-LLAMA = {"architectures": ["LlamaForCausalLM"], "num_key_value_heads": 8, "vocab_size": 128256}
-LLAMA_8B = {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32}
-LLAMA_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64}
 # What decides on the costs in the published config.json, and the published number of parameters.
 PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
     "Llama-3.1-8B": ({**LLAMA, **LLAMA_8B, "max_position_embeddings": 131072}, 8_030_261_248),

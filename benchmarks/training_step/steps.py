@@ -25,6 +25,7 @@ from elo.training import accumulate
 from elo.variants import lora
 from elo.variants.lora import LoraOptions
 
+VARIANTS = ("compiled", "Liger", "autocast")  # the last one with fp32 masters, as elo has
 PARTS = ("data", "forward", "backward", "optimizer")
 # The same on both sides; a small learning rate, so that both go through the same numbers.
 OPTIONS = TrainingOptions(
@@ -47,7 +48,7 @@ class Case:
 
     model: str
     method: str  # elo, full or lora
-    implementation: str  # elo, or transformers, or for method lora peft
+    implementation: str  # elo, or transformers or one of its VARIANTS, or for method lora peft
     dtype: str
     layers: tuple[int, ...]  # of method elo, from 1
     batch: int  # windows in a step
@@ -58,6 +59,9 @@ class Case:
     data: tuple[str, ...]  # text files; none: random tokens
     text_field: str
     cache: str  # where their tokens are
+    micro_batches: int = 1  # equal parts of a step
+    activation_checkpointing: bool = False  # this and the next of elo
+    gather_once: bool = False
 
     @property
     def adapters(self) -> LoraOptions:
@@ -133,10 +137,10 @@ def random_shard(vocab_size: int, count: int, length: int = 1000) -> TokenShard:
 
 
 class TimedBatches(PackedBatches):
-    """The batches of training, again from the first one when all whole ones were there; a batch is one micro-batch."""
+    """The batches of training, again from the first one when all whole ones were there."""
 
-    def __init__(self, windows: Windows, batch: int, world: World, watch: Stopwatch) -> None:
-        super().__init__(windows, batch * windows.seq_len, batch, world)
+    def __init__(self, windows: Windows, batch: int, world: World, watch: Stopwatch, micro_batches: int = 1) -> None:
+        super().__init__(windows, batch * windows.seq_len, batch // micro_batches, world)
         self.watch = watch
         self.whole = (windows.tokens - 1) // (batch * windows.seq_len)
 
@@ -157,7 +161,8 @@ def elo_step(
     """This project's: the path of `elo.training.train`, without its files."""
     method = methods.make(base.config, case.method, case.layers, case.adapters)
     model = method.model
-    parallelize(model, world, ParallelOptions(case.dtype, compile=world.device.type == "cuda"))
+    layout = {name: getattr(case, name) for name in ("dtype", "activation_checkpointing", "gather_once")}
+    parallelize(model, world, ParallelOptions(**layout, compile=world.device.type == "cuda"))
     base.load_into(model, method.base_name)
     if case.method == "lora":
         lora.initialize(model, seed=0)
@@ -180,23 +185,29 @@ def transformers_step(
     """A plain loop around transformers' model, or peft's: fused AdamW, SDPA, no cache.
 
     In bf16 its trained parameters and their optimizer state are bf16 throughout, its fastest and leanest way, although
-    that rounds small updates away; ours keep fp32 masters. peft keeps adapters in fp32 by itself.
+    that rounds small updates away; ours keep fp32 masters, and so does its variant "autocast". peft keeps adapters in
+    fp32 by itself.
     """
     model = transformers_model(case, base).to(world.device).train()
+    if case.implementation == "compiled":
+        model.compile(dynamic=False)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameter_groups(model, OPTIONS), lr=OPTIONS.lr, betas=(0.9, 0.95), fused=True)
+    autocast = torch.autocast(world.device.type, DTYPES[case.dtype], enabled=case.implementation == "autocast")
 
     def step(number: int) -> float:
-        ((tokens, labels),) = batches.micro_batches(number)
-        tokens, labels = tokens.to(world.device), labels.to(world.device)
-        with watch.part("forward"):
-            loss = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
-        loss.backward()
+        whole = torch.zeros((), device=world.device)
+        for tokens, labels in batches.micro_batches(number):
+            tokens, labels = tokens.to(world.device), labels.to(world.device)
+            with watch.part("forward"), autocast:
+                loss = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
+            (loss / case.micro_batches).backward()
+            whole += loss.detach() / case.micro_batches
         with watch.part("optimizer"):
             nn.utils.clip_grad_norm_(trained, OPTIONS.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return loss.item()
+        return whole.item()
 
     return model, step
 
@@ -207,11 +218,16 @@ def transformers_model(case: Case, base: Checkpoint, on_meta: bool = False) -> n
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    how = {"dtype": DTYPES[case.dtype], "attn_implementation": "sdpa"}
+    dtype = torch.float32 if case.implementation == "autocast" else DTYPES[case.dtype]
+    how = {"dtype": dtype, "attn_implementation": "sdpa"}
     if on_meta:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base.directory), **how)
     else:
         model = AutoModelForCausalLM.from_pretrained(base.directory, **how)
+    if case.implementation == "Liger":
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        apply_liger_kernel_to_llama(rope=False, rms_norm=False, swiglu=False, model=model)  # leaves its loss
     if case.method == "lora":
         from peft import LoraConfig, get_peft_model
 

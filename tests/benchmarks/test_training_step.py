@@ -56,10 +56,10 @@ def test_both_sides_take_the_same_steps(base, tmp_path, method, other):
     with process_group() as world:
         watch = Stopwatch(world.device)
         ours, theirs = (
-            case(base, method, name, data=(str(tmp_path / "ko.jsonl"),), cache=str(tmp_path / "cache"))
+            case(base, method, name, data=(str(tmp_path / "ko.jsonl"),), cache=str(tmp_path / "cache"), micro_batches=2)
             for name in ("elo", other)
         )
-        batches = steps.TimedBatches(steps.open_windows(ours, base), ours.batch, world, watch)
+        batches = steps.TimedBatches(steps.open_windows(ours, base), ours.batch, world, watch, ours.micro_batches)
         model, step = steps.elo_step(ours, base, batches, world, watch)
         their_model, their_step = steps.transformers_step(theirs, base, batches, world, watch)
         start_equal(model, their_model)

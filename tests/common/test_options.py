@@ -54,7 +54,7 @@ def test_the_home_directory(monkeypatch, tmp_path):
 
 
 PROGRAMS = ["train", "align", "merge_chat_vector", "sft", "elo.generation.chat", "elo.planning.plan"]
-PROGRAMS += ["benchmarks.training_step", *(f"eval.__main__ {name}" for name in COMMANDS)]
+PROGRAMS += ["benchmarks.training_step", "benchmarks.gpu", *(f"eval.__main__ {name}" for name in COMMANDS)]
 PROGRAMS += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if "def main" in path.read_text()]
 PROGRAMS += [f"examples.{name}" for name in ("questions", "smollm2", "texts")]
 
