@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 
 from elo.common.errors import exit_status
 from elo.common.options import Parser
+from elo.data.feed import in_order
 from elo.methods import METHODS, make
 from elo.model.config import ModelConfig
 from elo.optimizer import Optimizer, TrainingOptions
@@ -39,7 +40,7 @@ SEQ_LEN = 512
 
 
 class RandomBatches:
-    """The same random tokens in every step; satisfies what `training.accumulate` asks for."""
+    """The same random tokens in every step; satisfies what is asked of `feed.Batches`."""
 
     def __init__(self, setup: Setup, vocabulary: int) -> None:
         tokens = torch.randint(vocabulary, (setup.tokens // SEQ_LEN, SEQ_LEN))
@@ -73,7 +74,7 @@ def train(config: ModelConfig, method: str, setup: Setup, world: World) -> None:
     )
     batches = RandomBatches(setup, config.vocab_size)
     for step in range(2):
-        accumulate(model, batches, step, optimizer, world)
+        accumulate(model, in_order(batches, [step], world.device), batches.label_count(step), optimizer, world)
         optimizer.gradient_norm(world)
         optimizer.step()
 

@@ -154,7 +154,7 @@ def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None) 
 
 
 class PackedBatches:
-    """Consecutive windows of the stream, `batch_tokens` a step; satisfies `training.Batches`.
+    """Consecutive windows of the stream, `batch_tokens` a step; satisfies `feed.Batches`.
 
     Window i of a step goes to process i modulo their number, so that the batch is the same for any number of them.
     A process that has fewer windows than others gets empty ones: all must call the model equally often. So do the last

@@ -5,15 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from elo.common.errors import UserError
+from elo.data.feed import Batches, Feed, MicroBatch
 from elo.model.decoder import CausalLM
-from elo.model.loss import IGNORE
 from elo.optimizer import Optimizer, TrainingOptions, learning_rate
 from elo.runs.devices import peak_memory
 from elo.runs.directory import CHECKPOINTS, Metrics
@@ -23,45 +22,27 @@ from elo.runs.progress import Progress
 from elo.runs.states import States
 
 
-class Batches(Protocol):
-    """What a stage trains on: one global batch a step, the same for any number of processes and any micro-batch."""
+def accumulate(model: CausalLM, feed: Iterator[MicroBatch], count: int, optimizer: Optimizer, world: World) -> float:
+    """The backward passes of a batch's mean loss over this process's part of it; returns the whole loss. Collective.
 
-    def __len__(self) -> int:
-        """The number of steps."""
-
-    def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """This process's part of a step as (tokens, labels), equally many and of equal shape on every process."""
-
-    def label_count(self, step: int) -> int:
-        """Labels that count in the whole batch, over all processes."""
-
-    def consumed(self, steps: int) -> dict[str, int]:
-        """What the run has used up after so many steps: `tokens`, `bytes`, ..."""
-
-    def documents(self, step: int) -> list[str]:
-        """Where the batch's text comes from, as file:line."""
-
-
-def accumulate(model: CausalLM, batches: Batches, step: int, optimizer: Optimizer, world: World) -> float:
-    """The backward passes of a batch's mean loss over this process's part of it; returns the whole loss. Collective."""
-    count = batches.label_count(step)
+    feed: goes on with that part; count: labels that count in the whole batch.
+    """
     total = torch.zeros((), device=world.device)
-    micro_batches = list(batches.micro_batches(step))
-    for number, (tokens, labels) in enumerate(micro_batches, start=1):
-        counted = int((labels != IGNORE).sum())  # while they are here: nobody waits for a GPU
+    for tokens, labels, counted, is_last in feed:
         tokens = tokens.to(world.device, non_blocking=True)
         labels = labels.to(world.device, non_blocking=True)
         loss = model(tokens, labels, counted=counted) / count
         total += loss.detach()
-        is_last = number == len(micro_batches)
         if is_last:
             # Known before the last backward pass, which may already change parameters.
             (whole,) = world.sum(total.item())
             if not math.isfinite(whole):
-                return whole
+                break
         optimizer.before_backward(is_last)
         # fully_shard averages gradients over the processes; the batch's gradient is their sum.
         (loss * world.size).backward()
+        if is_last:
+            break
     return whole
 
 
@@ -90,7 +71,8 @@ def train(
     states = States(out / CHECKPOINTS, model, optimizer.adamws, world, *kept)
     with world.stop.deferred(), states:
         step = states.load_newest()
-        with Metrics(out, step, world, options.tensorboard) as metrics:
+        metrics = Metrics(out, step, world, options.tensorboard)
+        with metrics, Feed(batches, range(step, steps), world.device) as feed:
             health = Health((line["loss"], line["grad_norm"]) for line in metrics.before)
             begun = time.perf_counter() - (metrics.before[-1]["seconds"] if metrics.before else 0)
             progress = Progress(steps, step, metrics.before[-1]["tokens"] if metrics.before else 0, world)
@@ -98,10 +80,10 @@ def train(
 
             while step < steps:
                 # ---- one training step ------------------------------------------------------------------------------
-                started = time.perf_counter()
+                started, feed.waited = time.perf_counter(), 0.0
                 lr = learning_rate(step, steps, options)
                 optimizer.set_learning_rate(lr)
-                loss = accumulate(model, batches, step, optimizer, world)
+                loss = accumulate(model, feed, batches.label_count(step), optimizer, world)
                 norm = optimizer.gradient_norm(world) if math.isfinite(loss) else math.nan
                 wrong = health.judge(loss, norm)
                 is_finite = math.isfinite(loss) and math.isfinite(norm)
@@ -119,6 +101,7 @@ def train(
                     "grad_norm": norm,
                     **batches.consumed(step),
                     "tokens_per_second": batches.label_count(step - 1) / seconds,
+                    "data_seconds": feed.waited,
                     "seconds": time.perf_counter() - begun,
                     "memory_bytes": peak_memory(world.device),
                     **({"spike": wrong} if wrong else {}),

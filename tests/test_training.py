@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +19,10 @@ from small_runs import lines, losses, make_base, pausing, script_with
 from transformers import AutoModelForCausalLM
 
 import train
-from elo.common.errors import exit_status
+from elo.common.errors import UserError, exit_status
+from elo.data.feed import MicroBatch
 from elo.model.checkpoint import load_model
+from elo.pretraining import PackedBatches
 from elo.runs.processes import process_group
 from elo.training import accumulate
 
@@ -172,10 +175,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(project, tmp_path):
 def test_an_infinite_loss_is_known_before_the_backward_pass():
     """Which may step parameters already; gradients of an infinite loss may be finite."""
     weight = torch.nn.Parameter(torch.ones(1))
-    batches = SimpleNamespace(label_count=lambda _: 1, micro_batches=lambda _: [(torch.ones(1), torch.ones(1))])
+    feed = iter([MicroBatch(torch.ones(1), torch.ones(1), counted=1, is_last=True)])
     with process_group() as world:
-        assert accumulate(lambda *_: weight.sum() + math.inf, batches, 0, SimpleNamespace(), world) == math.inf
+        assert accumulate(lambda *_, **__: weight.sum() + math.inf, feed, 1, SimpleNamespace(), world) == math.inf
     assert weight.grad is None
+
+
+def test_an_error_of_the_thread_that_reads_is_the_runs(project, tmp_path, monkeypatch, capfd):
+    """In one line, after the step before it, and no thread is left."""
+    out, read = tmp_path / "out", PackedBatches.micro_batches
+
+    def fail_later(self, step):
+        if step == 3:
+            raise UserError("the disk is gone")
+        return read(self, step)
+
+    monkeypatch.setattr(PackedBatches, "micro_batches", fail_later)
+    monkeypatch.setattr(sys, "argv", ["train.py", *words(project, out, "--save-every", "2")])
+    threads = set(threading.enumerate())
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(train.main)
+    assert exit_.value.code == 2
+    assert capfd.readouterr().err.splitlines()[-1] == "error: the disk is gone"
+    assert [line["step"] for line in lines(out)] == [1, 2, 3]
+    assert (out / "checkpoints" / "step-2" / ".metadata").exists()
+    assert not any(thread.name.startswith("feed") for thread in set(threading.enumerate()) - threads)
 
 
 MISTAKES = [

@@ -13,6 +13,7 @@ from benchmarks.training_step.machine import Memory, Stopwatch, matmul_peak, syn
 from elo import methods
 from elo.data.corpus import Mixture, Windows
 from elo.data.encoding import DOCUMENT
+from elo.data.feed import in_order
 from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
@@ -158,7 +159,7 @@ class TimedBatches(PackedBatches):
 def elo_step(
     case: Case, base: Checkpoint, batches: TimedBatches, world: World, watch: Stopwatch
 ) -> tuple[nn.Module, Step]:
-    """This project's: the path of `elo.training.train`, without its files."""
+    """This project's: the path of `elo.training.train`, without its files and the thread that reads ahead."""
     method = methods.make(base.config, case.method, case.layers, case.adapters)
     model = method.model
     layout = {name: getattr(case, name) for name in ("dtype", "activation_checkpointing", "gather_once")}
@@ -170,7 +171,8 @@ def elo_step(
     forward = watch.timed("forward", model)
 
     def step(number: int) -> float:
-        loss = accumulate(forward, batches, number, optimizer, world)
+        feed = in_order(batches, [number], world.device)
+        loss = accumulate(forward, feed, batches.label_count(number), optimizer, world)
         with watch.part("optimizer"):
             optimizer.gradient_norm(world)
             optimizer.step()

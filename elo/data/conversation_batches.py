@@ -1,6 +1,7 @@
 """Conversations to length-grouped batches."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ SORTED_TOGETHER = 64  # batches: so many that a batch has little padding, so few
 
 
 class ConversationBatches:
-    """`batch_conversations` a step, `epochs` times through all; satisfies `training.Batches`.
+    """`batch_conversations` a step, `epochs` times through all; satisfies `feed.Batches`.
 
     Every epoch is shuffled anew. Of the shuffled conversations `SORTED_TOGETHER` batches at a time are sorted by
     length and cut into batches, so that there is little padding, and then the batches are shuffled. The one with the
@@ -41,16 +42,13 @@ class ConversationBatches:
         self.batch_conversations, self.micro_batch_tokens = batch_conversations, micro_batch_tokens
         self.epochs, self.seed = epochs, seed
         self.steps_per_epoch = -(-len(conversations) // batch_conversations)
-        self._epoch_at_hand = -1
-        self._batches: list[np.ndarray] = []  # of that epoch; each is the indices of its conversations, longest first
-        self._before = np.zeros((1, 2), np.int64)  # labels and bytes before each of them
+        self._epoch = lru_cache(maxsize=2)(self._draw_epoch)  # of a step, and that of the next one, which is read ahead
 
     def __len__(self) -> int:
         return self.epochs * self.steps_per_epoch
 
-    def _prepare(self, epoch: int) -> None:
-        if epoch == self._epoch_at_hand:
-            return
+    def _draw_epoch(self, epoch: int) -> tuple[list[np.ndarray], np.ndarray]:
+        """Its batches, each the indices of its conversations, longest first; labels and bytes before each of them."""
         table, size = self.conversations.table, self.batch_conversations
         random = random_numbers(self.seed, "epoch", epoch)
         order = random.permutation(len(table))
@@ -63,13 +61,11 @@ class ConversationBatches:
         longest = max(range(len(batches)), key=lambda number: table["tokens"][batches[number][0]])
         batches[0], batches[longest] = batches[longest], batches[0]
         sums = [[table[name][batch].sum(dtype=np.int64) for name in ("labels", "bytes")] for batch in batches]
-        self._epoch_at_hand, self._batches = epoch, batches
-        self._before = np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sums, axis=0)])
+        return batches, np.concatenate([np.zeros((1, 2), np.int64), np.cumsum(sums, axis=0)])
 
     def _batch(self, step: int) -> np.ndarray:
         epoch, number = divmod(step, self.steps_per_epoch)
-        self._prepare(epoch)
-        return self._batches[number]
+        return self._epoch(epoch)[0][number]
 
     def micro_batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Tokens and labels, each (rows, length)."""
@@ -95,9 +91,9 @@ class ConversationBatches:
         if steps == 0:
             return {"tokens": 0, "bytes": 0, "conversations": 0}
         epochs, last = divmod(steps - 1, self.steps_per_epoch)
-        self._prepare(epochs)
-        tokens, text = (epochs * self._before[-1] + self._before[last + 1]).tolist()
-        within = sum(map(len, self._batches[: last + 1]))
+        batches, before = self._epoch(epochs)
+        tokens, text = (epochs * before[-1] + before[last + 1]).tolist()
+        within = sum(map(len, batches[: last + 1]))
         return {"tokens": tokens, "bytes": text, "conversations": epochs * len(self.conversations) + within}
 
     def documents(self, step: int) -> list[str]:

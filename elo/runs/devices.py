@@ -58,6 +58,14 @@ def fix_collectives() -> None:
         os.environ |= {"NCCL_ALGO": "Ring", "NCCL_PROTO": "Simple"}
 
 
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host in memory from which a GPU copies it while it computes."""
+    if device.type != "cuda":
+        return tensor
+    with torch.cuda.device(device):  # or a thread would take the node's first one for its own
+        return tensor.pin_memory()
+
+
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 

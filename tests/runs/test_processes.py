@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -90,6 +91,15 @@ def test_what_is_asked_of_the_gpu(gpus):
     gpus.state = None
     devices.set_random_state(device, state)
     assert torch.equal(gpus.state, torch.arange(16, dtype=torch.uint8))
+
+
+def test_a_thread_pins_memory_for_its_processs_gpu(monkeypatch):
+    taken, tensor = [], torch.arange(3)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext(taken.append(device)))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: ("pinned", self))
+    assert devices.pinned(tensor, torch.device("cuda", 1)) == ("pinned", tensor)
+    assert taken == [torch.device("cuda", 1)]
+    assert devices.pinned(tensor, torch.device("cpu")) is tensor
 
 
 def test_the_random_state_comes_back():

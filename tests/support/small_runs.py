@@ -140,7 +140,7 @@ def losses(out: str | Path) -> list[float]:
 
 def result(out: Path) -> tuple[dict[str, bytes], list[dict]]:
     """Every file of the model, and what the metrics say but for times and memory."""
-    varying = ("seconds", "tokens_per_second", "memory_bytes")
+    varying = ("seconds", "data_seconds", "tokens_per_second", "memory_bytes")
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     own = ("run.json", "metrics.jsonl", "checkpoints")
     model = {name: path.read_bytes() for name, path in sorted(files.items()) if not name.startswith(own)}
