@@ -25,7 +25,7 @@ from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
-from elo.runs.progress import continued, tell_next, tell_result
+from elo.runs.progress import continued, next_of_untrained, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import Replaced
 from elo.training import planned_steps, train
@@ -83,8 +83,8 @@ def run(arguments: Namespace, world: World) -> None:
             load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
         save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
         close_run(arguments, world)
-        world.say(f"The model is in {arguments.out}.")
-        return tell_next(world, continued(arguments.out))
+        world.say(f"The model is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
+        return
 
     after = arguments.after or arguments.elo
     windows = pretraining.open_windows(arguments, base.config, world, after, held_out)
@@ -100,7 +100,7 @@ def run(arguments: Namespace, world: World) -> None:
     done = train(model, batches, options, world, arguments.out, after_step)
     export(arguments.out, model, base, notes=notes(arguments, replaced, batches, done), wait=world.wait)
     close_run(arguments, world)
-    return tell_result(world, arguments.out, model, continued(arguments.out))
+    tell_result(world, arguments.out, model, continued(arguments.out))
 
 
 def load_best(replaced: Replaced, model: CausalLM, held_out: HeldOut, out: Path, world: World) -> None:

@@ -26,10 +26,8 @@ from elo.common.options import Parser
 from elo.common.terminal import note, say
 from elo.model.checkpoint import Checkpoint
 from elo.model.saving import save
-from elo.runs.progress import continued, shown_command
+from elo.runs.progress import next_of_untrained
 from elo.runs.replacing import check_inputs, in_the_way, is_run, read_written, replacing
-from elo.text.chat_format import chat_format
-from elo.text.tokenizer import load_tokenizer
 
 
 def main() -> None:
@@ -57,16 +55,7 @@ def main() -> None:
         notes = {"chat_vector.json": describe(merge, layers, arguments)}
         save(arguments.out, merge.config(), tensor, model.dtype, vectors[0].instruct.directory, notes)
     say(f"{len(merge.moved)} tensors of {len(model.names())} were moved; the model is in {arguments.out}.")
-    say(f"Next: {shown_command(talking_to(arguments.out))}")
-
-
-def talking_to(model: Path) -> list[object]:
-    """The command for it; where neither a chat template nor a tokenizer came with the vector it continues texts."""
-    try:
-        chat_format(model, load_tokenizer(model))
-    except UserError:
-        return continued(model)
-    return ["-m", "elo.generation", "--model", model]
+    say(next_of_untrained(arguments.out, merge.config().vocab_size, may_chat=True))
 
 
 def parse_arguments() -> Namespace:

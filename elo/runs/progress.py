@@ -5,6 +5,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,11 @@ from typing import Any
 from torch import nn
 from tqdm import tqdm
 
+from elo.common.errors import UserError
 from elo.runs.directory import read_metrics
 from elo.runs.processes import World
+from elo.text.chat_format import chat_format
+from elo.text.tokenizer import load_tokenizer
 
 EVERY = 60.0  # seconds between two lines of a log
 # Options of stage 1 that stage 2 is to be given too.
@@ -76,12 +80,23 @@ def tell_result(world: World, out: Path, model: nn.Module, next_command: Sequenc
         said += f"; the loss went from {first['loss']:.4f} to {last['loss']:.4f}"
         if held_out := [line["validation_loss"] for line in lines if "validation_loss" in line]:
             said += f", the held-out one from {held_out[0]:.4f} to {held_out[-1]:.4f}"
-    world.say(f"{said}. The result is in {out}.")
-    tell_next(world, next_command)
+    world.say(f"{said}. The result is in {out}.", f"Next: {shown_command(next_command)}")
 
 
-def tell_next(world: World, command: Sequence[object]) -> None:
-    world.say(f"Next: {shown_command(command)}")
+def next_of_untrained(out: Path, vocab_size: int, may_chat: bool = False) -> str:
+    """What comes after a model was put together: the command that takes it, or what is missing for that.
+
+    Nobody has read its tokenizer, if there is one. may_chat: where it has a chat format too.
+    """
+    try:
+        tokenizer = load_tokenizer(out, vocab_size)
+    except UserError as error:
+        return f"It takes no text yet: {error}"
+    command = continued(out)
+    with suppress(UserError):
+        if may_chat and chat_format(out, tokenizer):
+            command = ["-m", "elo.generation", "--model", out]
+    return f"Next: {shown_command(command)}"
 
 
 def continued(out: Path) -> list[object]:

@@ -1,5 +1,6 @@
 """What a run shows: lines in a log, a bar on a terminal, and at the end what came of it and the next command."""
 
+import json
 import re
 import shlex
 import sys
@@ -112,3 +113,29 @@ def test_the_next_command_of_several_processes(project, monkeypatch):
 def test_the_next_command_after_tuning(project, capfd):
     assert run_here("sft --epochs 1 --max-steps 2") == 0
     assert run_next([*next_command(capfd.readouterr().out), "--max-new-tokens", "3"])
+
+
+def test_no_next_command_where_it_could_not_run(project, capfd):
+    """What is put together without training may have no tokenizer, or one of another model."""
+    merge = ["--model", "base", "--base", "base", "--instruct", "base", "--overwrite", "--out", "merged"]
+
+    def ends():
+        assert run_here("align --gb 0 --overwrite") == 0
+        out, err = Fork("merge_chat_vector", merge, project).communicate()
+        return [text.splitlines()[-1].split("--model")[0] for text in (capfd.readouterr().out, out)]
+
+    Path("base/tokenizer_config.json").write_text(json.dumps({"chat_template": "{{ messages[0]['content'] }}"}))
+    assert ends() == ["Next: python -m elo.generation "] * 2
+    tokenizer = json.loads(Path("base/tokenizer.json").read_text())
+    tokenizer["added_tokens"].append(
+        {**tokenizer["added_tokens"][-1], "id": 450, "content": "<more>", "special": False}
+    )
+    Path("base/tokenizer.json").write_text(json.dumps(tokenizer))
+    said = [
+        f"It takes no text yet: {out}: the tokenizer has 451 tokens, the model only 450" for out in ("out", "merged")
+    ]
+    assert [line.split(";")[0] for line in ends()] == said
+    Path("base/tokenizer.json").unlink()
+    assert [line.split(";")[0] for line in ends()] == [
+        f"It takes no text yet: {out}: no tokenizer here" for out in ("out", "merged")
+    ]
