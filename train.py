@@ -7,6 +7,7 @@ the paper compares with. --method selective trains the same layers where they ar
 """
 
 from argparse import Namespace
+from functools import partial
 from pathlib import Path
 
 from elo import methods, pretraining
@@ -14,15 +15,16 @@ from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 from elo.held_out_texts import open_validation, watch
 from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS, Method
+from elo.model.checkpoint import Checkpoint
 from elo.model.config import ModelConfig
-from elo.model.saving import export
-from elo.runs.directory import add_arguments, check_out, close_run, open_run
+from elo.model.saving import ADAPTER, ADAPTER_CONFIG, export
+from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values
 from elo.runs.processes import World, process_group
-from elo.runs.progress import alignment_after, continued, tell_result
+from elo.runs.progress import alignment_after, continued, next_of_untrained, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import parse_layers
 from elo.training import TrainingOptions, planned_steps, train
-from elo.variants import active_vocabulary, bridge, lora
+from elo.variants import active_vocabulary, adapted, bridge, lora
 from elo.variants.active_vocabulary import ActiveVocabulary
 from elo.variants.lora import LoraOptions
 
@@ -59,6 +61,9 @@ def run(arguments: Namespace, world: World) -> None:
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
+    if goes_on and arguments.merge and world.on_rank_0((arguments.out / ADAPTER_CONFIG).exists):
+        merge_finished(arguments, base, world)
+        return
 
     held_out = open_validation(arguments, base.config.vocab_size)
     windows = pretraining.open_windows(arguments, base.config, world, held_out=held_out)
@@ -84,7 +89,9 @@ def run(arguments: Namespace, world: World) -> None:
     done = train(model, batches, options, world, arguments.out, after_step)
     notes = pretraining.notes(arguments, method.layers, batches, done)
     if adapters:
-        lora.export_adapter(arguments.out, model, base, adapters, notes, arguments.merge, world.wait)
+        lora.export_adapter(arguments.out, model, base, adapters, notes, world.wait)
+        if arguments.merge:
+            world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
     else:
         export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
@@ -92,6 +99,15 @@ def run(arguments: Namespace, world: World) -> None:
         is_slice = arguments.method == "elo"
         after = alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
         tell_result(world, arguments.out, model, after)
+
+
+def merge_finished(arguments: Namespace, base: Checkpoint, world: World) -> None:
+    """--merge for a run that has been finished without it, or not with it."""
+    open_run(arguments, world, True, {"base model": base.fingerprint()})
+    world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
+    close_run(arguments, world)
+    world.say(f"The adapter is merged: the model is in {arguments.out}, and the adapter in {arguments.out / ADAPTER}.")
+    world.say(next_of_untrained(arguments.out, base.config.vocab_size))
 
 
 def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptions | None) -> Method:

@@ -5,7 +5,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -112,6 +112,7 @@ def save(
     beside: Callable[[Path], None] = lambda aside: None,
     wait: Callable[[], None] = nobody,
     out: Path | None = None,
+    until_then: Collection[str] = (),
 ) -> None:
     """Write a checkpoint into `directory` so that a reader finds either all of it or no config.json.
 
@@ -120,7 +121,8 @@ def save(
     the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
     beside: writes or changes files in the folder it is given, from where all are moved into place. wait: as in
     `whole`; in the end all wait until the last file is on the disk. out: the run's directory, whose list names all
-    files, if `directory` is a folder in it. Raises UserError if a file is in the way that is not on that list.
+    files, if `directory` is a folder in it. until_then: as in `adopt`. Raises UserError if a file is in the way that is
+    not on that list.
     """
     shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
@@ -155,7 +157,7 @@ def save(
                 write_json(aside / name, content)
             beside(aside)
             write_json(aside / CONFIG, config.json)
-            adopt(aside, directory, out)
+            adopt(aside, directory, out, CONFIG, until_then)
     wait()
 
 
@@ -211,8 +213,13 @@ def staging(out: Path) -> Iterator[Path]:
         raise UserError(f"{out}: the model cannot be written: {error.strerror or error}") from None
 
 
-def adopt(aside: Path, directory: Path, out: Path | None = None, last: str = CONFIG) -> None:
-    """Move a model's files to their place, over one that is there; the configuration first gone and last there."""
+def adopt(
+    aside: Path, directory: Path, out: Path | None = None, last: str = CONFIG, until_then: Collection[str] = ()
+) -> None:
+    """Move a model's files to their place, over one that is there; the configuration first gone and last there.
+
+    until_then: names of files that stay until all the new ones are there.
+    """
     written = Written(out or directory)
 
     def listed(names: list[str]) -> list[str]:
@@ -220,14 +227,16 @@ def adopt(aside: Path, directory: Path, out: Path | None = None, last: str = CON
 
     files = [path.relative_to(aside).as_posix() for path in sorted(aside.rglob("*")) if path.is_file()]
     files = [*(name for name in files if name != last), last]
+    before = model_files(directory)
     written.check(listed(files))
-    written.remove(listed(model_files(directory)))
+    written.remove(listed([name for name in before if name not in until_then]))
     written.add(listed(files))
     for name in files:
         with open(aside / name, "rb") as file:
             os.fsync(file.fileno())
         (directory / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(aside / name, directory / name)
+    written.remove(listed([name for name in before if name in until_then and name not in files]))
 
 
 def copy(source: Path, directory: Path) -> None:

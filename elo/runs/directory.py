@@ -20,6 +20,7 @@ from elo.common.fields import is_number
 from elo.common.files import read_file_lines
 from elo.common.options import Parser
 from elo.common.written import SAVING, Written
+from elo.model.saving import ADAPTER_CONFIG
 from elo.runs.devices import device_name
 from elo.runs.event_files import EventFiles
 from elo.runs.processes import World
@@ -64,6 +65,8 @@ def option_values(arguments: Namespace) -> dict[str, Any]:
 def check_out(arguments: Namespace, world: World) -> bool:
     """Before any work: whether the run in --out goes on (True) or one begins there. Collective.
 
+    So does a finished one whose adapter is yet to be merged.
+
     Raises UserError if --out has what only --overwrite or --restart may replace, or a run with other options, and
     EarlyExit if it has a finished one and --resume is given.
     """
@@ -76,6 +79,9 @@ def _goes_on(arguments: Namespace, world: World) -> bool:
     written = read_written(out)
     changed = _changed_options(written, arguments, world) if is_run(written) else ""
     is_done = is_run(written) and is_finished(written)
+    is_unmerged = getattr(arguments, "merge", False) and (out / ADAPTER_CONFIG).exists()
+    if is_done and is_unmerged and not changed and not (arguments.overwrite or arguments.restart):
+        return True
     # torchrun restarts the whole command where a process failed after the work was done.
     if is_done and not changed and (arguments.resume or restarted()):
         raise EarlyExit(f"{out}: this run is finished")

@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object, shown
 from elo.common.files import is_file
 from elo.model.checkpoint import CONFIG, Checkpoint
-from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from elo.model.saving import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, save
 from elo.variants.lora import PREFIX, THIN
 
 # Fields of peft's adapter_config.json that change what is computed, with the values that are understood here.
@@ -39,25 +40,26 @@ def open_checkpoint(directory: str | Path) -> Checkpoint:
 
 
 class Adapted(Checkpoint):
-    """Each weight W + scaling * B A, in fp32 and then rounded once to the base's dtype, as `train.py --merge` has it.
+    """Each weight W + scaling * B A, in fp32 and then rounded once to the base's dtype, as `merge` writes it.
 
     Tokenizer and chat template are the base's. Raises UserError as `Checkpoint` does, and for an adapter that is more
     than thin matrices beside the base's weights.
     """
 
-    def __init__(self, adapter: Path) -> None:
+    def __init__(self, adapter: Path, base: Checkpoint | None = None) -> None:
+        """base: in place of the one that the adapter names."""
         path = adapter / ADAPTER_CONFIG
         fields = Fields(read_json_object(path), str(path))
         for name, values in UNDERSTOOD.items():
             if (value := fields.fields.get(name)) not in values:
                 raise UserError(f"{path}: {name} = {shown(value)} is not implemented")
-        base = fields.fields.get("base_model_name_or_path")
-        if not isinstance(base, str) or not Path(base).is_dir():
+        named = base.directory if base else fields.fields.get("base_model_name_or_path")
+        if not isinstance(named, str | Path) or not Path(named).is_dir():
             raise UserError(
-                f"{path}: base_model_name_or_path is {shown(base)}, which is no directory here; write there where the "
+                f"{path}: base_model_name_or_path is {shown(named)}, which is no directory here; write there where the "
                 "adapter's base model is"
             )
-        super().__init__(base)
+        super().__init__(named)
         rank = fields.integer("r")
         alpha = fields.number("lora_alpha")
         self.scaling = alpha / (math.sqrt(rank) if fields.boolean("use_rslora", default=False) else rank)
@@ -97,3 +99,22 @@ class Adapted(Checkpoint):
 
     def fingerprint(self) -> str:
         return hashlib.sha256(f"{super().fingerprint()} {self._print}".encode()).hexdigest()[:32]
+
+
+def merge(out: Path, base: Checkpoint, options: dict[str, Any]) -> None:
+    """--merge: the whole model to `out`, where a run has left its adapter, and the adapter to its folder `adapter`.
+
+    For one process. The adapter is where it was until the model is complete. Then it cannot stay: beside a config.json
+    transformers would add it to the merged weights. options: of the command, for elo.json.
+    """
+    adapted = Adapted(out, base)
+    notes = {"elo.json": read_json_object(out / "elo.json") | {"options": options}}
+    files = ADAPTER_CONFIG, ADAPTER_WEIGHTS
+
+    def copy_adapter(aside: Path) -> None:
+        (aside / ADAPTER).mkdir()
+        for name in files:
+            shutil.copyfile(out / name, aside / ADAPTER / name)
+
+    stay = *files, *notes
+    save(out, base.config, adapted.tensor, base.dtype, base.directory, notes, copy_adapter, until_then=stay)

@@ -9,7 +9,6 @@ import math
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +23,10 @@ from elo.cpu.linear import matmul_t
 from elo.model.checkpoint import Checkpoint, local_rows
 from elo.model.decoder import CausalLM
 from elo.model.saving import (
-    ADAPTER,
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     adopt,
     nobody,
-    save,
     save_file,
     staging,
     whole,
@@ -57,7 +54,8 @@ class LoraOptions:
         )
         group.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help=(
             "layers with an adapter, such as q_proj v_proj (default: all linear layers of the blocks)"))  # fmt: skip
-        group.add_argument("--merge", action="store_true", help="write the whole model to --out, the adapter inside")
+        group.add_argument("--merge", action="store_true", help=(
+            "write the whole model to --out, the adapter in its folder `adapter`; of a finished run too"))  # fmt: skip
 
     @staticmethod
     def from_arguments(arguments: Namespace) -> "LoraOptions | None":
@@ -158,52 +156,24 @@ def export_adapter(
     base: Checkpoint,
     options: LoraOptions,
     notes: dict[str, Any],
-    merge: bool,
     wait: Callable[[], None] = nobody,
 ) -> None:
-    """Save what was trained. Collective, and `wait` is that of `saving.export`.
-
-    The adapter goes to `directory` in peft's files, adapter_config.json last. To merge, the whole model goes there
-    as a checkpoint, each weight W + alpha / rank * B A in fp32 and then rounded once to the base's dtype, and the
-    adapter to its folder `adapter`: beside a config.json, transformers would add the adapter to the merged weights.
-    """
+    """Save what was trained in peft's files, adapter_config.json last. Collective; `wait` as in `saving.export`."""
     adapter = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             value = whole(parameter, wait)  # collective
             if writes():
                 adapter[name] = value
-    write = partial(_write_adapter, adapter=adapter, base=base, options=options)
-    if not merge:
-        if writes():
-            with staging(directory) as aside:
-                write(aside)
-                write_json(aside / "elo.json", notes)
-                adopt(aside, directory, last=ADAPTER_CONFIG)
-        wait()
-        return
-
-    def merged(name: str) -> Tensor | None:
-        if not writes():
-            return None
-        tensor, layer = base.tensor(name), name.removesuffix(".weight")
-        a, b = (adapter.get(layer + thin) for thin in THIN)
-        return tensor if a is None else tensor.float() + options.lora_alpha / options.lora_rank * (b @ a)
-
-    save(
-        directory,
-        base.config,
-        merged,
-        base.dtype,
-        base.directory,
-        {"elo.json": notes},
-        beside=lambda aside: write(aside / ADAPTER),
-        wait=wait,
-    )
+    if writes():
+        with staging(directory) as aside:
+            _write_adapter(aside, adapter, base, options)
+            write_json(aside / "elo.json", notes)
+            adopt(aside, directory, last=ADAPTER_CONFIG)
+    wait()
 
 
 def _write_adapter(directory: Path, adapter: dict[str, Tensor], base: Checkpoint, options: LoraOptions) -> None:
-    directory.mkdir(exist_ok=True)
     tensors = {PREFIX + name: value for name, value in adapter.items()}
     headers = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
     save_file(directory / ADAPTER_WEIGHTS, headers, tensors.__getitem__)

@@ -1,6 +1,7 @@
 """`--model` may be the directory of a LoRA adapter: peft's logits, the merged run's results, and what is refused."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -11,13 +12,13 @@ import torch
 from forking import Fork
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from small_runs import make_base, run_here
+from small_runs import make_base, result, run_here
 from transformers import AutoModelForCausalLM
 
 import align
 from elo.common.errors import UserError, exit_status
 from elo.model.checkpoint import load_model
-from elo.variants.adapted import open_checkpoint
+from elo.variants.adapted import Adapted, open_checkpoint
 
 TOKENS = torch.randint(300, (2, 30), generator=torch.Generator().manual_seed(0))
 
@@ -86,6 +87,63 @@ def test_a_finished_adapter_is_merged(runs, monkeypatch, capfd):
     for words in (text, [*text, "--gb", "0", "--elo", "merged"]):
         assert align_with("--model", "adapter", *words) == 2
         assert "align.py --model adapter --gb 0 --out MERGED" in capfd.readouterr().err
+
+
+MERGE = "train --method lora --max-steps 8 --merge"
+
+
+class Killed(BaseException):
+    """Nothing catches it: like a kill, it leaves the files as they are."""
+
+
+def kill_at(patch, number, moves):
+    """After `number` moves to and removals from their places in OUT; all that happen are noted."""
+
+    def counted(function):
+        def move(*paths):
+            if Path(paths[-1]).parts[0] != "adapter" or Path(paths[-1]).name == "run.json":
+                return function(*paths)
+            if len(moves) == number:
+                raise Killed
+            moves.append(Path(paths[-1]).name)
+            return function(*paths)
+
+        return move
+
+    patch.setattr(os, "replace", counted(os.replace))
+    patch.setattr(Path, "unlink", lambda path, missing_ok: path.exists() and unlink(path))
+    unlink = counted(os.unlink)
+
+
+def test_a_finished_run_is_merged_in_its_place(runs, monkeypatch, capfd):
+    """As if --merge had been given before; and at every moment there is a model, of which nothing is lost."""
+    shutil.copytree("adapter", "copy")
+    with monkeypatch.context() as patch:
+        kill_at(patch, None, moves := [])
+        assert run_here(f"{MERGE} --resume", "adapter") == 0
+    assert (
+        "The adapter is merged: the model is in adapter, and the adapter in adapter/adapter." in capfd.readouterr().out
+    )
+    assert moves.index("config.json") == len(moves) - 3
+    merged, weights = result(Path("merged")), load_file("merged/model.safetensors")
+    assert result(Path("adapter")) == merged
+
+    for number in (2, len(moves) - 3, len(moves) - 2):
+        shutil.rmtree("adapter")
+        shutil.copytree("copy", "adapter")
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, number, [])
+            run_here(MERGE, "adapter")
+        model = open_checkpoint("adapter")
+        assert isinstance(model, Adapted) == (number < len(moves) - 2)
+        assert all(torch.equal(model.tensor(name), value) for name, value in weights.items())
+        with monkeypatch.context() as patch:
+            patch.delattr("elo.training.accumulate")  # no step is trained again
+            assert run_here(MERGE, "adapter") == 0
+        assert result(Path("adapter")) == merged
+    assert run_here(f"{MERGE} --resume", "adapter") == 0
+    assert "adapter: this run is finished" in capfd.readouterr().out
+    assert run_here(MERGE, "adapter") == 2
 
 
 @pytest.mark.parametrize(
