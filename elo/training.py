@@ -31,7 +31,7 @@ def accumulate(model: CausalLM, feed: Iterator[MicroBatch], count: int, optimize
     for tokens, labels, counted, is_last in feed:
         tokens = tokens.to(world.device, non_blocking=True)
         labels = labels.to(world.device, non_blocking=True)
-        loss = model(tokens, labels, counted=counted) / count
+        loss = model(tokens, labels, counted) / count
         total += loss.detach()
         if is_last:
             # Known before the last backward pass, which may already change parameters.

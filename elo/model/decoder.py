@@ -194,9 +194,9 @@ class CausalLM(nn.Module):
         self,
         tokens: Tensor,
         labels: Tensor | None = None,
+        counted: int | None = None,
         cache: KVCache | None = None,
         lengths: list[int] | None = None,
-        counted: int | None = None,
     ) -> Tensor:
         hidden = self.model(tokens, cache)
         if cache is not None:
