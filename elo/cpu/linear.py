@@ -40,11 +40,12 @@ def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, in fp32 whatever the dtype of the factors. total: (rows, columns)."""
-    if a.dtype == total.dtype and not (ONEDNN and a.device.type == "cpu"):
-        total.addmm_(a, b)
-    else:
+    """total += a @ b by fp32 products, whatever the dtype of the factors: others round before they add."""
+    a, b = a.to(total.dtype, memory_format=torch.contiguous_format), b.to(total.dtype)
+    if ONEDNN:
         total += matmul_t(a, b.T)
+    else:
+        total.addmm_(a, b)
 
 
 class _Linear(torch.autograd.Function):

@@ -8,7 +8,7 @@ torch.compile, which keeps less.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from math import ceil
 
 from torch import nn
@@ -95,7 +95,7 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     is_whole, is_sharded = ((setup.micro_batches > 1) & (setup.gather_once == once) for once in (True, False))
     whole_root, *whole_blocks = (is_whole * FP32 * parameters(module, trained=True) for module in (root, *blocks))
     in_place = is_whole and size == FP32  # a gradient goes as soon as it is added
-    head_gradient = size * head * (head_is_trained and not in_place)
+    head_gradient = FP32 * head * (head_is_trained and not is_whole)
 
     def moment(
         name: str, gathered: int, gradients: int = 0, done: int = 0, activations: int = 0, loss: int = 0
@@ -113,14 +113,14 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     kept = [min(hidden, size) if setup.activation_checkpointing else size for size in at_work]
     masks = mask_bytes(model, setup)
     ahead = block_weights[0] if setup.shard > 1 and not setup.gather_once else 0
-    activations = masks + sum(kept) + norm_bytes(model.model.norm, config.hidden_size * tokens, setup)
+    of_norm = replace(setup, dtype="fp32") if is_trained(model.model.norm) else setup
+    activations = masks + sum(kept) + norm_bytes(model.model.norm, config.hidden_size * tokens, of_norm)
     buffers = hidden + loss_buffers(model, setup)
     gathered = root_weights + (sum(block_weights) if setup.gather_once else ahead)
     whole_gradients = whole_root + sum(whole_blocks)
     yield moment("loss", gathered, whole_gradients, activations=activations + hidden, loss=buffers)
     if head_is_trained:
-        # In fp32, and in the dtype of computation, in which autograd hands it on.
-        buffers = 2 * hidden + FP32 * head + (head_gradient if size != FP32 else 0)
+        buffers = 2 * hidden + FP32 * head
         yield moment("gradient of the head", gathered, whole_gradients, activations=activations, loss=buffers)
 
     # Backward pass, block by block, the next one gathered meanwhile.
@@ -151,9 +151,10 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
         waiting, done = FP32 * trained or waiting, done + block_shard
 
     if root_is_trained:
-        gradients = whole_root + waiting + size * embedding
-        yield moment("gradient of the embedding", root_weights, gradients, done, hidden, head_gradient)
-        gradients = FP32 * parameters(root) + max(whole_root or root_weights, root_shard)
+        in_fp32 = 0 if size == FP32 else FP32 * config.hidden_size * tokens
+        gradients = whole_root + waiting + FP32 * embedding
+        yield moment("gradient of the embedding", root_weights, gradients, done, hidden + in_fp32, head_gradient)
+        gradients = 2 * FP32 * parameters(root)  # and as the collective takes them
         yield moment("reduction of the gradients of embedding and head", 0, gradients, done)
     yield moment("optimizer", 0 if root_is_trained else root_weights, done=all_shards)
 
@@ -261,7 +262,7 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
         return rows * width * (size + FP32) + max(work, rows * width * 2 * FP32)
     rows = even_chunk(tokens, cpu_loss.CHUNK_BYTES // (vocabulary * size))
     logits = rows * vocabulary * size
-    # The head's gradient is summed in fp32: of most devices' fp32 factors in place, of others' apart.
-    product = vocabulary * width * size * (is_rounded or onednn)
-    work = max(logits if rows < tokens else 0, block(rows, vocabulary), product + logits * onednn)
+    # The head's gradient is summed of fp32 factors, by oneDNN apart.
+    product = FP32 * vocabulary * (width * ONEDNN + rows * (is_rounded or ONEDNN))
+    work = max(logits if rows < tokens else 0, block(rows, vocabulary), product)
     return head_gradient + logits + work

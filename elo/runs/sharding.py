@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int
@@ -19,6 +19,7 @@ from elo.model.decoder import CausalLM, ScaledDotProductAttention
 from elo.model.loss import LinearCrossEntropy, softmax_
 from elo.runs.compilation import compiled
 from elo.runs.devices import DTYPES, inference_device, set_for_training
+from elo.runs.fp32_gradients import shard_root
 from elo.runs.processes import World
 
 
@@ -86,9 +87,10 @@ def use_faster_operators(model: nn.Module) -> None:
 def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_vary: bool = False) -> CausalLM:
     """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
 
-    Trained parameters are held in fp32 and computed in `options.dtype`, gradients are reduced in fp32. Frozen ones
-    are held in that dtype as well: nothing is ever added to them. Where each process has the whole model, they are
-    left as they are: fully_shard would compute with a copy of them.
+    Trained parameters are held in fp32 and computed in `options.dtype`; gradients are reduced in fp32, those of what is
+    no block's are summed in it as well (`elo.runs.fp32_gradients`). Frozen parameters are held in that dtype: nothing
+    is ever added to them. Where each process has the whole model, they are left as they are: fully_shard would compute
+    with a copy of them.
 
     With `options.gather_once` each block is gathered once a step; `optimizer.Optimizer` says when the step ends.
 
@@ -117,10 +119,11 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_
         if options.compile:
             block.forward = compiled(block.forward, world, shapes_vary)
         shard(block)
-        if options.gather_once:
-            block.set_reshard_after_forward(False)
-    shard(model)
-    model.gathered_once = [*model.model.layers] if options.gather_once else []
+    shard_root(model, shard, dtype)
+    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
+    model.gathered_once = parts if options.gather_once else []
+    for module in model.gathered_once:
+        module.set_reshard_after_forward(False)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
         # A frozen embedding and head never change: gather them once and keep them.
         model.set_reshard_after_backward(False, recurse=False)

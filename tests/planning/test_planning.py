@@ -231,6 +231,22 @@ def test_a_bridge_is_whole_in_every_process(offload):
     assert (bridged.weights > plain.weights) and bridged.host == plain.host
 
 
+@pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
+def test_gradients_outside_of_blocks_are_in_fp32(dtype, size):
+    """Whatever the dtype of computation, and as much again where they are reduced."""
+    model = make(family("llama3"), "full").model
+    embedding, head = model.model.embed_tokens.weight.numel(), model.lm_head.weight.numel()
+    setup = Setup(64, 32, dtype=dtype, optimizer_in_backward=True)  # so that no shards of gradients are kept
+    by_name = {moment.moment: moment for moment in moments(model, setup)}
+    hidden = 64 * model.config.hidden_size * size
+    assert by_name["gradient of the head"].loss == 2 * hidden + 4 * head
+    of_embedding = by_name["gradient of the embedding"]
+    assert of_embedding.gradients == 4 * (embedding + parameters(model.model.layers[0]))  # these are being reduced
+    assert of_embedding.loss == 4 * head
+    both = by_name["reduction of the gradients of embedding and head"]
+    assert both.gradients == 2 * 4 * (embedding + head + model.config.hidden_size)
+
+
 def test_a_module_that_is_not_known_is_refused():
     model = make(family("llama3"), "full").model
     model.model.layers[0].mlp.act_fn = torch.nn.GELU()

@@ -1,0 +1,55 @@
+"""Gradients of what is trained outside of the blocks, embedding, norm and head: in fp32 from their sums over tokens on.
+
+Under mixed precision autograd makes the gradient of a weight in the dtype that it is computed in, and it is rounded to
+that before it is reduced. Here are the largest gradients of a model, summed over all of a micro-batch's tokens.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from elo.model.decoder import CausalLM
+
+
+class Embedding(nn.Embedding):
+    """Takes the place of torch's."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _Embedding.apply(tokens, self.weight)
+
+
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN001
+        ctx.save_for_backward(tokens)
+        ctx.rows = len(weight)
+        return nn.functional.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:  # noqa: ANN001
+        (tokens,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(grad.float(), tokens, ctx.rows, -1, False)
+
+
+def shard_root(model: CausalLM, shard: Callable[..., object], dtype: torch.dtype) -> None:
+    """`shard` what is left of a model whose blocks are, and let gradients of its trained weights stay in fp32.
+
+    shard: fully_shard, which computes in `dtype`.
+    """
+    embedding, norm, head = model.model.embed_tokens, model.model.norm, model.lm_head
+    if norm.weight.requires_grad and dtype != torch.float32:
+        # It is so small that its weight is gathered and computed with in fp32.
+        shard(norm, mp_policy=MixedPrecisionPolicy(torch.float32, torch.float32, output_dtype=dtype))
+    shard(model)
+    trained = [module for module in (embedding, head) if module.weight.requires_grad and dtype != torch.float32]
+    if embedding in trained:
+        embedding.__class__ = Embedding
+
+    def give_dtype(*_: object) -> None:
+        """To the weights that are computed with, which are there when fully_shard has gathered them."""
+        for module in trained:
+            module.weight.grad_dtype = torch.float32
+
+    model.register_forward_pre_hook(give_dtype)
