@@ -1,4 +1,4 @@
-"""What a run may remove or replace in --out: what it has written itself, by its list, and nothing else."""
+"""What a run may remove or replace in --out, and which of its inputs it must not."""
 
 import json
 import os
@@ -7,44 +7,15 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from small_runs import make_project, result, run_here, states
-from test_resume import interrupt
+from put_files import all_there, put
+from small_runs import interrupt, run_here, states
 
 import align
 import merge_chat_vector
 import sft
 import train
-from elo.common.errors import UserError
-from elo.common.fields import write_json
 from elo.common.options import PATHS, Parser
-from elo.common.written import Written
 from elo.runs.replacing import INPUTS
-
-
-@pytest.fixture(scope="module")
-def module_project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"), documents=30)
-
-
-@pytest.fixture
-def project(module_project, monkeypatch):
-    """The working directory; what a test leaves in it is removed."""
-    monkeypatch.chdir(module_project)
-    kept = set(module_project.iterdir())
-    yield module_project
-    for path in set(module_project.iterdir()) - kept:
-        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
-
-
-def put(*names, out="out"):
-    for name in names:
-        Path(out, name).parent.mkdir(parents=True, exist_ok=True)
-        Path(out, name).write_text("precious")
-
-
-def all_there(*names, out="out"):
-    return all(Path(out, name).read_text() == "precious" for name in names)
-
 
 # Names near to those of a run.
 OTHERS = (
@@ -150,64 +121,6 @@ def test_files_put_there_while_it_trains(project, monkeypatch, capfd):
     assert "going on from out/checkpoints/step-4" in capfd.readouterr().out
 
 
-# ---- killed at any moment
-
-
-class Killed(BaseException):
-    pass
-
-
-def killed_at(monkeypatch, number, command):
-    """Whether a run was killed at its so-manieth change of a directory: from there on there are no more of them."""
-    left = number
-
-    def once(change):
-        def or_kill(*arguments, **settings):
-            nonlocal left
-            left -= 1
-            if left < 0:
-                raise Killed
-            return change(*arguments, **settings)
-
-        return or_kill
-
-    with monkeypatch.context() as patch:
-        for name in ("replace", "unlink", "mkdir", "rmdir"):
-            patch.setattr(os, name, once(getattr(os, name)))
-        patch.setattr(shutil, "rmtree", once(shutil.rmtree))
-        patch.setattr("elo.common.written.write_json", once(write_json))
-        try:
-            assert run_here(command) == 0
-        except Killed:
-            return True
-        return False
-
-
-@pytest.mark.parametrize("before", [None, "sft --keep every --epochs 1"])
-def test_killed_at_any_moment(project, monkeypatch, before):
-    """The same command goes on, from nothing or over another run, and no file of either is left."""
-    assert run_here("align --gb 0", "alone") == 0
-    command = "align --gb 0 --overwrite" if before else "align --gb 0"
-    if before:
-        assert run_here(before) == 0
-    put("mine/notes", "epoch-1/notes")
-    shutil.copytree("out", "before")
-    for number in range(200):
-        shutil.rmtree("out")
-        shutil.copytree("before", "out")
-        is_killed = killed_at(monkeypatch, number, command)
-        is_done = is_killed and not before and Path("out/config.json").exists()  # but the list was being written
-        if is_killed:
-            assert run_here(command) == (2 if is_done else 0)
-        found = {str(path.relative_to("out")) for path in Path("out").rglob("*") if path.is_file()}
-        found -= {"run.json.new"} if is_done else set()
-        assert found == {*os.listdir("base"), "elo.json", "run.json", "mine/notes", "epoch-1/notes"}
-        assert Path("out/model.safetensors").read_bytes() == Path("alone/model.safetensors").read_bytes()
-        if not is_killed:
-            return
-    raise AssertionError("it never ends")
-
-
 # ---- links
 
 
@@ -250,25 +163,11 @@ def test_out_may_be_a_link(project):
 # ---- what is read
 
 
-@pytest.fixture
-def tuned(project):
-    """A finished run with the models of epochs."""
-    assert run_here("sft --keep every --epochs 2", "R") == 0
-    return Path("R")
-
-
 @pytest.mark.parametrize(
     "options",
     [
-        "--model R",
-        "--model R/epoch-1",
-        "--model R/../R/epoch-1/.",
-        "--model link/epoch-1",
-        "--model epoch-link",
-        "--model weights-linked",
-        "--data R/metrics.jsonl",
-        "--data R/epoch-1/chats.json",
-        "--data R/*.jsonl",
+        *("--model R", "--model R/epoch-1", "--model R/../R/epoch-1/.", "--model link/epoch-1", "--model epoch-link"),
+        *("--model weights-linked", "--data R/metrics.jsonl", "--data R/epoch-1/chats.json", "--data R/*.jsonl"),
         "--data .",
     ],
 )
@@ -318,57 +217,3 @@ def test_inputs_beside_what_is_replaced(project):
         options = "--model out/base --target out/ko.jsonl --cache out/cache --max-steps 2"
         assert run_here(f"train {options}{overwrite}") == 0
     assert Path("out/ko.jsonl").read_bytes() == Path("ko.jsonl").read_bytes()
-
-
-# ---- the list
-
-
-def test_runs_that_kept_no_list(tuned):
-    """What they have certainly written goes: the epochs that there were, and no adapter."""
-    shutil.copytree(tuned / "epoch-1", tuned / "epoch-3")
-    run = json.loads((tuned / "run.json").read_text())
-    del run["written"]
-    (tuned / "run.json").write_text(json.dumps(run))
-    assert run_here("sft --epochs 1 --overwrite", "R") == 0
-    assert [path.name for path in tuned.glob("epoch-*")] == ["epoch-3"]
-    assert (tuned / "epoch-3/config.json").exists()
-
-
-def test_a_run_that_kept_no_list_goes_on(project, monkeypatch, capfd):
-    with monkeypatch.context() as patch:
-        interrupt(patch, 5)
-        assert run_here("sft --keep best") == 0
-    run = json.loads(Path("out/run.json").read_text())
-    del run["written"]
-    Path("out/run.json").write_text(json.dumps(run))
-    assert run_here("sft --keep best") == 0
-    assert "going on from" in capfd.readouterr().out
-    assert run_here("sft --keep best", "alone") == 0
-    assert result(Path("out")) == result(Path("alone"))
-    assert not list(Path("out").glob("epoch-*"))
-
-
-@pytest.mark.parametrize("name", ["../base/config.json", "/etc/passwd", "a/../../base", ".", "..", "", "a\0b", 7, None])
-def test_a_list_names_nothing_outside(tmp_path, name):
-    (tmp_path / "run.json").write_text(json.dumps({"written": ["config.json", name]}))
-    with pytest.raises(UserError, match="written must list files of this directory"):
-        Written(tmp_path)
-
-
-def test_a_run_json_that_is_no_run_s(project, capfd):
-    put("run.json")
-    for content, message in (("precious", "not valid JSON"), ("{}", "no options of a run there; mend it")):
-        Path("out/run.json").write_text(content)
-        assert run_here("train --overwrite") == 2
-        assert message in capfd.readouterr().err
-        assert Path("out/run.json").read_text() == content
-
-
-def test_the_beginning_of_a_list_is_a_run_s(project, capfd):
-    """A kill may leave it while the first one is written."""
-    Path("out").mkdir()
-    for part in ("", "{", '{\n  "written": [\n    "metr'):
-        Path("out/run.json.new").write_text(part)
-        assert run_here("train --max-steps 1 --overwrite") == 0
-        shutil.rmtree("out/checkpoints", ignore_errors=True)
-        assert not Path("out/run.json.new").exists()

@@ -4,7 +4,6 @@ import json
 import os
 import pickle
 import shutil
-import signal
 from dataclasses import replace
 from functools import cache
 from io import BytesIO
@@ -15,7 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
-from small_runs import lines, make_project, result, run_here, states
+from small_runs import Killed, interrupt, kill, lines, make_project, result, run_here, states
 
 from elo.common.options import interval
 from elo.model import saving
@@ -64,26 +63,6 @@ def stopped(module_project):
         assert run_here("train --save-every 3", "stopped") == 0
     assert states(module_project / "stopped") == ["step-6", "step-7"]
     return module_project / "stopped"
-
-
-def interrupt(monkeypatch, step, how=lambda: os.kill(os.getpid(), signal.SIGTERM)):
-    """Let something happen when a line of metrics has been written."""
-    write = Metrics.write
-
-    def write_and_interrupt(self, line):
-        write(self, line)
-        if line["step"] == step:
-            how()
-
-    monkeypatch.setattr(Metrics, "write", write_and_interrupt)
-
-
-class Killed(BaseException):
-    """Nothing catches it: like a kill, it leaves the files as they are."""
-
-
-def kill():
-    raise Killed
 
 
 COMMANDS = [

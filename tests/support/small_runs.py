@@ -2,9 +2,12 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import families
 import pytest
@@ -16,6 +19,7 @@ import align
 import sft
 import train
 from elo.common.errors import exit_status
+from elo.runs.directory import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -150,3 +154,25 @@ def result(out: Path) -> tuple[dict[str, bytes], list[dict]]:
 def states(out: Path) -> list[str]:
     found = [path.parent.name for path in out.glob("checkpoints/step-*/.metadata")]
     return sorted(found, key=lambda name: int(name[5:]))
+
+
+def interrupt(
+    monkeypatch: pytest.MonkeyPatch, step: int, how: Callable[[], object] = lambda: os.kill(os.getpid(), signal.SIGTERM)
+) -> None:
+    """Let something happen when a line of metrics has been written."""
+    write = Metrics.write
+
+    def write_and_interrupt(self, line):
+        write(self, line)
+        if line["step"] == step:
+            how()
+
+    monkeypatch.setattr(Metrics, "write", write_and_interrupt)
+
+
+class Killed(BaseException):
+    """Nothing catches it: like a kill, it leaves the files as they are."""
+
+
+def kill() -> NoReturn:
+    raise Killed
