@@ -81,7 +81,8 @@ def run(arguments: Namespace, world: World) -> None:
         open_run(arguments, world, goes_on, {})
         if is_auto:
             load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
-        save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
+        found = base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced)
+        save(arguments.out, *found, wait=world.wait)
         close_run(arguments, world)
         world.say(f"The model is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
         return
@@ -122,6 +123,7 @@ def load_best(replaced: Replaced, model: CausalLM, held_out: HeldOut, out: Path,
         if scales not in found:
             replaced.scales = scales
             replaced.load_into(model, replaced.trained_name if found else lambda name: name)
+            world.wait()  # for the slowest disk, outside of collectives that time out
             value = held_out.evaluate(model, world)["validation_bits_per_byte"]
             found[scales] = value if math.isfinite(value) else math.inf
         return found[scales]

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 import train
 from elo.common.errors import UserError, exit_status
-from elo.data.feed import MicroBatch
+from elo.data.feed import Feed, MicroBatch
 from elo.model.checkpoint import load_model
 from elo.pretraining import PackedBatches
 from elo.runs.processes import process_group
@@ -190,6 +190,11 @@ def test_an_error_of_the_thread_that_reads_is_the_runs(project, tmp_path, monkey
             raise UserError("the disk is gone")
         return read(self, step)
 
+    def wait(self, next_one=Feed.__next__):
+        self.waited += 1000
+        return next_one(self)
+
+    monkeypatch.setattr(Feed, "__next__", wait)
     monkeypatch.setattr(PackedBatches, "micro_batches", fail_later)
     monkeypatch.setattr(sys, "argv", ["train.py", *words(project, out, "--save-every", "2")])
     threads = set(threading.enumerate())
@@ -198,6 +203,7 @@ def test_an_error_of_the_thread_that_reads_is_the_runs(project, tmp_path, monkey
     assert exit_.value.code == 2
     assert capfd.readouterr().err.splitlines()[-1] == "error: the disk is gone"
     assert [line["step"] for line in lines(out)] == [1, 2, 3]
+    assert [line["data_seconds"] // 1000 for line in lines(out)] == [2, 2, 2]  # each of two micro-batches
     assert (out / "checkpoints" / "step-2" / ".metadata").exists()
     assert not any(thread.name.startswith("feed") for thread in set(threading.enumerate()) - threads)
 
