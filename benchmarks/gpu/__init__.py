@@ -13,6 +13,7 @@ import importlib
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from collections.abc import Iterator
@@ -36,7 +37,7 @@ from elo.runs.signals import end_with_parent
 
 class Question(NamedTuple):
     answers: str  # module and function, imported in the question's own process
-    seconds: float  # of ten minutes
+    seconds: float  # its part of the time, of ten minutes
 
 
 QUESTIONS = {
@@ -62,7 +63,7 @@ def questions(text: str) -> str:
 def parse_arguments() -> Namespace:
     parser = Parser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", type=questions, default="".join(QUESTIONS), metavar="A,B", help="these questions")
-    parser.add_argument("--minutes", type=positive, default=10.0, help="for all of them (%(default)g)")
+    parser.add_argument("--minutes", type=positive, default=9.5, help="for all of them (%(default)g)")
     parser.add_argument("--tiny", action="store_true", help="the tiny shape, on a GPU too")
     result = "the result, written after each answer (%(default)s)"
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), metavar="FILE", help=result)
@@ -72,6 +73,7 @@ def parse_arguments() -> Namespace:
 def main() -> None:
     options = parse_arguments()
     check_output("--json", options.json)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # with gigabytes removed
     device = inference_device()
     shape = TINY if options.tiny or device.type == "cpu" else EIGHT_B
     end = time.monotonic() + 60 * options.minutes
@@ -122,6 +124,7 @@ def ask(answers: str, shape: Shape, folder: Path, limit: float) -> Iterator[Row]
 
 def answer(pipe: Connection, answers: str, shape: Shape, folder: Path, parent: int) -> None:
     os.setsid()
+    signal.signal(signal.SIGTERM, lambda number, frame: os.killpg(0, signal.SIGKILL))  # and those that it started
     end_with_parent(parent)
     os.dup2(2, 1)  # stdout is the table's
     name, function = answers.split(".")

@@ -25,7 +25,7 @@ CHECKED = 512  # tokens whose gradient is compared with that in fp32
 CONVERSATIONS = 16
 
 
-def products(shape: Shape, fp8: bool) -> Iterator[Row]:
+def products(shape: Shape, folder: Path, fp8: bool) -> Iterator[Row]:
     device = inference_device()
     set_for_training(device)
     tokens, width, vocabulary = shape.loss_tokens[1], shape.config.hidden_size, shape.config.vocab_size
@@ -52,12 +52,7 @@ def products(shape: Shape, fp8: bool) -> Iterator[Row]:
             yield {**attempt(case, partial(measure, *sizes, fast_sums)), "product": name}
 
 
-def in_bf16(shape: Shape, folder: Path) -> Iterator[Row]:
-    return products(shape, fp8=False)
-
-
-def in_fp8(shape: Shape, folder: Path) -> Iterator[Row]:
-    return products(shape, fp8=True)
+in_bf16, in_fp8 = partial(products, fp8=False), partial(products, fp8=True)
 
 
 # ---- the loss

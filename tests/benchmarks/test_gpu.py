@@ -1,11 +1,16 @@
 """`python -m benchmarks.gpu` answers every question on a CPU, or says what it needs; its rules decide as they say."""
 
 import json
+import re
+import signal
 import sys
 import time
+from contextlib import suppress
 
+import psutil
 import pytest
 import torch
+from forking import Fork
 
 from benchmarks import gpu
 from benchmarks.gpu import candidates, kernels, rules, steps
@@ -16,7 +21,9 @@ from elo.common.errors import exit_status
 
 @pytest.fixture(autouse=True)
 def as_before():
+    handler = signal.getsignal(signal.SIGTERM)
     yield
+    signal.signal(signal.SIGTERM, handler)
     torch.use_deterministic_algorithms(False)
 
 
@@ -78,6 +85,44 @@ def test_what_fails_or_takes_too_long_is_one_line(tmp_path):
         raise RuntimeError("a message\nof two lines")
 
     assert attempt("x", fails) == {"case": "x", "error": "RuntimeError: a message of two lines"}
+
+
+# A question that starts a process of its own, as some do, and waits for it.
+SLEEPS = """
+import multiprocessing, subprocess
+from types import SimpleNamespace
+from benchmarks import gpu
+
+def in_bf16(shape, folder):
+    (folder / "large").touch()
+    process = subprocess.Popen(["sleep", "600"])
+    yield {"case": str(process.pid)}
+    process.wait()
+
+gpu.importlib = SimpleNamespace(import_module=lambda name: SimpleNamespace(in_bf16=in_bf16))
+fork = multiprocessing.get_context("fork")
+gpu.multiprocessing = SimpleNamespace(get_context=lambda name: fork)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_benchmark_that_is_ended(tmp_path, number):
+    (tmp_path / "tmp").mkdir()
+    benchmark = Fork("benchmarks.gpu", ["--only", "A"], tmp_path, before=SLEEPS, TMPDIR=str(tmp_path / "tmp"))
+    out = benchmark.files["out"]
+    while not (said := re.search(r"\| A \| (\d+) \|", out.read_text() if out.exists() else "")):
+        assert benchmark.poll() is None, benchmark.said("err")
+        time.sleep(0.01)
+    sleeping = psutil.Process(int(said[1]))
+    benchmark.send_signal(number)
+    assert benchmark.wait() == (128 + number if number == signal.SIGTERM else -number)
+    deadline = time.monotonic() + 60
+    with suppress(psutil.NoSuchProcess):
+        while sleeping.status() != psutil.STATUS_ZOMBIE:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    if number == signal.SIGTERM:
+        assert list((tmp_path / "tmp").iterdir()) == []
 
 
 @pytest.mark.parametrize("compiled", [False, True])
