@@ -42,12 +42,12 @@ class Question(NamedTuple):
 
 QUESTIONS = {
     "A": Question("kernels.in_bf16", 20),
-    "B": Question("kernels.losses", 80),
-    "C": Question("kernels.attention", 70),
-    "D": Question("kernels.in_fp8", 25),
-    "E": Question("steps.elo", 170),
-    "F": Question("steps.full", 120),
-    "G": Question("steps.resume", 120),
+    "B": Question("kernels.losses", 75),
+    "C": Question("kernels.attention", 60),
+    "D": Question("kernels.in_fp8", 20),
+    "E": Question("steps.elo", 210),
+    "F": Question("steps.full", 110),
+    "G": Question("steps.resume", 110),
 }
 CHECKPOINT, OF_A_CHECKPOINT = Question("shapes.checkpoint", 25), "EFG"
 NAMES = ("case", "product", "form", "tokens")  # what a row is of

@@ -81,7 +81,7 @@ def losses(shape: Shape, folder: Path) -> Iterator[Row]:
         model = head(shape, world)
         weight = model.lm_head.weight.detach()
         forms: dict[str, Callable[[], Loss]] = {
-            PRESENT: lambda: by_autograd(lambda hidden, labels: model(hidden[None], labels[None])),
+            PRESENT: lambda: by_autograd(lambda hidden, labels: model(hidden[None], labels[None], len(labels))),
             "column tiles, equal": lambda: candidates.column_tiles(weight, shape.columns),
             "row blocks, exp2 unnormalized": lambda: candidates.row_blocks(weight, shape.rows),
             "row blocks, fp8": lambda: candidates.fp8_head(weight, shape.rows, shape.columns),

@@ -69,7 +69,7 @@ RULES = (
     ("another loss, as exact, saves 5 ms", other_loss, "adopt it", "leave the loss as it is"),
     ("flash's deterministic backward is under 200 TFLOP/s", slow_flash, "offer FA3", "leave attention as it is"),
     ("fp8 is above 1.5 times bf16 in the head", fp8_head, "offer the fp8 head", "keep the head in bf16"),
-    ("idle above 1.5%", share("idle", 0.015), "pin and prefetch batches", "nothing to gain"),
+    ("idle above 1.5%", share("idle", 0.015), "find what the GPU waits for", "nothing to gain"),
     ("copies above 4%", share("copies", 0.04), "give --gather-once", "nothing to gain"),
 )
 

@@ -81,18 +81,20 @@ def rows(shape: Shape, folder: Path, method: str, windows: int, choices: dict[st
 def elo(shape: Shape, folder: Path) -> Iterator[Row]:
     count = {"micro_batches": shape.micro_batches}
     usual, together = f"{shape.micro_batches} x {shape.windows} windows", shape.micro_batches * shape.windows
-    choices = {f"ELO, {usual}": {"implementation": "elo", **count}}
-    choices[f"ELO, {usual}, gathered once"] = {"implementation": "elo", "gather_once": True, **count}
-    choices[f"ELO, 1 x {together} windows"] = {"implementation": "elo"}
+    ours = {"implementation": "elo", "reads_ahead": True}
+    choices = {f"ELO, {usual}": ours | count, f"ELO, 1 x {together} windows": ours}
     for name, how in (("transformers", "eager"), ("compiled", "compiled"), ("Liger", "Liger's loss")):
         choices[f"transformers, {how}, {usual}"] = {"implementation": name, **count}
+    choices[f"ELO, {usual}, gathered once"] = ours | count | {"gather_once": True}
+    choices[f"ELO, {usual}, nothing read ahead"] = ours | count | {"reads_ahead": False}
     return rows(shape, folder, "elo", together, choices)
 
 
 def full(shape: Shape, folder: Path) -> Iterator[Row]:
+    ours = {"implementation": "elo", "reads_ahead": True}
     choices = {
-        "ours, fp32 masters": {"implementation": "elo"},
-        "ours, fp32 masters, activation checkpointing": {"implementation": "elo", "activation_checkpointing": True},
+        "ours, fp32 masters": ours,
+        "ours, fp32 masters, activation checkpointing": ours | {"activation_checkpointing": True},
         "transformers, pure bf16": {"implementation": "transformers"},
         "transformers, fp32 masters, autocast": {"implementation": "autocast"},
     }

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from benchmarks.training_step.machine import Memory, Stopwatch, matmul_peak, syn
 from elo import methods
 from elo.data.corpus import Mixture, Windows
 from elo.data.encoding import DOCUMENT
-from elo.data.feed import in_order
+from elo.data.feed import Feed, in_order
 from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
 from elo.model.checkpoint import Checkpoint
@@ -61,8 +62,9 @@ class Case:
     text_field: str
     cache: str  # where their tokens are
     micro_batches: int = 1  # equal parts of a step
-    activation_checkpointing: bool = False  # this and the next of elo
+    activation_checkpointing: bool = False  # this and the next ones of elo
     gather_once: bool = False
+    reads_ahead: bool = False  # by a thread, as training does; then steps are numbered from 0 and not timed by parts
 
     @property
     def adapters(self) -> LoraOptions:
@@ -159,7 +161,7 @@ class TimedBatches(PackedBatches):
 def elo_step(
     case: Case, base: Checkpoint, batches: TimedBatches, world: World, watch: Stopwatch
 ) -> tuple[nn.Module, Step]:
-    """This project's: the path of `elo.training.train`, without its files and the thread that reads ahead."""
+    """This project's: the path of `elo.training.train`, without its files."""
     method = methods.make(base.config, case.method, case.layers, case.adapters)
     model = method.model
     layout = {name: getattr(case, name) for name in ("dtype", "activation_checkpointing", "gather_once")}
@@ -169,9 +171,10 @@ def elo_step(
         lora.initialize(model, seed=0)
     optimizer = Optimizer(model, OPTIONS)
     forward = watch.timed("forward", model)
+    ahead = Feed(batches, count(), world.device) if case.reads_ahead else None
 
     def step(number: int) -> float:
-        feed = in_order(batches, [number], world.device)
+        feed = ahead or in_order(batches, [number], world.device)
         loss = accumulate(forward, feed, batches.label_count(number), optimizer, world)
         with watch.part("optimizer"):
             optimizer.gradient_norm(world)

@@ -210,7 +210,7 @@ def answers(**changed):
         ({"other_ms": 54.9}, "adopt it"),
         ({"flash": 199.0}, "offer FA3"),
         ({"fp8": 1051.0}, "offer the fp8 head"),
-        ({"idle": 0.016}, "pin and prefetch batches"),
+        ({"idle": 0.016}, "find what the GPU waits for"),
         ({"copies": 0.041}, "give --gather-once"),
         ({"other_ms": 20.0, "error": 0.01}, None),
         ({}, None),
