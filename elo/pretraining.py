@@ -153,6 +153,14 @@ def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None) 
     return held_out.without_copies(option, files) if held_out else files
 
 
+def default_batch_tokens(tokens: float, seq_len: int) -> int:
+    """Of a step, for a run on so many tokens in windows of this length."""
+    batch_tokens = LARGEST_BATCH
+    while batch_tokens > seq_len and tokens < FEWEST_STEPS * batch_tokens:
+        batch_tokens //= 2
+    return batch_tokens
+
+
 class PackedBatches:
     """Consecutive windows of the stream, `batch_tokens` a step; satisfies `feed.Batches`.
 
@@ -173,9 +181,7 @@ class PackedBatches:
         self.active = active
         self.windows, self.world = windows, world
         if batch_tokens is None:
-            batch_tokens = LARGEST_BATCH
-            while batch_tokens > windows.seq_len and windows.tokens < FEWEST_STEPS * batch_tokens:
-                batch_tokens //= 2
+            batch_tokens = default_batch_tokens(windows.tokens, windows.seq_len)
         elif batch_tokens % windows.seq_len:
             raise UserError(f"--batch-tokens {batch_tokens} is not a multiple of --seq-len {windows.seq_len}")
         self.windows_per_step = max(1, batch_tokens // windows.seq_len)

@@ -2,98 +2,117 @@
 
     python -m experiments table1 --dry-run --model models/Llama-3.1-8B --target data/ko --source data/en --gb 10 \\
         --processes 8 --bytes-per-token 3.6
-    python -m experiments table3 --small
 
 Runs are in OUT/runs, each under a name that follows from its command: what rows or experiments share is done once, and
-the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl, the table to NAME.md and NAME.png.
+the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl, the table to OUT/NAME.md.
 """
 
 import json
+import random
 import shlex
 import time
 from argparse import ArgumentTypeError, Namespace
-from importlib import import_module
+from itertools import islice
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
-from benchmarks.training_step.report import figure3_text
 from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser, positive, positive_int, seed
-from elo.common.terminal import say, show
+from elo.common.terminal import show
+from elo.data.documents import read_documents
+from elo.data.finding import find_files
 from elo.planning.budget import GPUS
 from elo.runs.devices import device_name, inference_device
-from eval.figures import plot
 from eval.jsonl import read_lines
-from experiments import report, texts
-from experiments.chains import Row
-from experiments.costs import Planning
-from experiments.engine import Doing, FailedError
-from experiments.kit import JUDGED, LIKELIHOOD, Kit
+from experiments.rows import EXPERIMENTS, JUDGED, LIKELIHOOD, Kit, Row, in_time_of
+from experiments.runs import FailedError, Runs
 
-NAMES = ("table1", "table2", "table3", "figure2", "figure3")
+BENCHMARKS = (*LIKELIHOOD, *JUDGED)
+COLUMNS = ("target", "source", *BENCHMARKS, "tokens", "hours")
 METHODS = ("elo", "align", "full", "lora", "selective")
+# What all records of an experiment have in common; the rates are in the table.
+SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
+AMONG = 5000  # documents, from the beginning
+SIZES = range(200, 20_001)  # bytes of one that is held out: all of a file are within what --validation-mb reads of it
+PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
 
 
 def parse_arguments() -> Namespace:
     parser = Parser(prog="python -m experiments", description=__doc__)
-    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("name", choices=EXPERIMENTS)
     parser.add_argument("--model", default="models/Llama-3.1-8B", metavar="DIR", help="base checkpoint (%(default)s)")
     parser.add_argument("--instruct", metavar="DIR", help="its instruction-tuned sibling, for the chat vector")
     parser.add_argument("--target", nargs="+", default=["data/target"], metavar="PATH", help="as of train.py")
     parser.add_argument("--source", nargs="+", metavar="PATH", help="English; without it there is none")
     parser.add_argument("--conversations", nargs="+", metavar="FILE", help="for sft.py")
-    parser.add_argument("--benchmarks", metavar="DIR", help=f"folders of {', '.join((*LIKELIHOOD, *JUDGED))}")
+    parser.add_argument("--benchmarks", metavar="DIR", help=f"folders of {', '.join(BENCHMARKS)}")
     parser.add_argument("--judge-model", metavar="NAME", help="for the generation benchmarks")
     parser.add_argument("--base-url", metavar="URL", help="of the judge's endpoint")
     parser.add_argument("--gb", type=positive, default=10.0, help="10 units of text: 9 of stage 1, 1 of alignment")
     parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of this machine (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--rates", nargs="+", default=[], metavar="METHOD=LR,...", help=(
-        f"of {', '.join(METHODS)}: the best on validation text is taken (default: the script's)"))  # fmt: skip
+    parser.add_argument("--rates", nargs="+", default=[], type=rates, metavar="METHOD=LR,...", help="the best is taken")
     parser.add_argument("--training", default=[], type=words, help="more options of train.py and align.py, in quotes")
     parser.add_argument("--sft", default=[], type=words, help="more options of sft.py, in quotes")
-    parser.add_argument("--held-out", type=positive_int, default=40, metavar="N", help=(
-        "documents of each language for the results, and half as many for choosing rates (%(default)s)"))  # fmt: skip
+    parser.add_argument("--held-out", type=positive_int, default=40, metavar="N", help="documents (%(default)s)")
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2: mean and spread (0)")
-    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name")
+    parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name; the others' records stay")
     parser.add_argument("--equal-time", action="store_true", help="beside each ELO row alignment only for as long")
-    parser.add_argument("--small", action="store_true", help="SmolLM2 and the demo's texts, on a CPU")
     parser.add_argument("--dry-run", action="store_true", help="print commands, tokens, disk and GPU hours only")
-    parser.add_argument("--bytes-per-token", type=positive, help="for --dry-run (default: of the texts)")
+    parser.add_argument("--bytes-per-token", type=positive, help="of the tokenizer on this text, for --dry-run")
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="for --dry-run (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="only draw again from the records")
-    return parser.parse_args()
+    parser.add_argument("--report", action="store_true", help="only make the table again")
+    options = parser.parse_args()
+    benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
+    options.benches = [name for name in benchmarks if Path(options.benchmarks or "/dev/null", name).is_dir()]
+    options.rates = dict(options.rates)
+    if options.dry_run and not options.bytes_per_token:
+        raise UserError("--dry-run needs --bytes-per-token, such as 3.6 for Llama-3.1's tokenizer and Korean")
+    options.bytes_per_token = options.bytes_per_token or 4.0  # only the runs' proportions count then
+    return options
 
 
 def main() -> None:
     options = parse_arguments()
-    experiment, file = import_module(f"experiments.{options.name}"), options.out / f"{options.name}.jsonl"
-    title = experiment.__doc__.splitlines()[0]
-    if options.report:
-        records = [line.record for line in read_lines(file)]
-        if not records or any("left_out" not in record for record in records):
-            raise UserError(f"{file}: no records of an experiment; run it without --report")
-        return write_report(options, title, records)
-    if options.small:
-        texts.make_small(options)
-    options.rates = parse_rates(options.rates)
-    left_out = choose_benchmarks(options)
-    texts.hold_out(options)
-    kits = [Kit(options, number) for number in options.seeds]
-    rows = [(kit, row) for kit in kits for row in choose_rows(experiment.rows(kit), options, kit)]
-    wanted = [word for kit, row in rows for word in (row.model, *kit.measures(row.model).values())]
-    planning = Planning(options)
-    if options.dry_run:
-        return planning.show(wanted)
-    doing, records = Doing(options, planning.flops(wanted)), []
-    for kit, row in rows:
-        records.append(do_row(doing, kit, row) | {"left_out": left_out})
-        file.with_suffix(".new").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in records))
-        file.with_suffix(".new").replace(file)
-    write_report(options, title, records)
-    if failed := [f"{record['row']}: {record['failed']}" for record in records if "failed" in record]:
-        raise UserError(f"{len(failed)} rows failed, the others are done; the same command tries again: {failed[0]}")
+    make_rows, file = EXPERIMENTS[options.name], options.out / f"{options.name}.jsonl"
+    settings = json.loads(json.dumps({name: getattr(options, name) for name in SETTINGS}))
+    records, failed = read_records(file, settings if not options.report else None), []
+    if not options.report:
+        runs = Runs(options)
+        hold_out(options)
+        chosen = choose_rows(make_rows(options), options)
+        rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
+        for kit, row in rows:
+            kit.measure(row.model(kit))
+        if options.dry_run:
+            return runs.show()
+        runs.begin()
+        records = {(r["row"], r["seed"]): r for r in read_records(file, settings)}
+        for kit, row in rows:
+            records[row.name, kit.seed] = do_row(kit, row) | {"settings": settings}
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()]
+            file.with_suffix(".new").write_text("".join(lines))
+            file.with_suffix(".new").replace(file)
+        records, failed = list(records.values()), list(runs.failed.values())
+    if not records:
+        raise UserError(f"{file}: no records of an experiment; run it without --report")
+    text = markdown(make_rows.__doc__, records)
+    file.with_suffix(".md").write_text(text)
+    show(text)
+    if failed:
+        raise UserError(f"{len(failed)} commands failed, the rest is done; the same command tries again: {failed[0]}")
     return None
+
+
+def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Raises UserError for those of an experiment with other settings, where there are some."""
+    records = [line.record for line in read_lines(file)] if file.exists() else []
+    for record in records:
+        before = record.get("settings", {})
+        for name in [name for name in SETTINGS if name not in before or before[name] != (settings or before)[name]]:
+            raise UserError(f"{file}: its rows have another --{name.replace('_', '-')}; give another --out")
+    return records
 
 
 def seeds(text: str) -> list[int]:
@@ -107,84 +126,82 @@ def words(text: str) -> list[str]:
         raise ArgumentTypeError(f"{text!r}: {error}") from None
 
 
-def parse_rates(words: list[str]) -> dict[str, list[str]]:
-    rates = {method: listed.split(",") for method, _, listed in (word.partition("=") for word in words)}
-    try:
-        valid = rates.keys() <= set(METHODS) and all(positive(rate) for listed in rates.values() for rate in listed)
-    except ArgumentTypeError:
-        valid = False
-    if not valid:
-        raise UserError(f"--rates {' '.join(words)}: give METHOD=LR,... with methods of {', '.join(METHODS)}")
-    return rates
+def rates(text: str) -> tuple[str, list[str]]:
+    method, _, listed = text.partition("=")
+    if method not in METHODS:
+        raise ArgumentTypeError(f"{text!r} is not METHOD=LR,... with a method of {', '.join(METHODS)}")
+    return method, [part for part in listed.split(",") if positive(part)]
 
 
-def choose_benchmarks(options: Namespace) -> list[str]:
-    """Sets `options.benches`; returns what is left out and why."""
-    left_out = {f"--{name}": [] for name in ("instruct", "conversations", "source") if not getattr(options, name)}
-    why = {}
-    for name in (*LIKELIHOOD, *JUDGED):
-        if not options.benchmarks or not (Path(options.benchmarks) / name).is_dir():
-            why[name] = "not in --benchmarks"
-        elif name in JUDGED and not options.judge_model:
-            why[name] = "no --judge-model"
-    options.benches = [name for name in (*LIKELIHOOD, *JUDGED) if name not in why]
-    return [*(f"{report.COLUMNS[name]} ({reason})" for name, reason in why.items()), *left_out]
-
-
-def choose_rows(rows: list[Row], options: Namespace, kit: Kit) -> list[Row]:
+def choose_rows(rows: list[Row], options: Namespace) -> list[Row]:
     if options.equal_time:
-        rows = list({row.name: row for row in [*rows, *(kit.in_time_of(row) for row in rows if row.control)]}.values())
+        rows = list({row.name: row for row in [*rows, *(in_time_of(row) for row in rows if row.control)]}.values())
+    rows = [row for row in rows if row.name != "instruct" or options.instruct]
     names = [row.name for row in rows]
     for name in options.only or ():
         if name not in names:
-            raise UserError(f"--only {name}: the rows are {', '.join(names)}")
+            raise UserError(f"--only {name}: the rows are {'; '.join(names)}")
     return [row for row in rows if not options.only or row.name in options.only]
 
 
-def do_row(doing: Doing, kit: Kit, row: Row) -> dict[str, Any]:
+def hold_out(options: Namespace) -> None:
+    """Sets `options.held_out` to files for --validation that no run trains on, the target's for choosing first."""
+    folder, number = options.out / "texts", options.held_out
+    languages = [name for name in ("target", "source") if getattr(options, name)]
+    paths = {(name, part): folder / f"{name}.{part}.jsonl" for part in PARTS for name in languages}
+    options.held_out = list(map(str, paths.values()))
+    for name in languages if not options.dry_run else ():
+        every = islice(read_documents(find_files(getattr(options, name))), AMONG)
+        documents = list(dict.fromkeys(text.text for text in every if len(text.text.encode()) in SIZES))
+        if len(documents) < 3 * number:
+            raise UserError(f"--{name}: {len(documents)} documents of {SIZES[0]} to {SIZES[-1]} bytes; "
+                            f"of {3 * number} and more --held-out {number} leaves enough")  # fmt: skip
+        random.Random(0).shuffle(documents)
+        for part, times in PARTS.items():
+            chosen, path = [documents.pop() for _ in range(round(times * number) or 1)], paths[name, part]
+            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
+            if path.exists() and path.read_text() != lines:
+                raise UserError(f"--out {options.out}: an experiment on other texts is there; give another directory")
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(lines)
+
+
+def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     """The record of a row for one seed: its figures, or why there are none."""
     record = {
-        "row": row.name, "seed": kit.seed, "series": row.series, "at": row.at, "paper": row.paper, "figures": {},
-        "rates": "", "device": device_name(inference_device()), "date": time.strftime("%Y-%m-%d"),
+        "row": row.name, "seed": kit.seed, "figures": {}, "rates": "",
+        "device": device_name(inference_device()), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     try:
-        last = doing.do(row.model)
-        if kit.options.name == "figure3":
-            return record | {"figures": doing.result(last)}
-        training = doing.training(row.model)
-        rates = [run.words[run.words.index("--lr") + 1] for run in training if "--lr" in run.words]
-        record |= {"rates": ", ".join(rates), "commands": [doing.command(run) for run in training]}
-        figures: dict[str, float] = record["figures"]
-        figures["hours"] = doing.seconds(row.model) / 3600
-        figures["tokens"] = sum(doing.last_step(run).get("tokens", 0) for run in training)
-        results = {name: doing.do(run) for name, run in kit.measures(row.model).items()}
-        measured = results.pop("perplexity", None)
-        files = doing.result(measured)["files"] if measured else doing.last_step(training[-1])["validation"]
-        for line in files:
-            language, part, _ = Path(line["file"]).name.split(".")
-            figures |= {language: line["bits_per_byte"]} if part == "heldout" else {}
-        for name in kit.options.benches:
-            found = doing.result(results[name])
-            figures[name] = found["results"][name]["acc"] if name in LIKELIHOOD else found["models"]["row"]["average"]
+        model = row.model(kit)
+        training = kit.runs.made_of.get(model, [])
+        record["rates"] = ", ".join(filter(None, (run.option("--lr") for run in training)))
+        record["commands"] = [kit.runs.command(run) for run in training]
+        record["figures"]["hours"] = kit.runs.seconds(model) / 3600
+        record["figures"]["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
+        record["figures"] |= kit.measure(model)
     except FailedError as error:
         record["failed"] = str(error)
     return record
 
 
-def write_report(options: Namespace, title: str, records: list[dict[str, Any]]) -> None:
-    files = [options.out / f"{options.name}.{kind}" for kind in ("md", "png")]
-    figures = records[0]["figures"]
-    if "figure3" in figures:
-        text = f"{title}\n\n" + "".join(f"    {line}\n" for line in figure3_text(figures["figure3"]).splitlines())
-        from eval.figures import charts
-
-        charts.draw({"kind": "speed", **plot.speed(files[1:], [figures])}, files[1], title)
-    else:
-        text = report.markdown(title, records)
-        report.draw(title, records, files[1])
-    files[0].write_text(text)
-    show(text)
-    say(f"written to {' and '.join(map(str, files))}")
+def markdown(title: str, records: list[dict[str, Any]]) -> str:
+    columns = [name for name in COLUMNS if any(name in record["figures"] for record in records)]
+    head = ["", *columns, "rates", "seeds"]
+    lines = [title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name in dict.fromkeys(record["row"] for record in records):
+        those, cells = [record for record in records if record["row"] == name], [name]
+        for column in columns:
+            numbers = [record["figures"][column] for record in those if column in record["figures"]]
+            cells.append(f"{fmean(numbers):{',.0f' if column == 'tokens' else '.4g'}}" if numbers else "")
+            cells[-1] += f" ± {stdev(numbers):.2g}" if len(set(numbers)) > 1 else ""
+        failed = [f"failed: {record['failed']}" for record in those if "failed" in record]
+        cells += [*(failed[:1] or [those[0]["rates"]]), ",".join(str(record["seed"]) for record in those)]
+        lines.append("| " + " | ".join(cells) + " |")
+    said = f"{records[-1]['device']}, {records[-1]['date']}; target, source: bits a byte; ± is the standard deviation"
+    without = [f"--{name}" for name in ("instruct", "conversations", "source") if not records[-1]["settings"][name]]
+    without += [name for name in BENCHMARKS if name not in columns]
+    return "\n".join([*lines, "", f"{said}. Without {', '.join(without) or 'nothing'}.\n"])
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ ADDED = {
     "train": "--seq-len 32 --batch-tokens 256 --dtype fp32 --workers 1",
     "align": "--seq-len 32 --batch-tokens 256 --dtype fp32 --workers 1",
     "sft": "--seq-len 64 --epochs 1 --dtype fp32",
+    "experiments": "--only base",
     "elo.generation": "--prompt 무엇? --max-new-tokens 3",
     "eval answers": "--max-new-tokens 4 --dtype fp32",
     "eval choice": "--dtype fp32",

@@ -116,6 +116,14 @@ def planned_runs(arguments: Namespace) -> list[Run]:
     return runs
 
 
+def make_plans(arguments: Namespace, config: ModelConfig) -> list[Plan]:
+    """Raises UserError for options that do not go together, with each other or with the model."""
+    layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
+    adapters, runs = LoraOptions(lora_rank=arguments.lora_rank), planned_runs(arguments)
+    models = {run.method: methods.make(config, run.method, layers, adapters, arguments.bridge).model for run in runs}
+    return [make_plan(models[run.method], run) for run in runs]
+
+
 def token_count(arguments: Namespace) -> float | None:
     if arguments.gb is None:
         if arguments.bytes_per_token:
@@ -208,11 +216,7 @@ def main() -> None:
         raise UserError(f"--model {arguments.model}: not found; give a checkpoint's directory or its config.json")
     config = ModelConfig.load(arguments.model)
     config.check_seq_len(arguments.seq_len)
-    layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
-    adapters = LoraOptions(lora_rank=arguments.lora_rank)
-    runs = planned_runs(arguments)
-    models = {run.method: methods.make(config, run.method, layers, adapters, arguments.bridge).model for run in runs}
-    plans = [make_plan(models[run.method], run) for run in runs]
+    plans = make_plans(arguments, config)
     if arguments.json:
         write_json(arguments.json, {"model": str(arguments.model), "plans": [as_json(plan) for plan in plans]})
     if arguments.stage or arguments.method:

@@ -9,18 +9,16 @@ import threading
 import time
 from argparse import Namespace
 
+import families
 import pytest
 from forking import Fork
 from small_runs import make_base
 
-from benchmarks.training_step import report as training_step
 from elo.common.errors import EarlyExit, exit_status
 from elo.slicing import parse_layers
 from experiments import __main__ as command
-from experiments import figure2, report, table1, table2, table3
-from experiments.chains import Best, Row, changed, needed
-from experiments.engine import Doing, Engine
-from experiments.kit import Kit
+from experiments.rows import EXPERIMENTS, Kit, Row, align, alignment_only, baseline, elo, found_scale, in_time_of
+from experiments.runs import Run, Runs
 
 TRAINING = "--seq-len 32 --batch-tokens 64 --dtype fp32"
 TINY = "table3 --model base --target ko.jsonl --source en.jsonl --held-out 4 --gb 0.00004 --rates elo=1e-2 align=1e-3"
@@ -62,25 +60,26 @@ def records(project, out):
     return lines
 
 
-def test_killed_in_the_middle_and_run_again(project):
+def test_stopped_and_killed_in_the_middle_and_run_again(project):
     """The records are those of an experiment that nothing disturbed, and no run is done twice."""
     rows = "--only 'layers 1,4'"
     undisturbed = Fork("experiments.__main__", words(rows), project)
-    disturbed = Fork("experiments.__main__", words(rows, "killed"), project)
-    deadline = time.monotonic() + 300
-    while not any(path.stat().st_size for path in project.glob("killed/runs/train-*/metrics.jsonl")):
-        assert disturbed.poll() is None and time.monotonic() < deadline, disturbed.communicate()
-        time.sleep(0.01)
-    disturbed.kill()
-    disturbed.wait()
-    assert not (project / "killed/table3.jsonl").exists()
-    again = Fork("experiments.__main__", words(rows, "killed"), project)
+    for script, number in (("train", signal.SIGTERM), ("align", signal.SIGKILL)):
+        disturbed, deadline = Fork("experiments.__main__", words(rows, "other"), project), time.monotonic() + 300
+        while not any(path.stat().st_size for path in project.glob(f"other/runs/{script}-*/metrics.jsonl")):
+            assert disturbed.poll() is None and time.monotonic() < deadline, disturbed.communicate()
+            time.sleep(0.01)
+        disturbed.send_signal(number)
+        disturbed.wait()
+        assert not (project / "other/table3.jsonl").exists()
+    again = Fork("experiments.__main__", words(rows, "other"), project)
     for process in (undisturbed, again):
         out, err = process.communicate()
         assert process.returncode == 0, out + err
-    assert records(project, "killed") == records(project, "out")
-    (train,) = project.glob("killed/runs/train-*/run.json")
-    assert len(json.loads(train.read_text())["resumed"]) == 1
+    assert records(project, "other") == records(project, "out")
+    # What was stopped went on; what the killed experiment left at work was waited for.
+    notes = {path.parent.name[:5]: json.loads(path.read_text()) for path in project.glob("other/runs/*/run.json")}
+    assert {name: len(run["resumed"]) for name, run in notes.items()} == {"train": 1, "align": 0}
     (record,) = records(project, "out")
     assert 0 < record["figures"]["target"] < 20 and record["rates"] == "1e-2, 1e-3"
     # Nothing that was held out was trained on.
@@ -92,11 +91,25 @@ def test_killed_in_the_middle_and_run_again(project):
 
 
 def options(tmp_path, **changes):
-    given = {"model": "base", "instruct": None, "target": ["ko"], "source": ["en"], "conversations": None}
+    architecture, config = families.VARIANTS["llama3"]()
+    (tmp_path / "base").mkdir(exist_ok=True)
+    fields = {**config.to_dict(), "architectures": [architecture.__name__]}
+    (tmp_path / "base/config.json").write_text(json.dumps(fields))
+    given = {"model": f"{tmp_path}/base", "instruct": None, "target": ["ko"], "source": ["en"], "conversations": None}
     given |= {"benchmarks": None, "judge_model": None, "base_url": None, "gb": 10.0, "processes": 1, "out": tmp_path}
     given |= {"rates": {}, "training": [], "sft": [], "seeds": [0], "benches": [], "equal_time": False, "only": None}
-    given |= {"held_out": [f"{tmp_path}/target.validation.jsonl", f"{tmp_path}/target.heldout.jsonl"]}
+    given |= {"held_out": [f"{tmp_path}/{language}.{part}.jsonl" for part, language in HELD_OUT]}
+    given |= {"bytes_per_token": 4.0, "gpu": "H100"}
     return Namespace(**(given | changes))
+
+
+HELD_OUT = [(part, language) for part in ("validation", "heldout") for language in ("target", "source")]
+
+
+def begun(given):
+    runs = Runs(given)
+    runs.begin()
+    return runs
 
 
 def pretending(monkeypatch, bits, seconds=2.0):
@@ -104,67 +117,97 @@ def pretending(monkeypatch, bits, seconds=2.0):
     done = []
 
     def make(self, run):
-        given = [self.text(word, run) for word in run.words if isinstance(word, str)]
-        lr = given[given.index("--lr") + 1] if "--lr" in given else ""
-        done.append((run.script, lr, "--elo" in run.words))
+        lr = run.option("--lr") or ""
+        done.append((run.script, lr, run.words))
         value = bits.get(lr, 1.0)
         if value is None:
             return [sys.executable, "-c", "raise SystemExit('no such thing')"]
         # What is held out for the results is best where the validation text is worst.
-        numbers = [value, 10 - value]
+        numbers = [value, 1.0, 10 - value, 5.0]
         validation = [
             {"file": file, "bits_per_byte": number} for file, number in zip(self.options.held_out, numbers, strict=True)
         ]
         line = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "seconds": seconds, "tokens": 7, "validation": validation}
-        texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": "{}"}
-        here = self.directory(run)
-        here.mkdir(parents=True, exist_ok=True)
-        (here / "aside.json").write_text(json.dumps(texts))
+        result = {"files": validation}
+        texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": json.dumps(result)}
+        texts["elo.json"] = json.dumps({"scale": [0.1, 1.0]})
+        run.directory.mkdir(parents=True, exist_ok=True)
+        (run.directory / "aside.json").write_text(json.dumps(texts))
         code = "import json, os; [open(n, 'w').write(t) for n, t in json.load(open('aside.json')).items()]"
-        return [sys.executable, "-S", "-c", f"import os; os.chdir({str(here)!r}); {code}"]
+        return [sys.executable, "-S", "-c", f"import os; os.chdir({str(run.directory)!r}); {code}"]
 
-    monkeypatch.setattr(Engine, "command", make)
+    monkeypatch.setattr(Runs, "start", starting(make))
     return done
+
+
+def starting(make, start=Runs.start):
+    """The command is asked for once a run, where it is started."""
+
+    def start_once(self, run):
+        made = make(self, run)
+        self.command = lambda run: made
+        start(self, run)
+        del self.command
+
+    return start_once
 
 
 def test_the_best_rate_is_that_of_the_first_seed(tmp_path, monkeypatch):
     done = pretending(monkeypatch, {"1e-1": 2.0, "1e-2": 1.5, "1e-3": float("nan")})
-    kit = Kit(options(tmp_path, rates={"full": ["1e-1", "1e-3", "1e-2"]}, seeds=[4, 5]), 5)
-    doing = Doing(kit.options, {})
-    word = kit.baseline("full")
-    doing.do(word)
+    runs = begun(options(tmp_path, rates={"full": ["1e-1", "1e-3", "1e-2"]}, seeds=[4, 5]))
+    model = baseline("full")(Kit(runs, 5))
     assert [lr for _, lr, _ in done] == ["1e-1", "1e-3", "1e-2", "1e-2"]  # three of seed 4, then one of seed 5
-    (chosen,) = doing.training(word)
-    assert "--seed=5" in chosen.words and chosen.words[chosen.words.index("--lr") + 1] == "1e-2"
-    doing.do(word)
-    assert len(done) == 4  # nothing twice
+    (chosen,) = runs.made_of[model]
+    assert chosen.option("--seed") == "5" and chosen.option("--lr") == "1e-2"
+    assert baseline("full")(Kit(runs, 5)) == model and len(done) == 4  # nothing twice
 
 
 def test_a_failed_run_ends_its_rows_only(tmp_path, monkeypatch, capsys):
     pretending(monkeypatch, {"9": None})
-    kit = Kit(options(tmp_path, name="table3", rates={"elo": ["9"], "align": ["1e-3"], "full": ["1e-3"]}), 0)
-    doing, elo = Doing(kit.options, {}), kit.elo()
-    rows = [
-        Row("ELO", kit.align(elo)),
-        Row("again", kit.align(elo, 2)),
-        Row("FFT", kit.baseline("full")),
-    ]
-    found = [command.do_row(doing, kit, row) for row in rows]
+    runs = Runs(options(tmp_path, rates={"elo": ["9"], "align": ["1e-3"], "full": ["1e-3"]}))
+    kit = Kit(runs, 0)
+    rows = [Row("ELO", align(elo())), Row("again", align(elo(), 2)), Row("FFT", baseline("full"))]
+    for row in rows:
+        row.model(kit)
+    runs.begin()
+    found = [command.do_row(kit, row) for row in rows]
     assert ["failed" in record for record in found] == [True, True, False]
     assert found[0]["failed"].endswith("ended with status 1: no such thing")
-    assert capsys.readouterr().out.count("to do]") == 2  # the one that failed is not tried again
-    assert found[2]["figures"] == {"hours": 2.0 / 3600, "tokens": 7, "target": 9.0}
+    assert capsys.readouterr().out.count("[4 training runs to do]") == 2  # the one that failed is not tried again
+    assert found[2]["figures"] == {"hours": 2.0 / 3600, "tokens": 7, "target": 9.0, "source": 5.0}
+
+
+def test_the_time_that_remains(tmp_path, monkeypatch, capsys):
+    pretending(monkeypatch, {})
+    runs = Runs(options(tmp_path))
+    kit, chains = Kit(runs, 0), (alignment_only(elo()), alignment_only(elo(), 2))
+    for chain in chains:
+        chain(kit)
+    runs.begin()
+    costs = [plan.run.tokens * plan.flops.total for plan in runs.plans.values()]
+    for chain in chains:
+        chain(kit)
+    assert runs.left == costs and runs.spent[1] == sum(costs)
+    *_, last = capsys.readouterr().out.splitlines()
+    assert last.startswith("[about 0.") and " min to go] " in last
+    runs.left, runs.spent = [6.0, 12.0], [60.0, 6.0]
+    assert runs.remaining() == "[about 2.0 min to go] "
 
 
 def test_asked_to_stop(tmp_path, monkeypatch):
     """The run at work is asked too, and waited for."""
-    monkeypatch.setattr(Engine, "command", lambda self, run: [sys.executable, "-S", "-c", WAITING.format(tmp_path)])
-    kit = Kit(options(tmp_path), 0)
-    doing = Doing(kit.options, {})
+    monkeypatch.setattr(Runs, "command", lambda self, run: [sys.executable, "-S", "-c", WAITING.format(tmp_path)])
+    runs = begun(options(tmp_path))
     threading.Thread(target=stop_when, args=[tmp_path / "ready"], daemon=True).start()
     with pytest.raises(EarlyExit, match="the same command goes on from there"):
-        doing.do(kit.baseline("full"))
+        baseline("full")(Kit(runs, 0))
     assert (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("more", ["--dry-run --bytes-per-token 4", ""])
+def test_asked_to_stop_while_planning(project, monkeypatch, capsys, more):
+    monkeypatch.setattr(Runs, "plan", lambda self, run: os.kill(os.getpid(), signal.SIGINT) or time.sleep(60))
+    assert run_here(monkeypatch, capsys, *words(more)) == (0, "stopped; the same command goes on from there\n", "")
 
 
 WAITING = """
@@ -186,62 +229,82 @@ def stop_when(file):
 
 def test_equal_time(tmp_path, monkeypatch):
     """Stage 1 and alignment take 2 s each, the control 2 s for one unit: two units."""
-    pretending(monkeypatch, {})
-    kit = Kit(options(tmp_path), 0)
-    doing, elo = Doing(kit.options, {}), kit.elo()
-    word = kit.in_time_of(Row("ELO", kit.align(elo), kit.alignment_only(elo))).model
-    doing.do(word)
-    assert doing.text(word.words[word.words.index("--gb") + 1], word) == "2"
-    assert "--after" not in word.words
+    done = pretending(monkeypatch, {})
+    kit = Kit(begun(options(tmp_path)), 0)
+    in_time_of(Row("ELO", align(elo()), alignment_only(elo()))).model(kit)
+    last = done[-1][2]
+    assert last[last.index("--gb") + 1] == "2"
+    assert "--after" not in last
 
 
-@pytest.mark.parametrize("experiment", [table1, table2, table3, figure2])
-def test_rows(experiment, tmp_path, monkeypatch):
+def test_the_scale_is_found_on_validation_text_alone(tmp_path, monkeypatch):
+    done = pretending(monkeypatch, {})
+    given = options(tmp_path)
+    kit = Kit(begun(given), 0)
+    for units in (0, 1):
+        align(elo(), units, "--scale", found_scale(elo()))(kit)
+    stage_1, search, *both = (Run(script, words, tmp_path) for script, _, words in done)
+    assert (search.option("--gb"), search.option("--scale")) == ("0", "auto")
+    assert f"--validation={given.held_out[0]}" in search.words and not set(given.held_out) & set(search.words)
+    assert [run.option("--scale") for run in both] == ["0.1,1.0"] * 2
+    assert [run.option("--gb") for run in (stage_1, *both)] == ["9", "0", "1"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_rows(experiment, tmp_path):
     """What rows share is one run, all layers are the model's, and seeds share nothing."""
-    monkeypatch.setattr(table3.ModelConfig, "load", lambda path: Namespace(num_hidden_layers=32))
-    made = [experiment.rows(Kit(options(tmp_path, instruct="chat", seeds=[0, 1]), seed)) for seed in (0, 1)]
-    runs = [{run.key: run for row in rows for run in needed(row.model)} for rows in made]
-    assert not runs[0].keys() & runs[1].keys()
-    assert {changed(run, seed=1).key for run in runs[0].values()} == runs[1].keys()
-    trained = [run for run in runs[0].values() if run.script == "train.py"]
+    given, made = options(tmp_path, instruct="chat", seeds=[0, 1]), []
+    rows = EXPERIMENTS[experiment](given)
+    for seed in (0, 1):
+        runs = Runs(given)
+        for row in rows:
+            row.model(Kit(runs, seed))
+        made.append(runs.plans)
+    assert not made[0].keys() & made[1].keys() and len(made[0]) == len(made[1])
+    trained = [run for run in made[0] if run.script == "train.py"]
     for run in trained:
-        if "--layers" in run.words:
-            parse_layers(run.words[run.words.index("--layers") + 1], 32)
-    counts = {table1: 4, table2: 4, table3: 7, figure2: 1}
+        if layers := run.option("--layers"):
+            parse_layers(layers, 4)
+    counts = {"table1": 5, "table2": 4, "table3": 6, "figure2": 1}
     assert len(trained) == counts[experiment]
-    names = [row.name for row in made[0]]
+    names = [row.name for row in rows]
     assert len(set(names)) == len(names)
-    if experiment is figure2:
-        assert {row.name: row.model for row in made[0]}["alignment only, 0"] == "base"
-    if experiment is table1:
+    if experiment == "figure2":
+        assert {row.name: row for row in rows}["alignment only, 0"].model(Kit(runs, 0)) == given.model
+    if experiment == "table1":
         controls = {"alignment only", "LoRA", "selective layer tuning", "ELO without alignment"}
-        assert controls | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
+        scales = {f"ELO, scale {scale} + alignment" for scale in ("0.25", "0.5", "auto")}
+        bridged = {f"ELO, bridge, scale {scale}, without alignment" for scale in ("0.5", "1")}
+        assert controls | scales | bridged | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
+        assert [run for run in trained if "--bridge" in run.words]
 
 
-def test_rates_of_elo_are_judged_after_alignment(tmp_path):
-    kit = Kit(options(tmp_path, rates={"elo": ["1", "2"], "align": ["3", "4"]}), 0)
-    elo = kit.elo()
-    assert isinstance(elo, Best)
-    assert [(judge.script, judge.words[judge.words.index("--lr") + 1]) for judge in elo.judges] == [
-        ("align.py", "3")
-    ] * 2
-    aligned = kit.align(elo)
-    scripts = [run.script for run in {run.key: run for run in needed(aligned)}.values()]
-    assert scripts == ["train.py", "align.py", "train.py", "align.py", "align.py"]  # the first judge is a candidate too
+def test_rates_of_elo_are_judged_after_alignment(tmp_path, monkeypatch):
+    done = pretending(monkeypatch, {"1": 1.0, "2": 2.0, "3": 3.0, "4": 2.0})
+    kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["3", "4"]})), 0)
+    aligned = align(elo())(kit)
+    # The first judge is a candidate too, and so is the same alignment at the other rate.
+    assert [(script, lr) for script, lr, _ in done] == [
+        ("train.py", "1"),
+        ("align.py", "3"),
+        ("train.py", "2"),
+        ("align.py", "3"),
+        ("align.py", "4"),
+    ]
+    assert [run.option("--lr") for run in kit.runs.made_of[aligned]] == ["1", "4"]
 
 
 def test_chat_and_benchmarks(tmp_path):
     changes = {"instruct": "chat", "conversations": ["c.json"], "benchmarks": "bench", "judge_model": "gpt"}
-    kit = Kit(options(tmp_path, **changes), 0)
-    tuned = kit.chat("model")
-    assert [run.script for run in needed(tuned)] == ["merge_chat_vector.py", "sft.py"]
-    assert [run.script for run in needed(kit.chat("chat"))] == ["sft.py"]
-    score = kit.benchmark("logickor", tuned)
-    runs = list({run.key: run for run in needed(score)}.values())
-    assert [run.script for run in runs][2:] == ["eval answers", "eval judge", "eval score"]
-    engine, (answers, judge) = Engine(kit.options), runs[2:4]
-    assert str(engine.directory(answers)) in engine.command(score)  # where judgments are
-    assert str(engine.directory(judge)) not in engine.command(score)
+    kit = Kit(Runs(options(tmp_path, **changes, benches=["kobest", "logickor"])), 0)
+    assert kit.chat("chat") != "chat"
+    assert [run.script for run in kit.runs.plans] == ["sft.py"]
+    kit.measure("model")
+    scripts = ["eval perplexity", "merge_chat_vector.py", "sft.py", "eval choice"]
+    assert [run.script for run in kit.runs.plans][1:] == [*scripts, "eval answers", "eval judge", "eval score"]
+    answers, judge, score = [*kit.runs.plans][-3:]
+    assert str(answers.directory) in kit.runs.command(score)  # where judgments are
+    assert str(judge.directory) not in kit.runs.command(score)
 
 
 # ---- what is told
@@ -249,8 +312,9 @@ def test_chat_and_benchmarks(tmp_path):
 
 def test_dry_run(project, monkeypatch, capsys):
     """Every command once, with the planner's figures and their sum; nothing is run or written."""
-    monkeypatch.setattr(Doing, "__init__", None)
-    status, out, _ = run_here(monkeypatch, capsys, *words("--only base 'layers 1,4' --dry-run --bytes-per-token 4"))
+    monkeypatch.setattr(Runs, "begin", None)
+    given = words("--only base 'layers 1,4' --dry-run --bytes-per-token 4")
+    status, out, _ = run_here(monkeypatch, capsys, *given)
     *lines, total, _ = out.splitlines()
     assert status == 0 and not (project / "out").exists()
     commands = [shlex.split(line)[1:] for line in lines[::2]]
@@ -267,53 +331,56 @@ def test_a_plan_that_does_not_fit_says_what_would(tmp_path, monkeypatch, capsys)
     from benchmarks import planning_paper
 
     (tmp_path / "config.json").write_text(json.dumps(planning_paper.PUBLIC["Llama-3-70B"][0]))
-    given = ["table2", "--model", str(tmp_path), "--bytes-per-token", "3.6", "--processes", "8", "--dry-run"]
+    given = ["figure2", "--model", str(tmp_path), "--bytes-per-token", "3.6", "--processes", "8", "--dry-run"]
+    given += ["--only", "alignment only, 1"]
     status, out, _ = run_here(monkeypatch, capsys, *given)
     assert status == 0
-    assert "align.py does not fit on 8 x H100; it would with: --cpu-offload" in out
+    assert "does not fit on 8 x H100; it would with: --cpu-offload" in out
 
 
-def test_table_and_picture(tmp_path):
-    record = {"paper": {"logickor": 7.76}, "series": "", "at": 0.0, "rates": "1e-3", "device": "CPU", "date": "today"}
-    record |= {"left_out": ["MMLU (not in --benchmarks)"]}
+def test_other_rows_and_seeds_keep_their_records(project, monkeypatch, capsys):
+    pretending(monkeypatch, {})
+    for more in ("--only base", "--only 'alignment only'", "--only base --seeds 1", "--only base"):
+        assert run_here(monkeypatch, capsys, *words(more))[0] == 0
+    found = [(line["row"], line["seed"]) for line in read(project)]
+    assert found == [("base", 0), ("alignment only", 0), ("base", 1)]
+    before = (project / "out/table3.md").read_text()
+    assert "| base | 9 | 5 |" in before and before.count("\n| ") == 3
+    (project / "out/table3.md").unlink()
+    assert run_here(monkeypatch, capsys, "table3", "--out", "out", "--report")[0] == 0
+    assert (project / "out/table3.md").read_text() == before
+    status, _, error = run_here(monkeypatch, capsys, *words("--only base --gb 0.00003"))
+    assert (status, error) == (2, "error: out/table3.jsonl: its rows have another --gb; give another --out\n")
+    assert len(read(project)) == 3
+
+
+def read(project):
+    return [json.loads(line) for line in (project / "out/table3.jsonl").read_text().splitlines()]
+
+
+def test_table():
+    settings = {"instruct": None, "conversations": ["c"], "source": ["en"]}
+    record = {"rates": "1e-3", "device": "CPU", "date": "today", "settings": settings}
     found = [
-        {**record, "row": "ELO", "seed": seed, "figures": {"target": value, "hours": 1.0}}
+        {**record, "row": "ELO", "seed": seed, "figures": {"target": value, "hours": 1.0, "kobest": 0.5}}
         for seed, value in enumerate((1.0, 1.1, 1.2))
     ]
-    found.append({**record, "paper": {}, "row": "FFT", "seed": 0, "figures": {}, "failed": "it broke"})
-    text = report.markdown("Table", found)
-    assert "| ELO | 1.1 ± 0.1 |  | 1 | 7.76 | 1e-3 |" in text
-    assert "| FFT |  |  |  |  | failed: it broke |" in text
-    assert "Seeds 0, 1, 2; ± is the standard deviation" in text and "Left out: MMLU (not in --benchmarks)." in text
-    report.draw("Table", found, tmp_path / "table.png")
-    points = [{**line, "series": "ELO", "at": float(line["seed"])} for line in found[:3]]
-    report.draw("Figure", points, tmp_path / "figure.png")
-    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("table.png", "figure.png"))
-
-
-def test_figure_3(tmp_path, capsys):
-    row = {"implementation": "elo", "dtype": "bf16", "memory_bytes": 1, "slowest": 1.0, "fastest": 9.0}
-    rates = {"elo": 1000.0, "full": 200.0, "lora": 250.0}
-    rows = [{**row, "method": method, "tokens_per_second": rate} for method, rate in rates.items()]
-    figures = {"rows": rows, "figure3": training_step.figure3(rows, "bf16", bytes_per_token=4.0)}
-    record = {"figures": figures, "paper": {}, "row": "hours", "seed": 0}
-    command.write_report(Namespace(name="figure3", out=tmp_path), "Figure 3", [record])
-    assert "lora/elo, paper" in capsys.readouterr().out
-    assert "full" in (tmp_path / "figure3.md").read_text()
-    assert (tmp_path / "figure3.png").read_bytes().startswith(b"\x89PNG")
-    failed = {**record, "figures": {}, "series": "", "device": "CPU", "date": "", "left_out": [], "failed": "it broke"}
-    command.write_report(Namespace(name="figure3", out=tmp_path), "Figure 3", [failed])
-    assert "failed: it broke" in (tmp_path / "figure3.md").read_text()
+    found.append({**record, "row": "FFT", "seed": 0, "figures": {}, "failed": "it broke"})
+    text = command.markdown("Table", found)
+    assert "| ELO | 1.1 ± 0.1 | 0.5 | 1 | 1e-3 | 0,1,2 |" in text
+    assert "| FFT |  |  |  | failed: it broke | 0 |" in text
+    assert "Without --instruct, mmlu, marc_ja, mt_bench, logickor, japanese_mt_bench." in text
 
 
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ("--only nothing", "--only nothing: the rows are base, alignment only, layers 1,4, "),
-        ("--rates elo=fast", "--rates elo=fast: give METHOD=LR,... with methods of elo, align, "),
-        ("--rates adam=1", "--rates adam=1: give METHOD=LR,..."),
+        ("--only nothing", "--only nothing: the rows are base; alignment only; layers 1,4; "),
+        ("--rates elo=fast", "--rates: 'fast' is not a number above 0"),
+        ("--rates adam=1", "--rates: 'adam=1' is not METHOD=LR,... with a method of elo, align, "),
         ("--held-out 300", "documents of 200 to 20000 bytes; of 900 and more --held-out 300 leaves enough"),
-        ("--report", "table3.jsonl: "),
+        ("--report", "table3.jsonl: no records of an experiment; run it without --report"),
+        ("--dry-run", "--dry-run needs --bytes-per-token"),
         ("--seeds 0,x", "--seeds: 'x' is not a whole number"),
         ('--sft "\'"', '--sft: "\'": No closing quotation'),
     ],

@@ -60,10 +60,13 @@ def write_place(place):
         "heldout.jsonl",
         "data/heldout.ko.jsonl",
         "data/heldout.en.jsonl",
+        "data/demo/ko.train.jsonl",
+        "data/demo/en.train.jsonl",
         "SAMPLE.jsonl",
         "KOREAN.jsonl.gz",
         "ENGLISH.jsonl.gz",
     )
+    (place / "data/demo").mkdir()
     for name in (*named, "libreoffice-help.en.jsonl.gz", "libreoffice-help.ko.jsonl.gz"):
         opened = gzip.open if name.endswith(".gz") else open
         with opened(place / name, "wt") as file:

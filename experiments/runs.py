@@ -1,0 +1,179 @@
+"""The commands of an experiment: planned first, and then each done once, as long as its directory has no result.
+
+A command's directory is named by its words: the same one, whichever row or experiment it belongs to. One that was
+interrupted goes on by its own resume.
+"""
+
+import fcntl
+import hashlib
+import math
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from elo.common.errors import EarlyExit
+from elo.common.terminal import note, say
+from elo.model.config import ModelConfig
+from elo.planning.budget import Plan
+from elo.planning.plan import make_parser, make_plans, would_fit
+from elo.pretraining import default_batch_tokens
+from elo.runs.directory import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+PRETRAINING = ("train.py", "align.py")
+
+
+class FailedError(Exception):
+    """A command failed; what needs it cannot be done."""
+
+
+class Run(NamedTuple):
+    script: str
+    words: tuple[str, ...]
+    directory: Path
+
+    def option(self, name: str) -> str | None:
+        return self.words[self.words.index(name) + 1] if name in self.words else None
+
+    @property
+    def is_done(self) -> bool:
+        return (self.directory / ("config.json" if self.script.endswith(".py") else "result.json")).exists()
+
+    @property
+    def last_step(self) -> dict[str, Any]:
+        return (read_metrics(self.directory) or [{}])[-1]
+
+
+class Runs:
+    """Commands are only planned until `begin`."""
+
+    def __init__(self, options: Namespace) -> None:
+        self.options, self.config, self.lock = options, ModelConfig.load(Path(options.model)), None
+        self.plans: dict[Run, Plan | None] = {}  # None: nothing is trained there
+        self.made_of: dict[str, list[Run]] = {}  # of a model: the training that led to it, without what only chose
+        self.failed: dict[Run, str] = {}
+        self.left, self.spent = list[float](), [0.0, 0.0]  # FLOPs of each run to do; seconds and FLOPs
+        self.child: subprocess.Popen | None = None
+        self.stops = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.stop)
+
+    def stop(self, *_: object) -> None:
+        """The run at work saves its state and leaves, and then so does the experiment."""
+        self.stops = True
+        if self.child is None:
+            raise EarlyExit("stopped; the same command goes on from there")
+        self.child.send_signal(signal.SIGTERM)
+
+    def begin(self) -> None:
+        """The lock is held by the commands too: what a killed experiment leaves is waited for."""
+        self.options.out.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.options.out / "lock", "w")  # noqa: SIM115  until the process ends
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            note(f"{self.options.out}: waiting for the experiment that is at work there")
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.left = [plan.run.tokens * plan.flops.total for run, plan in self.plans.items() if plan and not run.is_done]
+
+    def do(self, script: str, *words: str) -> str:
+        """The command's directory, for which `{here}` stands; other directories among its words are what it needs.
+
+        Raises FailedError if it fails, or has failed before.
+        """
+        known = "\0".join([script, *(word.removeprefix(f"{self.options.out}/") for word in words)])
+        name = f"{script.removesuffix('.py').replace(' ', '-')}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+        here = self.options.out / "runs" / name
+        run = Run(script, tuple(word.replace("{here}", str(here)) for word in words), here)
+        needed = [word for option, word in zip(("", *words), words, strict=False) if option != "--after"]
+        inputs = [made for word in needed for made in self.made_of.get(word, ())]
+        self.made_of[str(here)] = [*dict.fromkeys(inputs), *[run] * (script in (*PRETRAINING, "sft.py"))]
+        if run not in self.plans:
+            self.plans[run] = self.plan(run) if script in PRETRAINING else None
+        if self.lock and not run.is_done:
+            if run not in self.failed:
+                self.start(run)
+            if run in self.failed:
+                raise FailedError(self.failed[run])
+        return str(here)
+
+    def command(self, run: Run) -> list[str]:
+        if not run.script.endswith(".py"):
+            return [sys.executable, "-m", *run.script.split(), *run.words]
+        several = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.options.processes}"]
+        is_alone = self.options.processes == 1 or run.script == "merge_chat_vector.py"
+        return [sys.executable, *([] if is_alone else several), str(ROOT / run.script), *run.words]
+
+    def start(self, run: Run) -> None:
+        log, begun, plan = Path(f"{run.directory}.log"), time.monotonic(), self.plans[run]
+        run.directory.mkdir(parents=True, exist_ok=True)
+        say(f"{self.remaining()}{shlex.join(self.command(run))}")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+        with open(log, "ab") as output:
+            self.child = subprocess.Popen(
+                self.command(run), stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment,
+                pass_fds=[self.lock.fileno()], start_new_session=True,
+            )  # fmt: skip
+            status, self.child = self.child.wait(), None
+        if self.stops:
+            self.stop()
+        if status or not run.is_done:
+            said = log.read_text(errors="replace").strip().splitlines() or ["nothing said"]
+            self.failed[run] = f"{run.directory.name} ended with status {status}: {said[-1]}"
+            note(f"{self.failed[run]} (all of it: {log})")
+        elif plan:
+            self.spent = [self.spent[0] + time.monotonic() - begun, self.spent[1] + plan.run.tokens * plan.flops.total]
+
+    def remaining(self) -> str:
+        """By the FLOPs that are left, at the speed so far."""
+        if not self.spent[1]:
+            return f"[{len(self.left)} training runs to do] "
+        return f"[about {max(0.0, sum(self.left) - self.spent[1]) * self.spent[0] / self.spent[1] / 60:.1f} min to go] "
+
+    # ---- what came out
+
+    def seconds(self, model: str) -> float:
+        """Of its training; of what is not done yet by the planner."""
+        plans = {run: self.plans[run] for run in self.made_of.get(model, ())}
+        return sum(run.last_step.get("seconds", 3600 * plan.hours if plan else 0.0) for run, plan in plans.items())
+
+    def bits(self, model: str) -> float:
+        """A byte of the target language's validation text; what is held out for the results has no say."""
+        by_file = self.made_of[model][-1].last_step.get("validation", [])
+        found = [line["bits_per_byte"] for line in by_file if line["file"] == self.options.held_out[0]]
+        return found[0] if found and math.isfinite(found[0]) else math.inf
+
+    # ---- what it would take
+
+    def plan(self, run: Run) -> Plan | None:
+        """The options of the scripts are the planner's too."""
+        if not float(run.option("--gb")):
+            return None
+        words = [*run.words, "--stage", run.script.removesuffix(".py"), "--dtype", "bf16", "--gpu", self.options.gpu]
+        words += ["--gpus", str(self.options.processes), "--bytes-per-token", str(self.options.bytes_per_token)]
+        asked, _ = make_parser().parse_known_args(words)
+        if not run.option("--batch-tokens"):
+            asked.batch_tokens = default_batch_tokens(asked.gb * 1e9 / asked.bytes_per_token, asked.seq_len)
+        return make_plans(asked, self.config)[0]
+
+    def show(self) -> None:
+        """--dry-run."""
+        sums, gpus = [0.0, 0.0, 0.0], f"{self.options.processes} x {self.options.gpu}"
+        whole = max((plan.computed for plan in self.plans.values() if plan), default=0)
+        for run, plan in self.plans.items():
+            size = (plan.computed if plan else whole) if run.script.endswith(".py") else 0
+            spent = [*([plan.run.tokens, plan.hours * self.options.processes] if plan else [0.0, 0.0]), 2 * size / 1e9]
+            say(shlex.join(self.command(run)))
+            say("    {:,.0f} tokens, {:,.4g} GPU hours, {:,.2f} GB on disk".format(*spent))
+            sums = [total + part for total, part in zip(sums, spent, strict=True)]
+            if plan and not plan.fits:
+                say(f"    does not fit on {gpus}; it would with: {would_fit(plan)}")
+        say("together {:,.0f} tokens, {:,.4g} GPU hours, {:,.1f} GB on disk".format(*sums))
+        say(f"on {gpus} at the planner's utilization and {self.options.bytes_per_token} bytes a token; tuning on "
+            "conversations and evaluation are not counted")  # fmt: skip
