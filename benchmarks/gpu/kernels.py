@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend
 from benchmarks.gpu import candidates
 from benchmarks.gpu.candidates import Attend, Loss, by_autograd, scaled_mm, to_fp8
 from benchmarks.gpu.measuring import Row, added_memory, attempt, call_seconds, need_gpu, relative_error, seconds
-from benchmarks.gpu.rules import FLASH, PRESENT, WHOLE
+from benchmarks.gpu.rules import FLASH, FP8, PRESENT, WHOLE
 from benchmarks.gpu.shapes import Shape
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM, build
@@ -84,7 +84,7 @@ def losses(shape: Shape, folder: Path) -> Iterator[Row]:
             PRESENT: lambda: by_autograd(lambda hidden, labels: model(hidden[None], labels[None], len(labels))),
             "column tiles, equal": lambda: candidates.column_tiles(weight, shape.columns),
             "row blocks, exp2 unnormalized": lambda: candidates.row_blocks(weight, shape.rows),
-            "row blocks, fp8": lambda: candidates.fp8_head(weight, shape.rows, shape.columns),
+            FP8: lambda: candidates.fp8_head(weight, shape.rows, shape.columns),
             "Liger": lambda: candidates.liger(weight),
             "Apple's cut cross-entropy": lambda: candidates.apple(weight),
             WHOLE: lambda: candidates.whole_logits(weight),

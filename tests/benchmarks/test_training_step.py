@@ -74,6 +74,12 @@ def test_both_sides_take_the_same_steps(base, tmp_path, method, other):
         assert set(watch.seconds) == {"data", "forward", "optimizer"}
 
 
+def test_where_transformers_has_fp32_masters(base):
+    for implementation, dtype in (("transformers", torch.bfloat16), ("autocast", torch.float32)):
+        model = steps.transformers_model(case(base, "full", implementation, dtype="bf16"), base, on_meta=True)
+        assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
 def run(monkeypatch, *options):
     monkeypatch.setattr(sys, "argv", ["training_step", *map(str, options)])
     with pytest.raises(SystemExit) as exit_:
