@@ -79,7 +79,8 @@ def tell_result(world: World, out: Path, model: nn.Module, next_command: Sequenc
         said += f", with {memory:,.1f} GiB of memory in a process"
         said += f"; the loss went from {first['loss']:.4f} to {last['loss']:.4f}"
         if held_out := [line["validation_loss"] for line in lines if "validation_loss" in line]:
-            said += f", the held-out one from {held_out[0]:.4f} to {held_out[-1]:.4f}"
+            since = f"from {held_out[0]:.4f} to" if len(held_out) > 1 else "is"
+            said += f", the held-out one {since} {held_out[-1]:.4f}"
     world.say(f"{said}. The result is in {out}.", f"Next: {shown_command(next_command)}")
 
 
