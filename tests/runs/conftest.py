@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+from functools import cache
 from pathlib import Path
 
 import pytest
 from many_processes import SMALL_STEPS
-from small_runs import make_project, run_here
+from small_runs import interrupt, make_project, result, run_here, states
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +24,11 @@ def crowded(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def module_project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"), documents=30)
+    """Among its files is the result of a stage 1, `elo`."""
+    directory = make_project(tmp_path_factory.mktemp("project"), documents=30)
+    os.chdir(directory)
+    assert run_here("train --max-steps 2", "elo") == 0
+    return directory
 
 
 @pytest.fixture
@@ -41,3 +46,28 @@ def tuned(project):
     """A finished run that keeps the models of epochs."""
     assert run_here("sft --keep every --epochs 2", "R") == 0
     return Path("R")
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """What a command leaves that nobody interrupts. Each runs once."""
+
+    @cache
+    def result_of(command):
+        assert run_here(command, "alone") == 0
+        found = result(Path("alone"))
+        shutil.rmtree("alone")
+        return found
+
+    return result_of
+
+
+@pytest.fixture(scope="session")
+def stopped(module_project):
+    """A run of `train --save-every 3` that was stopped after step 7, for tests to copy."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(module_project)
+        interrupt(patch, 7)
+        assert run_here("train --save-every 3", "stopped") == 0
+    assert states(module_project / "stopped") == ["step-6", "step-7"]
+    return module_project / "stopped"
