@@ -24,6 +24,7 @@ from elo.data.documents import Document
 from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.processes import World
+from elo.runs.sharding import sharded_parts
 from elo.text.tokenizer import Tokenizer
 from elo.variants.active_vocabulary import whole_head
 
@@ -115,7 +116,7 @@ def summed_losses(model: CausalLM, batches: Iterable[tuple[int, Tensor, Tensor]]
         for group, tokens, labels in batches:
             totals[group] += model(tokens.to(world.device), labels.to(world.device))
     # Without a backward pass what was gathered would stay, instead of the sharded parameters.
-    for module in (*model.model.layers, model):
+    for module in sharded_parts(model):
         module.reshard()
     return world.sum(*totals.tolist())
 

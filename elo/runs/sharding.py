@@ -84,6 +84,11 @@ def use_faster_operators(model: nn.Module) -> None:
         module.__class__ = faster.get(type(module), type(module))
 
 
+def sharded_parts(model: CausalLM) -> list[FSDPModule]:
+    """What is gathered and reduced by itself: the model for what is left of it, its blocks, and perhaps its norm."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
 def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_vary: bool = False) -> CausalLM:
     """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
 
@@ -120,8 +125,7 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_
             block.forward = compiled(block.forward, world, shapes_vary)
         shard(block)
     shard_root(model, shard, dtype)
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule) and module is not model]
-    model.gathered_once = parts if options.gather_once else []
+    model.gathered_once = [part for part in sharded_parts(model) if part is not model] if options.gather_once else []
     for module in model.gathered_once:
         module.set_reshard_after_forward(False)
     if not any(p.requires_grad for name, p in model.named_parameters() if not name.startswith("model.layers.")):
