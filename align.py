@@ -81,8 +81,7 @@ def run(arguments: Namespace, world: World) -> None:
         open_run(arguments, world, goes_on, {})
         if is_auto:
             load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
-        found = base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced)
-        save(arguments.out, *found, wait=world.wait)
+        save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
         close_run(arguments, world)
         world.say(f"The model is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
         return

@@ -198,7 +198,6 @@ class Epochs:
                 # A copy first: of files that were moved, a kill half-way would leave a part here and a part there.
                 copy(self.directory(best[1]), self.out)
                 self.remove(self.directory(best[1]))
-            self.world.wait()
             return
         if self.keep == "best":
             self.world.say(f"no epoch's model is there: it is that after step {steps}")
