@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from small_runs import Killed, interrupt, kill, lines, result, run_here, states
 
 from elo.model import saving
 from elo.runs.directory import Metrics
+from elo.runs.states import States
 
 COMMANDS = [
     "train --layers 1,4",
@@ -45,6 +47,16 @@ def test_stopped_and_resumed_is_the_same_to_the_last_bit(project, alone, monkeyp
     assert [line["step"] for line in metrics] == list(range(1, len(metrics) + 1))
     seconds = [line["seconds"] for line in lines(Path("out"))]
     assert seconds == sorted(seconds)
+
+
+def test_stopped_before_the_first_step(project, monkeypatch, capfd):
+    load = States.load_newest
+    with monkeypatch.context() as patch:
+        patch.setattr(States, "load_newest", lambda self: os.kill(os.getpid(), signal.SIGTERM) or load(self))
+        assert run_here("train --max-steps 2") == 0
+    assert "stopped before the first step" in capfd.readouterr().out
+    assert not states(Path("out")) and not lines(Path("out"))
+    assert run_here("train --max-steps 2") == 0
 
 
 def test_random_numbers_go_on(project, monkeypatch):
