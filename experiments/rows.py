@@ -205,7 +205,7 @@ def table3(options: Namespace) -> list[Row]:
 def figure2(options: Namespace) -> list[Row]:
     """Figure 2: how much alignment after one stage 1, with the control at every point. Needs 13 units of text."""
     controls = {units: alignment_only(elo(), units) for units in (0, 0.5, 1, 1.5, 2, 3, 4)}
-    rows = [Row(f"ELO + {units:g}", align(elo(), units), units and control) for units, control in controls.items()]
+    rows = [Row(f"ELO + {n:g}", align(elo(), n), control if n else None) for n, control in controls.items()]
     return rows + [Row(f"alignment only, {units:g}", control) for units, control in controls.items()]
 
 
