@@ -76,7 +76,7 @@ class Replaced(Checkpoint):
 
         Raises UserError where `elo` is no slice of this base, and for another number of scales.
         """
-        super().__init__(base.directory)
+        vars(self).update(vars(base))  # what it has read already
         self.trained, self.layers = open_slice(elo, base)
         count = len(self.layers)
         given = [1.0] if scales is None or isinstance(scales, str) else [*scales]

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 import align
 import train
 from elo.common.errors import UserError, exit_status
-from elo.model.checkpoint import load_model
+from elo.model.checkpoint import Checkpoint, load_model
 from eval import __main__ as evaluation
 
 COMMON = ["--seq-len", "32", "--batch-tokens", "128", "--lr", "1e-2", "--dtype", "fp32"]
@@ -91,6 +91,13 @@ def scaled(tmp_path, monkeypatch):
         return load_file(f"{out}/model.safetensors") if status == 0 else None
 
     return align_with, base, slice_
+
+
+def test_headers_are_read_once(scaled, monkeypatch):
+    read, locate = [], Checkpoint._locate
+    monkeypatch.setattr(Checkpoint, "_locate", lambda self: read.append(str(self.directory)) or locate(self))
+    scaled[0]()
+    assert sorted(read) == ["base", "elo"]
 
 
 @pytest.mark.parametrize("given", ["0", "1", "0.25", "0,1", "0.5,0.125", "2"])

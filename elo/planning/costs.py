@@ -30,7 +30,7 @@ class Call(NamedTuple):
 CONTAINERS = (Block, Attention, MLP, nn.Identity)
 KNOWN = (*CONTAINERS, nn.Linear, LoraLinear, Bridge, RMSNorm, ScaledDotProductAttention)
 # Nor is a model with anything else beside its blocks.
-ROOT = {"", "model", "model.layers", "model.embed_tokens", "model.norm", "lm_head", "loss"}
+ROOT = {"", "model", "model.layers", "model.embed_tokens", "model.norm", "lm_head", "whole_head", "loss"}
 
 
 @lru_cache(maxsize=256)

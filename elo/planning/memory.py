@@ -78,7 +78,9 @@ def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     blocks = model.model.layers  # all have weights of the same sizes
     # What is below everything that is trained keeps nothing: there is no backward pass through it.
     lowest = 0 if is_trained(model.model.embed_tokens) else [is_trained(block) for block in blocks].index(True)
-    root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head])  # shared out apart from blocks
+    of_validation = [model.whole_head] if hasattr(model, "whole_head") else []
+    # Shared out apart from blocks.
+    root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head, *of_validation])
     root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
     # What fully_shard computes with is a copy, except for frozen weights that a process has whole.
     whole = setup.shard == 1 and not setup.cpu_offload

@@ -24,6 +24,7 @@ from elo.planning.budget import GIB, GPUS, MOST_GPUS, Plan, Run, make_plan
 from elo.pretraining import LARGEST_BATCH
 from elo.runs.devices import DTYPES
 from elo.slicing import parse_layers
+from elo.variants.active_vocabulary import narrow
 from elo.variants.lora import LoraOptions
 
 STAGES = ("train", "align", "sft")  # the scripts
@@ -41,6 +42,9 @@ def make_parser() -> Parser:
         "--layers", help=f"of methods {' and '.join(OF_LAYERS)}, from 1; -1 is the last (default: {DEFAULT_LAYERS})"
     )
     parser.add_argument("--bridge", action="store_true", help="of method elo")
+    parser.add_argument("--active-vocabulary", type=positive_int, metavar="TOKENS", help=(
+        "of method elo, which says how many when it begins"))  # fmt: skip
+    parser.add_argument("--validation", action="store_true", help="with that: the whole head is kept for held-out text")
     parser.add_argument("--lora-rank", type=positive_int, default=LoraOptions.lora_rank, help="(%(default)s)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
 
@@ -85,8 +89,11 @@ def planned_runs(arguments: Namespace) -> list[Run]:
         chosen = [*(("train", method) for method in METHODS), ("align", "full"), ("sft", "full")]
     if arguments.layers and not any(method in OF_LAYERS for _, method in chosen):
         raise UserError(f"--layers {arguments.layers}: only train.py --method elo or selective trains some of them")
-    if arguments.bridge and not any(method == "elo" for _, method in chosen):
-        raise UserError("--bridge goes with train.py --method elo")
+    for option in ("bridge", "active_vocabulary"):
+        if getattr(arguments, option) and not any(method == "elo" for _, method in chosen):
+            raise UserError(f"--{option.replace('_', '-')} goes with train.py --method elo")
+    if arguments.validation and not arguments.active_vocabulary:
+        raise UserError("--validation changes a plan with --active-vocabulary only")
     if arguments.shard and arguments.gpus % arguments.shard:
         raise UserError(f"--shard {arguments.shard} does not divide the {arguments.gpus} GPUs")
     if not arguments.utilization:
@@ -121,6 +128,10 @@ def make_plans(arguments: Namespace, config: ModelConfig) -> list[Plan]:
     layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
     adapters, runs = LoraOptions(lora_rank=arguments.lora_rank), planned_runs(arguments)
     models = {run.method: methods.make(config, run.method, layers, adapters, arguments.bridge).model for run in runs}
+    if (rows := arguments.active_vocabulary or 0) > config.vocab_size:
+        raise UserError(f"--active-vocabulary {rows}: the model's vocabulary has {config.vocab_size}")
+    if rows:
+        narrow(models["elo"], rows, arguments.validation)
     return [make_plan(models[run.method], run) for run in runs]
 
 

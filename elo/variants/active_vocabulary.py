@@ -89,15 +89,7 @@ class ActiveVocabulary:
         return {"kept": self.kept, "sharing": self.sharing, "of": len(self.row_of), "coverage": self.coverage}
 
     def narrow(self, model: CausalLM, keep: bool = False) -> None:
-        """Give a model that has no memory yet a frozen head of these rows, not tied to its embedding.
-
-        keep: the whole head stays beside it, for `whole_head`.
-        """
-        rows = self.kept + bool(self.sharing)
-        if keep:
-            model.whole_head = model.lm_head
-        model.lm_head = nn.Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
-        model.is_tied = False
+        narrow(model, self.kept + bool(self.sharing), keep)
 
     @torch.no_grad()
     def load_into(self, model: CausalLM, base: Checkpoint, source: Callable[[str], str]) -> None:
@@ -117,6 +109,17 @@ class ActiveVocabulary:
                 rows = base.rows(name, first, min(first + BLOCK, len(self.row_of)))[tokens - first]
                 gathered.index_add_(0, self.row_of[tokens] - start, (rows * self.weight[tokens, None]).float())
         (head.to_local() if isinstance(head, DTensor) else head).copy_(gathered)
+
+
+def narrow(model: CausalLM, rows: int, keep: bool = False) -> None:
+    """Give a model that has no memory yet a frozen head of so many rows, not tied to its embedding.
+
+    keep: the whole head stays beside it, for `whole_head`.
+    """
+    if keep:
+        model.whole_head = model.lm_head
+    model.lm_head = nn.Linear(model.config.hidden_size, rows, bias=False, device="meta").requires_grad_(False)
+    model.is_tied = False
 
 
 @contextmanager

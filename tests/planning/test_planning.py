@@ -23,6 +23,7 @@ from elo.planning import plan as planning
 from elo.planning.costs import count_flops, flops_per_token, parameters
 from elo.planning.memory import Setup, attention_work, block_activations, moments, planned_memory
 from elo.runs.sharding import use_faster_operators
+from elo.variants.active_vocabulary import narrow as narrow_head
 from elo.variants.lora import LoraOptions
 
 SEQ_LEN = 32
@@ -231,6 +232,23 @@ def test_a_bridge_is_whole_in_every_process(offload):
     assert (bridged.weights > plain.weights) and bridged.host == plain.host
 
 
+@pytest.mark.parametrize("variant", ["llama3", "llama3.2-tied"])
+def test_an_active_vocabulary(variant):
+    """A head of its own, also where the whole one is the embedding; for held-out text the whole one stays beside it."""
+    config, rows, setup = family(variant), 60, Setup(64, 32)
+    plain, narrow, kept = (make(config, "elo").model for _ in range(3))
+    narrow_head(narrow, rows)
+    narrow_head(kept, rows, keep=True)
+    head = 2 * config.hidden_size * config.vocab_size  # bytes in bf16
+    of_rows = 2 * config.hidden_size * rows
+    is_tied = config.tie_word_embeddings
+    whole, part, both = (planned_memory(model, setup).weights for model in (plain, narrow, kept))
+    assert part - whole == of_rows - (0 if is_tied else head)
+    assert both - part == (0 if is_tied else head)
+    assert count_flops(narrow, SEQ_LEN) == count_flops(kept, SEQ_LEN)
+    assert count_flops(narrow, SEQ_LEN).head == count_flops(plain, SEQ_LEN).head * rows / config.vocab_size
+
+
 @pytest.mark.parametrize(("dtype", "size"), [("fp32", 4), ("bf16", 2)])
 def test_gradients_outside_of_blocks_are_in_fp32(dtype, size):
     """Whatever the dtype of computation, and as much again where they are reduced."""
@@ -353,6 +371,9 @@ def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, c
         ("--layers 1,99", "--layers 1,99: there is no layer 99"),
         ("--stage align --bridge", "--bridge goes with train.py --method elo"),
         ("--method full --bridge", "--bridge goes with train.py --method elo"),
+        ("--stage sft --active-vocabulary 9", "--active-vocabulary goes with train.py --method elo"),
+        ("--active-vocabulary 999999", "--active-vocabulary 999999: the model's vocabulary has 128256"),
+        ("--validation", "--validation changes a plan with --active-vocabulary only"),
         ("--gpus 8 --shard 3", "--shard 3 does not divide the 8 GPUs"),
         ("--gb 9", "--gb needs --bytes-per-token"),
         ("--bytes-per-token 3", "--bytes-per-token goes with --gb"),
