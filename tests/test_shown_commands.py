@@ -9,7 +9,7 @@ import shutil
 import pytest
 from forking import Fork, fork_group
 from judge_server import JudgeServer
-from shown_commands import PAGES, ROOT, commands, script_of
+from shown_commands import PAGES, commands, main_of, script_of
 from shown_place import write_place
 
 TINY = {
@@ -30,8 +30,8 @@ ADDED = {
     "train": "--seq-len 32 --batch-tokens 256 --dtype fp32 --workers 1",
     "align": "--seq-len 32 --batch-tokens 256 --dtype fp32 --workers 1",
     "sft": "--seq-len 64 --epochs 1 --dtype fp32",
-    "experiments": "--only base",
-    "elo.generation": "--prompt 무엇? --max-new-tokens 3",
+    "experiments.__main__": "--only base",
+    "elo.generation.chat": "--prompt 무엇? --max-new-tokens 3",
     "eval answers": "--max-new-tokens 4 --dtype fp32",
     "eval choice": "--dtype fp32",
     "eval perplexity": "--seq-len 32 --dtype fp32",
@@ -47,12 +47,6 @@ FORKING = """
 import multiprocessing, benchmarks.sides, lm_eval, peft, transformers
 benchmarks.sides.get_context = lambda _: multiprocessing.get_context("fork")
 """
-MAIN = {
-    "experiments": "experiments.__main__",
-    "elo.generation": "elo.generation.chat",
-    "elo.planning": "elo.planning.plan",
-    "eval": "eval.__main__",
-}
 
 
 @pytest.fixture(scope="module")
@@ -62,13 +56,12 @@ def place(tmp_path_factory):
 
 def tiny(words):
     """A command's module, and its words with other values."""
-    script, arguments = script_of([word for word in words if word not in LEFT_OUT])
-    name = ".".join(script.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    name, arguments = main_of([word for word in words if word not in LEFT_OUT])
     values = [TINY.get(option, value) for option, value in zip([None, *arguments], arguments, strict=False)]
     if "--gb" in values and name in ("train", "align"):
         at = values.index("--gb") + 1
         values[at] = f"{float(values[at]) * GB:g}"
-    added = ADDED.get(f"{name} {arguments[0]}" if name == "eval" else name, "").split()
+    added = ADDED.get(f"eval {arguments[0]}" if name == "eval.__main__" else name, "").split()
     for option, value in zip(added[::2], added[1::2], strict=True):
         values += [] if option in values else [option, value]
     return name, values
@@ -80,11 +73,10 @@ def run(place, words, judge):
         arguments += ["--base-url", judge.url]
     if "*" in " ".join(arguments):
         arguments = [str(path) for word in arguments for path in (sorted(place.glob(word)) if "*" in word else [word])]
-    module = MAIN.get(name, name)
     if words[0] == "torchrun":
-        processes = fork_group(2, module, arguments, place)
+        processes = fork_group(2, name, arguments, place)
     else:
-        processes = [Fork(module, arguments, place, before=FORKING if name.startswith("benchmarks.") else "")]
+        processes = [Fork(name, arguments, place, before=FORKING if name.startswith("benchmarks.") else "")]
     for process in processes:
         out, err = process.communicate()
         assert process.returncode == 0, f"{' '.join(words)}\n{out}{err}"

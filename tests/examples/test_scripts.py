@@ -1,18 +1,26 @@
 """examples/*.sh, with a tiny model of the names that they expect, and stand-ins for what a cluster has."""
 
+import json
 import os
 import random
+import socket
 import subprocess
 import sys
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from forking import Fork, fork_group
+from shown_commands import main_of
 from shown_place import write_place
 
 ROOT = Path(__file__).resolve().parents[2]
+# Where there are forks that have imported torch, they run what does not come on stdin.
 STAND_INS = {
-    "python": 'exec {python} "$@"',
-    "torchrun": 'exec {python} -m torch.distributed.run "$@"',
+    "python": '[ -n "$FORKS" ] && [ "$1" != - ] && exec {python} -S {client} python "$@"\nexec {python} "$@"',
+    "torchrun": '[ -n "$FORKS" ] && exec {python} -S {client} torchrun "$@"\n'
+    'exec {python} -m torch.distributed.run "$@"',
     "hf": 'echo "hf has been called: $*" >&2; exit 1',
     "scontrol": '[ "$*" = "show hostnames nodes[1-2]" ] && echo localhost && sleep 0.2 && echo other',
     # Every node runs the command; here both are this machine.
@@ -21,13 +29,48 @@ STAND_INS = {
 }
 
 
+CLIENT = """
+import json, os, socket, sys
+with socket.create_connection(("127.0.0.1", int(os.environ["FORKS"]))) as server, server.makefile("rw") as stream:
+    print(json.dumps(sys.argv[1:]), file=stream, flush=True)
+    status, out, err = json.loads(stream.readline())
+sys.stdout.write(out)
+sys.stderr.write(err)
+sys.exit(status)
+"""
+
+
+@contextmanager
+def forks():
+    """The port at which CLIENT has commands run, one after the other."""
+
+    def serve():
+        while True:
+            try:
+                connection, _ = listening.accept()
+            except OSError:  # closed
+                return
+            with connection, connection.makefile("rw") as stream:
+                words = json.loads(stream.readline())
+                module, arguments = main_of(words)
+                process = fork_group(1, module, arguments)[0] if words[0] == "torchrun" else Fork(module, arguments)
+                out, err = process.communicate()
+                print(json.dumps([process.returncode, out, err]), file=stream, flush=True)
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=serve, daemon=True).start()
+        yield str(listening.getsockname()[1])
+        listening.shutdown(socket.SHUT_RDWR)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     place = write_place(tmp_path_factory.mktemp("scripts"))
     (place / "bin").mkdir()
+    (place / "client.py").write_text(CLIENT)
     for name, body in STAND_INS.items():
         file = place / "bin" / name
-        file.write_text("#!/bin/bash\n" + body.format(python=sys.executable) + "\n")
+        file.write_text("#!/bin/bash\n" + body.format(python=sys.executable, client=place / "client.py") + "\n")
         file.chmod(0o755)
     return place
 
@@ -54,7 +97,8 @@ def test_the_pipeline_goes_on_after_what_stopped_it(place):
     settings = {name: str(value) for name, value in settings.items()}
     held_out = place / "data/heldout.en.jsonl"
     held_out.rename(place / "elsewhere.jsonl")
-    stopped = run(place, "llama31_korean.sh", **settings)
+    with forks() as port:
+        stopped = run(place, "llama31_korean.sh", FORKS=port, **settings)
     assert stopped.returncode == 2, stopped.stderr
     assert "heldout.en.jsonl" in stopped.stderr.splitlines()[-1]
     assert not (place / "runs/chat").exists()
@@ -62,7 +106,8 @@ def test_the_pipeline_goes_on_after_what_stopped_it(place):
     written = model.stat().st_mtime_ns
 
     (place / "elsewhere.jsonl").rename(held_out)
-    finished = run(place, "llama31_korean.sh", **settings)
+    with forks() as port:
+        finished = run(place, "llama31_korean.sh", FORKS=port, **settings)
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("this run is finished") == 2
     assert model.stat().st_mtime_ns == written

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 from forking import Fork, fork_group
-from shown_commands import script_of
+from shown_commands import main_of
 from small_runs import finish, lines, make_project, run_here, start_group
 
 from elo.runs import progress
@@ -72,9 +72,7 @@ def next_command(text):
 
 def run_next(command):
     """Run it as it stands, but for how Python is started; returns what it says."""
-    script, arguments = script_of(command)
-    name = str(script.with_suffix("")).partition("/elo/")[2]
-    module = "elo.generation.chat" if name.startswith("generation") else script.stem
+    module, arguments = main_of(command)
     if command[0] == "torchrun":
         count = int(command[1].removeprefix("--nproc_per_node="))
         return finish(*fork_group(count, module, arguments, Path.cwd()))[0]

@@ -26,6 +26,22 @@ def commands(text: str) -> list[list[str]]:
     return found
 
 
+# The module with the `main` of a package that runs as `python -m`.
+MAIN = {
+    "experiments": "experiments.__main__",
+    "elo.generation": "elo.generation.chat",
+    "elo.planning": "elo.planning.plan",
+    "eval": "eval.__main__",
+}
+
+
+def main_of(words: list[str]) -> tuple[str, list[str]]:
+    """The module whose `main` a command runs, and its arguments."""
+    script, arguments = script_of(words)
+    name = ".".join(script.relative_to(ROOT).with_suffix("").parts).removesuffix(".__main__")
+    return MAIN.get(name, name), arguments
+
+
 def script_of(words: list[str]) -> tuple[Path, list[str]]:
     """The file that a command runs, and its arguments."""
     module = words.index("-m") if "python" in words and "-m" in words else None
