@@ -98,7 +98,7 @@ def test_what_fails_or_takes_too_long_is_one_line(tmp_path, monkeypatch):
 
 # A question that starts a process of its own, as some do, and waits for it.
 SLEEPS = """
-import multiprocessing, subprocess
+import multiprocessing, subprocess, tempfile
 from types import SimpleNamespace
 from benchmarks import gpu
 
@@ -108,6 +108,7 @@ def in_bf16(shape, folder):
     yield {"case": str(process.pid)}
     process.wait()
 
+tempfile.tempdir = "tmp"
 gpu.importlib = SimpleNamespace(import_module=lambda name: SimpleNamespace(in_bf16=in_bf16))
 fork = multiprocessing.get_context("fork")
 gpu.multiprocessing = SimpleNamespace(get_context=lambda name: fork)
@@ -117,11 +118,12 @@ gpu.multiprocessing = SimpleNamespace(get_context=lambda name: fork)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_nothing_is_left_of_a_benchmark_that_is_ended(tmp_path, number):
     (tmp_path / "tmp").mkdir()
-    benchmark = Fork("benchmarks.gpu", ["--only", "A"], tmp_path, before=SLEEPS, TMPDIR=str(tmp_path / "tmp"))
+    benchmark = Fork("benchmarks.gpu", ["--only", "A"], tmp_path, before=SLEEPS)
     out = benchmark.files["out"]
     while not (said := re.search(r"\| A \| (\d+) \|", out.read_text() if out.exists() else "")):
         assert benchmark.poll() is None, benchmark.said("err")
         time.sleep(0.01)
+    assert [path.name for path in (tmp_path / "tmp").glob("*/*")] == ["large"]
     sleeping = psutil.Process(int(said[1]))
     benchmark.send_signal(number)
     assert benchmark.wait() == (128 + number if number == signal.SIGTERM else -number)
