@@ -278,9 +278,6 @@ def test_mistakes_in_held_out_conversations(files_only, files, message, capfd):
     assert message in error
 
 
-# ---- mistakes
-
-
 @pytest.mark.parametrize(
     ("command", "message"),
     [

@@ -1,4 +1,4 @@
-"""`python -m experiments`: what is done once, chosen, resumed, reported; on a tiny model, or with made-up results."""
+"""`python -m experiments`: what is done once, stopped, resumed, reported; mistakes."""
 
 import json
 import os
@@ -7,49 +7,15 @@ import signal
 import sys
 import threading
 import time
-from argparse import Namespace
 
-import families
 import pytest
+from experiment_runs import begun, options, pretending, run_here, words
 from forking import Fork
-from small_runs import make_base
 
-from elo.common.errors import EarlyExit, exit_status
-from elo.slicing import parse_layers
+from elo.common.errors import EarlyExit
 from experiments import __main__ as command
-from experiments.rows import EXPERIMENTS, Kit, Row, align, alignment_only, baseline, elo, found_scale, in_time_of
-from experiments.runs import Run, Runs
-
-TRAINING = "--seq-len 32 --batch-tokens 64 --dtype fp32"
-TINY = "table3 --model base --target ko.jsonl --source en.jsonl --held-out 4 --gb 0.00004 --rates elo=1e-2 align=1e-3"
-
-
-@pytest.fixture(autouse=True)
-def _same_signals():
-    """An experiment takes them for itself."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
-@pytest.fixture
-def project(tmp_path, monkeypatch):
-    make_base(tmp_path, documents=400)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def words(more, out="out"):
-    return [*TINY.split(), "--training", TRAINING, "--out", out, *shlex.split(more)]
-
-
-def run_here(monkeypatch, capsys, *arguments):
-    """(status, stdout, stderr)"""
-    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(command.main)
-    return exit_.value.code, *capsys.readouterr()
+from experiments.rows import Kit, Row, align, alignment_only, baseline, elo
+from experiments.runs import Runs
 
 
 def records(project, out):
@@ -85,81 +51,6 @@ def test_stopped_and_killed_in_the_middle_and_run_again(project):
     # Nothing that was held out was trained on.
     (log,) = project.glob("out/runs/train-*.log")
     assert "documents are left out, which --validation has too" in log.read_text()
-
-
-# ---- with commands that only write what a run would
-
-
-def options(tmp_path, **changes):
-    architecture, config = families.VARIANTS["llama3"]()
-    (tmp_path / "base").mkdir(exist_ok=True)
-    fields = {**config.to_dict(), "architectures": [architecture.__name__]}
-    (tmp_path / "base/config.json").write_text(json.dumps(fields))
-    given = {"model": f"{tmp_path}/base", "instruct": None, "target": ["ko"], "source": ["en"], "conversations": None}
-    given |= {"benchmarks": None, "judge_model": None, "base_url": None, "gb": 10.0, "processes": 1, "out": tmp_path}
-    given |= {"rates": {}, "training": [], "sft": [], "seeds": [0], "benches": [], "equal_time": False, "only": None}
-    given |= {"held_out": [f"{tmp_path}/{language}.{part}.jsonl" for part, language in HELD_OUT]}
-    given |= {"bytes_per_token": 4.0, "gpu": "H100"}
-    return Namespace(**(given | changes))
-
-
-HELD_OUT = [(part, language) for part in ("validation", "heldout") for language in ("target", "source")]
-
-
-def begun(given):
-    runs = Runs(given)
-    runs.begin()
-    return runs
-
-
-def pretending(monkeypatch, bits, seconds=2.0):
-    """Every command writes a model and its last step; bits: of the validation text, by learning rate."""
-    done = []
-
-    def make(self, run):
-        lr = run.option("--lr") or ""
-        done.append((run.script, lr, run.words))
-        value = bits.get(lr, 1.0)
-        if value is None:
-            return [sys.executable, "-c", "raise SystemExit('no such thing')"]
-        # What is held out for the results is best where the validation text is worst.
-        numbers = [value, 1.0, 10 - value, 5.0]
-        validation = [
-            {"file": file, "bits_per_byte": number} for file, number in zip(self.options.held_out, numbers, strict=True)
-        ]
-        line = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "seconds": seconds, "tokens": 7, "validation": validation}
-        result = {"files": validation}
-        texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": json.dumps(result)}
-        texts["elo.json"] = json.dumps({"scale": [0.1, 1.0]})
-        run.directory.mkdir(parents=True, exist_ok=True)
-        (run.directory / "aside.json").write_text(json.dumps(texts))
-        code = "import json, os; [open(n, 'w').write(t) for n, t in json.load(open('aside.json')).items()]"
-        return [sys.executable, "-S", "-c", f"import os; os.chdir({str(run.directory)!r}); {code}"]
-
-    monkeypatch.setattr(Runs, "start", starting(make))
-    return done
-
-
-def starting(make, start=Runs.start):
-    """The command is asked for once a run, where it is started."""
-
-    def start_once(self, run):
-        made = make(self, run)
-        self.command = lambda run: made
-        start(self, run)
-        del self.command
-
-    return start_once
-
-
-def test_the_best_rate_is_that_of_the_first_seed(tmp_path, monkeypatch):
-    done = pretending(monkeypatch, {"1e-1": 2.0, "1e-2": 1.5, "1e-3": float("nan")})
-    runs = begun(options(tmp_path, rates={"full": ["1e-1", "1e-3", "1e-2"]}, seeds=[4, 5]))
-    model = baseline("full")(Kit(runs, 5))
-    assert [lr for _, lr, _ in done] == ["1e-1", "1e-3", "1e-2", "1e-2"]  # three of seed 4, then one of seed 5
-    (chosen,) = runs.made_of[model]
-    assert chosen.option("--seed") == "5" and chosen.option("--lr") == "1e-2"
-    assert baseline("full")(Kit(runs, 5)) == model and len(done) == 4  # nothing twice
 
 
 def test_a_failed_run_ends_its_rows_only(tmp_path, monkeypatch, capsys):
@@ -225,89 +116,6 @@ def stop_when(file):
     while not file.exists():
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def test_equal_time(tmp_path, monkeypatch):
-    """Stage 1 and alignment take 2 s each, the control 2 s for one unit: two units."""
-    done = pretending(monkeypatch, {})
-    kit = Kit(begun(options(tmp_path)), 0)
-    in_time_of(Row("ELO", align(elo()), alignment_only(elo()))).model(kit)
-    last = done[-1][2]
-    assert last[last.index("--gb") + 1] == "2"
-    assert "--after" not in last
-
-
-def test_the_scale_is_found_on_validation_text_alone(tmp_path, monkeypatch):
-    done = pretending(monkeypatch, {})
-    given = options(tmp_path)
-    kit = Kit(begun(given), 0)
-    for units in (0, 1):
-        align(elo(), units, "--scale", found_scale(elo()))(kit)
-    stage_1, search, *both = (Run(script, words, tmp_path) for script, _, words in done)
-    assert (search.option("--gb"), search.option("--scale")) == ("0", "auto")
-    assert f"--validation={given.held_out[0]}" in search.words and not set(given.held_out) & set(search.words)
-    assert [run.option("--scale") for run in both] == ["0.1,1.0"] * 2
-    assert [run.option("--gb") for run in (stage_1, *both)] == ["9", "0", "1"]
-
-
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_rows(experiment, tmp_path):
-    """What rows share is one run, all layers are the model's, and seeds share nothing."""
-    given, made = options(tmp_path, instruct="chat", seeds=[0, 1]), []
-    rows = EXPERIMENTS[experiment](given)
-    for seed in (0, 1):
-        runs = Runs(given)
-        for row in rows:
-            row.model(Kit(runs, seed))
-        made.append(runs.plans)
-    assert not made[0].keys() & made[1].keys() and len(made[0]) == len(made[1])
-    trained = [run for run in made[0] if run.script == "train.py"]
-    for run in trained:
-        if layers := run.option("--layers"):
-            parse_layers(layers, 4)
-    counts = {"table1": 5, "table2": 4, "table3": 6, "figure2": 1}
-    assert len(trained) == counts[experiment]
-    names = [row.name for row in rows]
-    assert len(set(names)) == len(names)
-    if experiment == "figure2":
-        assert {row.name: row for row in rows}["alignment only, 0"].model(Kit(runs, 0)) == given.model
-    if experiment == "table1":
-        controls = {"alignment only", "LoRA", "selective layer tuning", "ELO without alignment"}
-        scales = {f"ELO, scale {scale} + alignment" for scale in ("0.25", "0.5", "auto")}
-        bridged = {f"ELO, bridge, scale {scale}, without alignment" for scale in ("0.5", "1")}
-        assert controls | scales | bridged | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
-        assert [run for run in trained if "--bridge" in run.words]
-
-
-def test_rates_of_elo_are_judged_after_alignment(tmp_path, monkeypatch):
-    done = pretending(monkeypatch, {"1": 1.0, "2": 2.0, "3": 3.0, "4": 2.0})
-    kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["3", "4"]})), 0)
-    aligned = align(elo())(kit)
-    # The first judge is a candidate too, and so is the same alignment at the other rate.
-    assert [(script, lr) for script, lr, _ in done] == [
-        ("train.py", "1"),
-        ("align.py", "3"),
-        ("train.py", "2"),
-        ("align.py", "3"),
-        ("align.py", "4"),
-    ]
-    assert [run.option("--lr") for run in kit.runs.made_of[aligned]] == ["1", "4"]
-
-
-def test_chat_and_benchmarks(tmp_path):
-    changes = {"instruct": "chat", "conversations": ["c.json"], "benchmarks": "bench", "judge_model": "gpt"}
-    kit = Kit(Runs(options(tmp_path, **changes, benches=["kobest", "logickor"])), 0)
-    assert kit.chat("chat") != "chat"
-    assert [run.script for run in kit.runs.plans] == ["sft.py"]
-    kit.measure("model")
-    scripts = ["eval perplexity", "merge_chat_vector.py", "sft.py", "eval choice"]
-    assert [run.script for run in kit.runs.plans][1:] == [*scripts, "eval answers", "eval judge", "eval score"]
-    answers, judge, score = [*kit.runs.plans][-3:]
-    assert str(answers.directory) in kit.runs.command(score)  # where judgments are
-    assert str(judge.directory) not in kit.runs.command(score)
-
-
-# ---- what is told
 
 
 def test_dry_run(project, monkeypatch, capsys):

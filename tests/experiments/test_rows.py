@@ -1,0 +1,98 @@
+"""Which runs make a row of a table, and with which learning rates, scales and sizes."""
+
+import pytest
+from experiment_runs import begun, options, pretending
+
+from elo.slicing import parse_layers
+from experiments.rows import EXPERIMENTS, Kit, Row, align, alignment_only, baseline, elo, found_scale, in_time_of
+from experiments.runs import Run, Runs
+
+
+def test_the_best_rate_is_that_of_the_first_seed(tmp_path, monkeypatch):
+    done = pretending(monkeypatch, {"1e-1": 2.0, "1e-2": 1.5, "1e-3": float("nan")})
+    runs = begun(options(tmp_path, rates={"full": ["1e-1", "1e-3", "1e-2"]}, seeds=[4, 5]))
+    model = baseline("full")(Kit(runs, 5))
+    assert [lr for _, lr, _ in done] == ["1e-1", "1e-3", "1e-2", "1e-2"]  # three of seed 4, then one of seed 5
+    (chosen,) = runs.made_of[model]
+    assert chosen.option("--seed") == "5" and chosen.option("--lr") == "1e-2"
+    assert baseline("full")(Kit(runs, 5)) == model and len(done) == 4  # nothing twice
+
+
+def test_equal_time(tmp_path, monkeypatch):
+    """Stage 1 and alignment take 2 s each, the control 2 s for one unit: two units."""
+    done = pretending(monkeypatch, {})
+    kit = Kit(begun(options(tmp_path)), 0)
+    in_time_of(Row("ELO", align(elo()), alignment_only(elo()))).model(kit)
+    last = done[-1][2]
+    assert last[last.index("--gb") + 1] == "2"
+    assert "--after" not in last
+
+
+def test_the_scale_is_found_on_validation_text_alone(tmp_path, monkeypatch):
+    done = pretending(monkeypatch, {})
+    given = options(tmp_path)
+    kit = Kit(begun(given), 0)
+    for units in (0, 1):
+        align(elo(), units, "--scale", found_scale(elo()))(kit)
+    stage_1, search, *both = (Run(script, words, tmp_path) for script, _, words in done)
+    assert (search.option("--gb"), search.option("--scale")) == ("0", "auto")
+    assert f"--validation={given.held_out[0]}" in search.words and not set(given.held_out) & set(search.words)
+    assert [run.option("--scale") for run in both] == ["0.1,1.0"] * 2
+    assert [run.option("--gb") for run in (stage_1, *both)] == ["9", "0", "1"]
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_rows(experiment, tmp_path):
+    """What rows share is one run, all layers are the model's, and seeds share nothing."""
+    given, made = options(tmp_path, instruct="chat", seeds=[0, 1]), []
+    rows = EXPERIMENTS[experiment](given)
+    for seed in (0, 1):
+        runs = Runs(given)
+        for row in rows:
+            row.model(Kit(runs, seed))
+        made.append(runs.plans)
+    assert not made[0].keys() & made[1].keys() and len(made[0]) == len(made[1])
+    trained = [run for run in made[0] if run.script == "train.py"]
+    for run in trained:
+        if layers := run.option("--layers"):
+            parse_layers(layers, 4)
+    counts = {"table1": 5, "table2": 4, "table3": 6, "figure2": 1}
+    assert len(trained) == counts[experiment]
+    names = [row.name for row in rows]
+    assert len(set(names)) == len(names)
+    if experiment == "figure2":
+        assert {row.name: row for row in rows}["alignment only, 0"].model(Kit(runs, 0)) == given.model
+    if experiment == "table1":
+        controls = {"alignment only", "LoRA", "selective layer tuning", "ELO without alignment"}
+        scales = {f"ELO, scale {scale} + alignment" for scale in ("0.25", "0.5", "auto")}
+        bridged = {f"ELO, bridge, scale {scale}, without alignment" for scale in ("0.5", "1")}
+        assert controls | scales | bridged | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
+        assert [run for run in trained if "--bridge" in run.words]
+
+
+def test_rates_of_elo_are_judged_after_alignment(tmp_path, monkeypatch):
+    done = pretending(monkeypatch, {"1": 1.0, "2": 2.0, "3": 3.0, "4": 2.0})
+    kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["3", "4"]})), 0)
+    aligned = align(elo())(kit)
+    # The first judge is a candidate too, and so is the same alignment at the other rate.
+    assert [(script, lr) for script, lr, _ in done] == [
+        ("train.py", "1"),
+        ("align.py", "3"),
+        ("train.py", "2"),
+        ("align.py", "3"),
+        ("align.py", "4"),
+    ]
+    assert [run.option("--lr") for run in kit.runs.made_of[aligned]] == ["1", "4"]
+
+
+def test_chat_and_benchmarks(tmp_path):
+    changes = {"instruct": "chat", "conversations": ["c.json"], "benchmarks": "bench", "judge_model": "gpt"}
+    kit = Kit(Runs(options(tmp_path, **changes, benches=["kobest", "logickor"])), 0)
+    assert kit.chat("chat") != "chat"
+    assert [run.script for run in kit.runs.plans] == ["sft.py"]
+    kit.measure("model")
+    scripts = ["eval perplexity", "merge_chat_vector.py", "sft.py", "eval choice"]
+    assert [run.script for run in kit.runs.plans][1:] == [*scripts, "eval answers", "eval judge", "eval score"]
+    answers, judge, score = [*kit.runs.plans][-3:]
+    assert str(answers.directory) in kit.runs.command(score)  # where judgments are
+    assert str(judge.directory) not in kit.runs.command(score)
