@@ -43,6 +43,8 @@ class LinearCrossEntropy(nn.Module):
         self.one_shape = False  # of all tiles, the last one filled up: for a softmax compiled for a shape
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, counted: int | None = None) -> Tensor:
+        if not torch.is_grad_enabled():
+            weight = weight.detach()  # or autograd still says that it needs a gradient
         return _LinearCrossEntropy.apply(hidden, weight, labels, counted, self)
 
     def loss_and_gradients(

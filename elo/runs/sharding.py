@@ -116,8 +116,7 @@ def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_
         offload_policy=offload,
         ignored_params=frozen if (options.shard or world.size) == 1 and not options.cpu_offload else None,
     )
-    if options.compile:
-        # The loss of a CPU does not call it.
+    if options.compile and not isinstance(model.loss, CpuCrossEntropy):
         model.loss.softmax_, model.loss.one_shape = compiled(softmax_, world, shapes_vary), not shapes_vary
     for block in model.model.layers:
         block.activation_checkpointing = options.activation_checkpointing

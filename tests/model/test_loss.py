@@ -120,6 +120,14 @@ def test_a_frozen_head_gets_no_gradient(linear_cross_entropy):
     assert hidden.grad is not None
 
 
+def test_a_measurement_costs_no_gradient(linear_cross_entropy):
+    """By torch's count of FLOPs: of a trained head too there is one product."""
+    hidden, weight, labels = sample()
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=flops.FORMULAS) as counter:
+        linear_cross_entropy(hidden.detach(), weight, labels)
+    assert counter.get_total_flops() == 2 * 50 * 24 * 301
+
+
 @pytest.mark.parametrize("frozen", [False, True])
 def test_bf16_is_summed_in_fp32(frozen, linear_cross_entropy):
     hidden, weight, labels = sample(torch.bfloat16)
