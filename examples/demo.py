@@ -180,6 +180,7 @@ def draw(cells: list[tuple[str, ...]], runs: list[Path], out: Path) -> None:
             curves.plot(tokens, smooth, **style, linewidth=2, label=name)
         for title, curves in parts.items():
             curves.set(xlabel="tokens of the run", ylabel="training loss (nats a token)", title=title)
+            curves.xaxis.set_major_formatter(charts.EngFormatter(sep=""))
             curves.legend()
         below.axis("off")
         below.set_title("bits a byte of held-out text")
