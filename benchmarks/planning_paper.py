@@ -11,9 +11,10 @@ from typing import Any
 from benchmarks.published import LLAMA, LLAMA_8B, LLAMA_70B
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive_int
+from elo.methods import make
 from elo.model.config import ModelConfig
-from elo.planning.budget import GPUS
-from elo.planning.costs import flops_per_token
+from elo.planning.costs import count_flops
+from elo.planning.run import GPUS
 
 # What decides on the costs in the published config.json, and the published number of parameters.
 PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
@@ -49,11 +50,16 @@ def config(model: str) -> ModelConfig:
     return ModelConfig.from_json(PUBLIC[model][0])
 
 
+def flops_per_token(config: ModelConfig, method: str, seq_len: int) -> float:
+    """Of a training step."""
+    return count_flops(make(config, method).model, seq_len).total
+
+
 def main() -> None:
     parser = Parser(prog="python -m benchmarks.planning_paper", description=__doc__)
     parser.add_argument("--seq-len", type=positive_int, default=2048, help="tokens in a window (%(default)s)")
     seq_len = parser.parse_args().seq_len
-    peak = 8 * GPUS["H100"][1] * 1e12 * 3600  # FLOPs an hour
+    peak = 8 * GPUS["H100"].tflops * 1e12 * 3600  # FLOPs an hour
 
     print("| model | run | 10^9 tokens | GFLOPs a token | hours | utilization |\n|---|---|---|---|---|---|")
     for model, rows in TABLE_1.items():

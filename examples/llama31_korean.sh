@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 : "${GB:=9}" "${ALIGNMENT_GB:=1}" "${SEQ_LEN:=4096}" "${SAMPLES:=31000}" "${EPOCHS:=10}" "${OPTIONS:=}"
 BASE=$MODELS/Llama-3.1-8B
 INSTRUCT=$MODELS/Llama-3.1-8B-Instruct
-TEXTS="--target $DATA/target --source $DATA/source --seq-len $SEQ_LEN"
+TEXTS="--target $DATA/target --source $DATA/source"
 STAGE="--save-every 15m --resume $OPTIONS" # --resume: what is finished is passed over
 
 run() { # print a command, then run it
@@ -21,21 +21,26 @@ run() { # print a command, then run it
     "$@"
 }
 
-torchrun_on_gpus="torchrun --standalone --nproc_per_node=$GPUS"
-
 for model in Llama-3.1-8B Llama-3.1-8B-Instruct; do
     [ -e "$MODELS/$model/config.json" ] || run hf download "meta-llama/$model" --local-dir "$MODELS/$model"
 done
 
-# Does it fit? The planner ends in an error where it does not.
-plan="python -m elo.planning --model $BASE --gpu $GPU --gpus $GPUS --seq-len $SEQ_LEN"
-run $plan --layers 1,32
-run $plan --stage align --micro-batch 1 --activation-checkpointing
-run $plan --stage sft --activation-checkpointing
+best() { # a stage's command with the fastest settings that fit; the planner ends in an error where none do
+    python -m elo.planning --model "$BASE" --gpu "$GPU" --gpus "$GPUS" --best --stage "$@" | tee /dev/stderr | tail -n 1
+}
 
-run $torchrun_on_gpus train.py --model "$BASE" --layers 1,32 --gb "$GB" $TEXTS $STAGE --out "$RUNS/elo"
-run $torchrun_on_gpus align.py --model "$BASE" --elo "$RUNS/elo" --gb "$ALIGNMENT_GB" $TEXTS $STAGE \
-    --micro-batch 1 --activation-checkpointing --out "$RUNS/aligned"
+# All are planned before the first begins.
+elo=$(best train --layers 1,32 --seq-len "$SEQ_LEN" -- --gb "$GB" $TEXTS --out "$RUNS/elo")
+alignment=$(best align --seq-len "$SEQ_LEN" -- --elo "$RUNS/elo" --gb "$ALIGNMENT_GB" $TEXTS --out "$RUNS/aligned")
+tuning=$(best sft -- --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en --samples "$SAMPLES" \
+    --epochs "$EPOCHS" --out "$RUNS/sft")
+
+stage() { # print such a command, then run it
+    eval "run ${1/#torchrun/torchrun --standalone} $STAGE"
+}
+
+stage "$elo"
+stage "$alignment"
 
 # Has it helped? Bits per byte of the held-out texts, before and after.
 for model in "$BASE" "$RUNS/aligned"; do
@@ -54,6 +59,5 @@ END
 
 [ -e "$RUNS/chat/config.json" ] || run python merge_chat_vector.py --model "$RUNS/aligned" --base "$BASE" \
     --instruct "$INSTRUCT" --out "$RUNS/chat"
-run $torchrun_on_gpus sft.py --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en \
-    --samples "$SAMPLES" --epochs "$EPOCHS" --activation-checkpointing $STAGE --out "$RUNS/sft"
+stage "$tuning"
 run python -m elo.generation --model "$RUNS/sft" --prompt "안녕하세요? 자기소개를 해 주세요."

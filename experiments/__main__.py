@@ -22,7 +22,7 @@ from elo.common.options import Parser, positive, positive_int, seed
 from elo.common.terminal import show
 from elo.data.documents import read_documents
 from elo.data.finding import find_files
-from elo.planning.budget import GPUS
+from elo.planning.run import GPUS
 from elo.runs.devices import device_name, inference_device
 from eval.jsonl import read_lines
 from experiments.rows import EXPERIMENTS, JUDGED, LIKELIHOOD, Kit, Row, in_time_of

@@ -31,9 +31,9 @@ from elo.common.options import Parser, positive, positive_int
 from elo.common.terminal import show
 from elo.data.finding import find_files
 from elo.data.shards import tokenize
-from elo.methods import DEFAULT_LAYERS
+from elo.methods import DEFAULT_LAYERS, make
 from elo.model.checkpoint import Checkpoint
-from elo.planning.costs import flops_per_token
+from elo.planning.costs import count_flops
 from elo.runs.devices import DTYPES, device_name, inference_device
 from elo.slicing import parse_layers
 from elo.variants.lora import LoraOptions
@@ -198,7 +198,8 @@ def make_row(case: Case, measured: list[dict[str, Any]], base: Checkpoint, peak:
     """Median, slowest and fastest of the processes; memory and shares of the time are medians too."""
     tokens = case.batch * case.seq_len
     rates = [tokens / reply["seconds"] for reply in measured]
-    flops = flops_per_token(base.config, case.method, case.seq_len, case.layers or None, case.lora_rank)
+    options = LoraOptions(lora_rank=case.lora_rank)
+    flops = count_flops(make(base.config, case.method, case.layers or None, options).model, case.seq_len).total
     return {
         "method": case.method,
         "implementation": case.implementation,

@@ -11,12 +11,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from elo import methods
 from elo.common.errors import UserError
-from elo.model.config import ModelConfig
 from elo.model.decoder import MLP, Attention, Block, CausalLM, RMSNorm, ScaledDotProductAttention
 from elo.variants.bridge import Bridge
-from elo.variants.lora import LoraLinear, LoraOptions
+from elo.variants.lora import LoraLinear
 
 
 class Call(NamedTuple):
@@ -73,6 +71,7 @@ def has_mask(block: Block, seq_len: int) -> bool:
     return block.sliding_window is not None and block.sliding_window < seq_len
 
 
+@lru_cache(maxsize=1024)
 def parameters(model: nn.Module, trained: bool = False) -> int:
     """How many there are, or are trained; a tied head is the embedding and counts once."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad or not trained)
@@ -80,6 +79,19 @@ def parameters(model: nn.Module, trained: bool = False) -> int:
 
 def is_trained(*modules: nn.Module) -> bool:
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())
+
+
+@lru_cache
+def outside_blocks(model: CausalLM) -> nn.ModuleList:
+    """What is shared out apart from blocks."""
+    of_validation = [model.whole_head] if hasattr(model, "whole_head") else []
+    return nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head, *of_validation])
+
+
+def lowest_trained(model: CausalLM) -> int:
+    """The first block that there is a backward pass through: there is none below everything that is trained."""
+    blocks = model.model.layers
+    return 0 if is_trained(model.model.embed_tokens) else [is_trained(block) for block in blocks].index(True)
 
 
 @dataclass(frozen=True)
@@ -97,6 +109,7 @@ class Flops:
         return self.forward + self.backward + self.recomputed
 
 
+@lru_cache(maxsize=16)
 def count_flops(model: CausalLM, seq_len: int, activation_checkpointing: bool = False) -> Flops:
     """Of a step on whole windows of `seq_len` tokens; which gradients there are follows from `requires_grad`.
 
@@ -135,19 +148,3 @@ def count_flops(model: CausalLM, seq_len: int, activation_checkpointing: bool = 
     head = 2 * model.lm_head.weight.numel()
     head_backward = head * (needs_grad + model.lm_head.weight.requires_grad)
     return Flops(forward + head, backward + head_backward, recomputed, attention, head + head_backward)
-
-
-def flops_per_token(
-    config: ModelConfig,
-    method: str,
-    seq_len: int,
-    layers: tuple[int, ...] | None = None,
-    rank: int = LoraOptions.lora_rank,
-    activation_checkpointing: bool = False,
-) -> float:
-    """FLOPs of a training step (forward, backward, recomputation), a token.
-
-    config: the base model's; method, layers: see `methods.make`; rank: of method lora.
-    """
-    model = methods.make(config, method, layers, LoraOptions(lora_rank=rank)).model
-    return count_flops(model, seq_len, activation_checkpointing).total

@@ -18,7 +18,7 @@ from elo.cpu import loss as cpu_loss
 from elo.cpu.linear import ONEDNN
 from elo.model import loss
 from elo.model.decoder import MLP, Block, CausalLM, RMSNorm, ScaledDotProductAttention
-from elo.planning.costs import calls, has_mask, is_trained, parameters
+from elo.planning.costs import calls, has_mask, is_trained, lowest_trained, outside_blocks, parameters
 from elo.runs.devices import DTYPES
 from elo.variants.lora import LoraLinear
 
@@ -67,20 +67,17 @@ class Bytes:
 def planned_memory(model: CausalLM, setup: Setup) -> Bytes:
     """The highest moment of a step, from the second one on: the first makes the optimizer's state.
 
-    model: see `methods.make`.
+    model: see `methods.make`. The host's highest moment may be another one.
     """
-    return max(moments(model, setup), key=lambda moment: moment.total)
+    found = list(moments(model, setup))
+    return replace(max(found, key=lambda moment: moment.total), host=max(moment.host for moment in found))
 
 
 def moments(model: CausalLM, setup: Setup) -> Iterator[Bytes]:
     """The moments among which the highest one is."""
     config, size, tokens = model.config, setup.itemsize, setup.tokens
     blocks = model.model.layers  # all have weights of the same sizes
-    # What is below everything that is trained keeps nothing: there is no backward pass through it.
-    lowest = 0 if is_trained(model.model.embed_tokens) else [is_trained(block) for block in blocks].index(True)
-    of_validation = [model.whole_head] if hasattr(model, "whole_head") else []
-    # Shared out apart from blocks.
-    root = nn.ModuleList([model.model.embed_tokens, model.model.norm, model.lm_head, *of_validation])
+    lowest, root = lowest_trained(model), outside_blocks(model)
     root_is_trained, head_is_trained = is_trained(root), is_trained(model.lm_head)
     # What fully_shard computes with is a copy, except for frozen weights that a process has whole.
     whole = setup.shard == 1 and not setup.cpu_offload
@@ -207,10 +204,9 @@ def block_activations(block: Block, setup: Setup, up_to_attention: bool = False)
 def attention_work(block: Block, setup: Setup) -> int:
     """What attention's backward pass on CUDA holds beside what is kept for it.
 
-    These are the gradients of its result and of queries, keys and values, of grouped ones also for each query head, and
-    sums of the queries' gradients in fp32: one where a kernel takes a mask or fp32, but of the flash kernel, which is
-    deterministic here, as many as give every multiprocessor its own (`nsplits` of mha_bwd in FlashAttention-2 and in
-    torch's aten/src/ATen/native/transformers/cuda/flash_attn/flash_api.cpp).
+    Gradients of its result, of queries, keys and values, of grouped ones also for each query head, and sums of the
+    queries' gradients in fp32: one with a mask or in fp32, but of the flash kernel, to be deterministic, so many that
+    every multiprocessor has one (`nsplits` of mha_bwd in torch's cuda/flash_attn/flash_api.cpp and FlashAttention-2).
     """
     q, k, _, mask = next(call.inputs for call in calls(block, setup.seq_len) if len(call.inputs) > 1)
     _, heads, seq_len, head_dim = q.shape

@@ -1,0 +1,24 @@
+"""The planner's command, on the public models' configurations."""
+
+import json
+import sys
+
+import pytest
+
+from benchmarks import planning_paper
+from elo.common.errors import exit_status
+from elo.planning import plan
+
+
+def write_config(directory, model="Llama-3.1-8B"):
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(planning_paper.PUBLIC[model][0]))
+    return ["--model", str(directory / "config.json")]
+
+
+def run(monkeypatch, capsys, *options):
+    """(status, stdout, stderr)"""
+    monkeypatch.setattr(sys, "argv", ["planning", *options])
+    with pytest.raises(SystemExit) as exit_:
+        exit_status(plan.main)
+    return exit_.value.code, *capsys.readouterr()
