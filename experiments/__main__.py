@@ -2,34 +2,40 @@
 
     python -m experiments table1 --dry-run --model models/Llama-3.1-8B --target data/ko --source data/en --gb 10 \\
         --processes 8 --bytes-per-token 3.6
+    python -m experiments table3 --small
 
 Runs are in OUT/runs, each under a name that follows from its command: what rows or experiments share is done once, and
-the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl, the table to OUT/NAME.md.
+the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl, the table to NAME.md and NAME.png.
 """
 
 import json
 import random
 import shlex
+import subprocess
+import sys
 import time
 from argparse import ArgumentTypeError, Namespace
+from importlib import import_module
 from itertools import islice
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from elo.common.errors import UserError, exit_status
+from elo.common.fields import read_json_object
 from elo.common.options import Parser, positive, positive_int, seed
-from elo.common.terminal import show
+from elo.common.terminal import say, show
+from elo.cpu import onednn
 from elo.data.documents import read_documents
 from elo.data.finding import find_files
 from elo.planning.run import GPUS
 from elo.runs.devices import device_name, inference_device
 from eval.jsonl import read_lines
-from experiments.rows import EXPERIMENTS, JUDGED, LIKELIHOOD, Kit, Row, in_time_of
-from experiments.runs import FailedError, Runs
+from experiments import report
+from experiments.report import BENCHMARKS
+from experiments.rows import LIKELIHOOD, Kit, Row, in_time_of
+from experiments.runs import ROOT, FailedError, Runs
 
-BENCHMARKS = (*LIKELIHOOD, *JUDGED)
-COLUMNS = ("target", "source", *BENCHMARKS, "tokens", "hours")
+NAMES = ("table1", "table2", "table3", "figure2", "figure3")
 METHODS = ("elo", "align", "full", "lora", "selective")
 # What all records of an experiment have in common; the rates are in the table.
 SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
@@ -40,7 +46,7 @@ PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
 
 def parse_arguments() -> Namespace:
     parser = Parser(prog="python -m experiments", description=__doc__)
-    parser.add_argument("name", choices=EXPERIMENTS)
+    parser.add_argument("name", choices=NAMES)
     parser.add_argument("--model", default="models/Llama-3.1-8B", metavar="DIR", help="base checkpoint (%(default)s)")
     parser.add_argument("--instruct", metavar="DIR", help="its instruction-tuned sibling, for the chat vector")
     parser.add_argument("--target", nargs="+", default=["data/target"], metavar="PATH", help="as of train.py")
@@ -59,11 +65,14 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2: mean and spread (0)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name; the others' records stay")
     parser.add_argument("--equal-time", action="store_true", help="beside each ELO row alignment only for as long")
+    parser.add_argument("--small", action="store_true", help="SmolLM2 and the demo's texts, on a CPU")
     parser.add_argument("--dry-run", action="store_true", help="print commands, tokens, disk and GPU hours only")
     parser.add_argument("--bytes-per-token", type=positive, help="of the tokenizer on this text, for --dry-run")
     parser.add_argument("--gpu", choices=GPUS, default="H100", help="for --dry-run (%(default)s)")
-    parser.add_argument("--report", action="store_true", help="only make the table again")
+    parser.add_argument("--report", action="store_true", help="only make table and picture again")
     options = parser.parse_args()
+    if options.small:
+        make_small(options)
     benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
     options.benches = [name for name in benchmarks if Path(options.benchmarks or "/dev/null", name).is_dir()]
     options.rates = dict(options.rates)
@@ -75,16 +84,20 @@ def parse_arguments() -> Namespace:
 
 def main() -> None:
     options = parse_arguments()
-    make_rows, file = EXPERIMENTS[options.name], options.out / f"{options.name}.jsonl"
+    experiment, file = import_module(f"experiments.{options.name}"), options.out / f"{options.name}.jsonl"
+    if not options.dry_run:
+        import_module("eval.figures.charts")  # or that matplotlib is missing, before hours of work
     settings = json.loads(json.dumps({name: getattr(options, name) for name in SETTINGS}))
     records, failed = read_records(file, settings if not options.report else None), []
     if not options.report:
         runs = Runs(options)
         hold_out(options)
-        chosen = choose_rows(make_rows(options), options)
+        chosen = choose_rows(experiment.rows(options), options)
         rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
         for kit, row in rows:
-            kit.measure(row.model(kit))
+            model = row.model(kit)
+            if row.is_model:
+                kit.measure(model)
         if options.dry_run:
             return runs.show()
         runs.begin()
@@ -97,12 +110,28 @@ def main() -> None:
         records, failed = list(records.values()), list(runs.failed.values())
     if not records:
         raise UserError(f"{file}: no records of an experiment; run it without --report")
-    text = markdown(make_rows.__doc__, records)
-    file.with_suffix(".md").write_text(text)
-    show(text)
+    show(report.write(experiment, records, file.with_suffix(".md"), file.with_suffix(".png")))
+    say(f"written to {file.with_suffix('.md')} and {file.with_suffix('.png')}")
     if failed:
         raise UserError(f"{len(failed)} commands failed, the rest is done; the same command tries again: {failed[0]}")
     return None
+
+
+def make_small(options: Namespace) -> None:
+    """--small: what `make demo` trains, in its sizes; rates that were not searched for."""
+    folder = Path("data/demo")
+    if not (folder / "ko.train.jsonl").exists():
+        made = subprocess.run([sys.executable, "-m", "examples.texts", folder.absolute()], cwd=ROOT)
+        if made.returncode:
+            raise UserError("--small: the demo's texts could not be made, see above")
+    options.model, options.gb, options.held_out = "models/SmolLM2-135M-Instruct", 0.00004, 12
+    options.target, options.source = [f"{folder}/ko.train.jsonl"], [f"{folder}/en.train.jsonl"]
+    dtype = "bf16" if onednn.HAS_BF16 else "fp32"
+    options.training = ["--seq-len", "256", "--batch-tokens", "512", "--dtype", dtype, *options.training]
+    options.rates = options.rates or list(
+        map(rates, ["elo=1e-3", "align=1e-4", "full=1e-4", "lora=1e-3", "selective=3e-4"])
+    )
+    options.bytes_per_token = options.bytes_per_token or 1.25
 
 
 def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -174,6 +203,8 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     }  # fmt: skip
     try:
         model = row.model(kit)
+        if not row.is_model:
+            return record | {"figures": read_json_object(Path(model, "result.json"))}
         training = kit.runs.made_of.get(model, [])
         record["rates"] = ", ".join(filter(None, (run.option("--lr") for run in training)))
         record["commands"] = [kit.runs.command(run) for run in training]
@@ -183,25 +214,6 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     except FailedError as error:
         record["failed"] = str(error)
     return record
-
-
-def markdown(title: str, records: list[dict[str, Any]]) -> str:
-    columns = [name for name in COLUMNS if any(name in record["figures"] for record in records)]
-    head = ["", *columns, "rates", "seeds"]
-    lines = [title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in dict.fromkeys(record["row"] for record in records):
-        those, cells = [record for record in records if record["row"] == name], [name]
-        for column in columns:
-            numbers = [record["figures"][column] for record in those if column in record["figures"]]
-            cells.append(f"{fmean(numbers):{',.0f' if column == 'tokens' else '.4g'}}" if numbers else "")
-            cells[-1] += f" ± {stdev(numbers):.2g}" if len(set(numbers)) > 1 else ""
-        failed = [f"failed: {record['failed']}" for record in those if "failed" in record]
-        cells += [*(failed[:1] or [those[0]["rates"]]), ",".join(str(record["seed"]) for record in those)]
-        lines.append("| " + " | ".join(cells) + " |")
-    said = f"{records[-1]['device']}, {records[-1]['date']}; target, source: bits a byte; ± is the standard deviation"
-    without = [f"--{name}" for name in ("instruct", "conversations", "source") if not records[-1]["settings"][name]]
-    without += [name for name in BENCHMARKS if name not in columns]
-    return "\n".join([*lines, "", f"{said}. Without {', '.join(without) or 'nothing'}.\n"])
 
 
 if __name__ == "__main__":

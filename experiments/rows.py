@@ -1,6 +1,5 @@
-"""The rows of the paper's tables and figures, with the controls that it lacks: chains of the stages' own commands."""
+"""Of what the rows of an experiment are made: chains of the stages' own commands."""
 
-from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,7 +8,6 @@ from typing import Any
 
 from elo.common.fields import read_json_object
 from elo.methods import DEFAULT_LAYERS
-from elo.model.config import ModelConfig
 from experiments.runs import Runs
 
 LIKELIHOOD = ("mmlu", "kobest", "marc_ja")
@@ -90,6 +88,7 @@ class Row:
     name: str
     model: Chain  # after pretraining, before the chat vector
     control: Chain | None = None  # of ELO: alignment only, which --equal-time makes as long
+    is_model: bool = True  # or the directory of another result
 
 
 def stage(method: str, script: str, units: float | Callable[[Kit], float], *words: Word) -> Chain:
@@ -159,54 +158,3 @@ def in_time_of(row: Row) -> Row:
 def baseline(method: str) -> Chain:
     """full, lora or selective, on the documents of stages 1 and 2 together."""
     return stage(method, "train.py", UNITS, "--method", method, *["--merge"] * (method == "lora"))
-
-
-# ---- the tables
-
-
-def table1(options: Namespace) -> list[Row]:
-    """Table 1: base, instruct, full training and ELO + alignment, with the controls on the same documents."""
-    control = alignment_only(elo())
-    whole = Row("ELO + alignment", align(elo()), control)
-    rows = [Row("base", base), Row("instruct", instruct), Row("FFT", baseline("full"))]
-    rows += [whole, Row("ELO without alignment", align(elo(), 0))]
-    for name, more, scales in (("ELO", (), ("0.25", "0.5", "auto")), ("ELO, bridge", ("--bridge",), ("0.5", "1"))):
-        chain = elo(DEFAULT_LAYERS, 9, *more)
-        for scale in scales:
-            scaled = "--scale", found_scale(chain) if scale == "auto" else scale
-            rows.append(Row(f"{name}, scale {scale} + alignment", align(chain, 1, *scaled), control))
-            rows.append(Row(f"{name}, scale {scale}, without alignment", align(chain, 0, *scaled)))
-    rows += [Row("alignment only", control), Row("LoRA", baseline("lora"))]
-    return [*rows, Row("selective layer tuning", baseline("selective")), in_time_of(whole)]
-
-
-def table2(options: Namespace) -> list[Row]:
-    """Table 2: how much text ELO needs: 1, 5 and 20 units of it, with the same alignment. Needs 21 units of text."""
-    largest = elo(units=20)
-    control = alignment_only(largest)
-    rows = [Row(f"ELO, {n} units", align(elo(units=n), 1, "--after", largest), control) for n in (1, 5, 20)]
-    return [Row("instruct", instruct), Row("FFT", baseline("full")), *rows, Row("alignment only", control)]
-
-
-def table3(options: Namespace) -> list[Row]:
-    """Table 3: which layers; and ELO without English."""
-    n = ModelConfig.load(Path(options.model)).num_hidden_layers
-    places = [(1, n), (1, n // 2, n), (1, n // 2), (n // 4, 3 * n // 4), (1, 2), (n - 1, n)]
-    control = alignment_only(elo())
-    rows = [Row("base", base), Row("alignment only", control)]
-    for layers in dict.fromkeys(",".join(map(str, sorted({max(1, place) for place in layers}))) for layers in places):
-        chain = elo() if layers == f"1,{n}" else elo(layers)  # by the words that other experiments have
-        rows.append(Row(f"layers {layers}", align(chain), control))
-    if options.source:
-        rows.append(Row(f"layers 1,{n}, no English", align(elo(DEFAULT_LAYERS, 9, *ALONE), 1, *ALONE)))
-    return rows
-
-
-def figure2(options: Namespace) -> list[Row]:
-    """Figure 2: how much alignment after one stage 1, with the control at every point. Needs 13 units of text."""
-    controls = {units: alignment_only(elo(), units) for units in (0, 0.5, 1, 1.5, 2, 3, 4)}
-    rows = [Row(f"ELO + {n:g}", align(elo(), n), control if n else None) for n, control in controls.items()]
-    return rows + [Row(f"alignment only, {units:g}", control) for units, control in controls.items()]
-
-
-EXPERIMENTS = {made.__name__: made for made in (table1, table2, table3, figure2)}

@@ -155,7 +155,8 @@ class Runs:
         """The options of the scripts are the planner's too."""
         if not float(run.option("--gb")):
             return None
-        words = [*run.words, "--stage", run.script.removesuffix(".py"), "--dtype", "bf16", "--gpu", self.options.gpu]
+        words = [word for word in run.words if word != "--validation"]  # which is of a narrowed head's plan only
+        words += ["--stage", run.script.removesuffix(".py"), "--dtype", "bf16", "--gpu", self.options.gpu]
         words += ["--gpus", str(self.options.processes), "--bytes-per-token", str(self.options.bytes_per_token)]
         asked, _ = make_parser().parse_known_args(words)
         if not run.option("--batch-tokens"):

@@ -18,6 +18,7 @@ try:
     from matplotlib.ticker import EngFormatter
 
     from eval.figures.labels import Labels
+    from eval.figures.means import draw_means
 except ImportError:
     raise UserError("eval plot draws with matplotlib: pip install matplotlib") from None
 
@@ -54,7 +55,9 @@ def draw(data: dict[str, Any], out: Path, title: str | None) -> None:
     fonts = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in set(font_manager.get_font_names()))]
     with matplotlib.rc_context({**STYLE, "font.family": fonts}):
         text = Labels(fonts)
-        figure = {"scores": draw_scores, "runs": draw_runs, "speed": draw_speed}[data["kind"]](data, text)
+        figure = {"scores": draw_scores, "runs": draw_runs, "speed": draw_speed, "means": draw_means}[data["kind"]](
+            data, text
+        )
         FigureCanvasAgg(figure)
         if title:
             figure.suptitle(text(title), fontsize=14)

@@ -166,20 +166,6 @@ def read(project):
     return [json.loads(line) for line in (project / "out/table3.jsonl").read_text().splitlines()]
 
 
-def test_table():
-    settings = {"instruct": None, "conversations": ["c"], "source": ["en"]}
-    record = {"rates": "1e-3", "device": "CPU", "date": "today", "settings": settings}
-    found = [
-        {**record, "row": "ELO", "seed": seed, "figures": {"target": value, "hours": 1.0, "kobest": 0.5}}
-        for seed, value in enumerate((1.0, 1.1, 1.2))
-    ]
-    found.append({**record, "row": "FFT", "seed": 0, "figures": {}, "failed": "it broke"})
-    text = command.markdown("Table", found)
-    assert "| ELO | 1.1 ± 0.1 | 0.5 | 1 | 1e-3 | 0,1,2 |" in text
-    assert "| FFT |  |  |  | failed: it broke | 0 |" in text
-    assert "Without --instruct, mmlu, marc_ja, mt_bench, logickor, japanese_mt_bench." in text
-
-
 @pytest.mark.parametrize(
     ("more", "message"),
     [

@@ -1,0 +1,79 @@
+"""What an experiment tells: tables and pictures of made-up records."""
+
+import json
+
+import pytest
+from experiment_runs import options, run_here
+
+from benchmarks import training_step
+from experiments import figure2, report, table3
+from experiments.runs import Runs
+
+
+def test_table_and_picture(tmp_path):
+    settings = {"model": "models/Llama-3.1-8B", "instruct": None, "conversations": ["c"], "source": ["en"]}
+    record = {"rates": "1e-3", "device": "CPU", "date": "today", "settings": settings}
+    found = [
+        {**record, "row": "layers 1,32", "seed": seed, "figures": {"target": value, "hours": 1.0, "kobest": 0.5}}
+        for seed, value in enumerate((1.0, 1.1, 1.2))
+    ]
+    found.append({**record, "row": "layers 1,2", "seed": 0, "figures": {}, "failed": "it broke"})
+    files = tmp_path / "table.md", tmp_path / "table.png"
+    text = report.write(table3, found, *files)
+    assert "| layers 1,32 | 1.1 ± 0.1 | 0.5 | 1 | 7.76 | 1e-3 | 0,1,2 |" in text
+    assert "| layers 1,2 |  |  |  |  | failed: it broke | 0 |" in text
+    assert "Without --instruct, mmlu, marc_ja, mt_bench, logickor, japanese_mt_bench." in text
+    assert files[0].read_text() == text and files[1].read_bytes().startswith(b"\x89PNG")
+    assert report.points(found, "target", None) == {"": [("layers 1,32", pytest.approx(1.1), pytest.approx(0.1))]}
+
+
+def test_series_of_a_figure(tmp_path):
+    settings = {"model": "m", "instruct": None, "conversations": None, "source": None}
+    record = {"seed": 0, "rates": "", "device": "CPU", "date": "today", "settings": settings}
+    rows = {"ELO + 0.5": 2.0, "ELO + 4": 1.0, "alignment only, 4": 1.5, "alignment only, in the time of ELO + 4": 1.25}
+    found = [{**record, "row": name, "figures": {"target": value}} for name, value in rows.items()]
+    assert report.points(found, "target", figure2.ALONG) == {
+        "ELO": [(0.5, 2.0, 0.0), (4.0, 1.0, 0.0)],
+        "alignment only": [(4.0, 1.5, 0.0)],
+        "alignment only, in the time of ELO": [(4.0, 1.25, 0.0)],
+    }
+    report.write(figure2, found, tmp_path / "figure.md", tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_figure_3(tmp_path, monkeypatch, capsys):
+    """Hours from what the benchmark measures, here made up."""
+    rates = {"elo": 1000.0, "full": 200.0, "lora": 250.0}
+    row = {"implementation": "elo", "dtype": "bf16", "memory_bytes": 1, "slowest": 1.0, "fastest": 9.0}
+    rows = [{**row, "method": method, "tokens_per_second": rate} for method, rate in rates.items()]
+    figures = {"rows": rows, "figure3": training_step.report.figure3(rows, "bf16", bytes_per_token=4.0)}
+
+    def start(runs, run):
+        assert run.script == "benchmarks.training_step" and run.option("--methods") == "elo,full,lora"
+        run.directory.mkdir(parents=True)
+        (run.directory / "result.json").write_text(json.dumps(figures))
+
+    monkeypatch.setattr(Runs, "start", start)
+    monkeypatch.chdir(tmp_path)
+    options(tmp_path)
+    lines = "".join(json.dumps({"text": f"{number} " + "글 " * 60}) + "\n" for number in range(40))
+    (tmp_path / "ko.jsonl").write_text(lines)
+    given = ["figure3", "--model", "base", "--target", "ko.jsonl", "--held-out", "4", "--out", "out"]
+    status, out, error = run_here(monkeypatch, capsys, *given)
+    assert status in (None, 0), error
+    assert "lora/elo, paper" in out and "full" in (tmp_path / "out/figure3.md").read_text()
+    assert (tmp_path / "out/figure3.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_small(tmp_path, monkeypatch, capsys):
+    """The demo's texts, which are there already; the model's configuration is enough to plan."""
+    options(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    (tmp_path / "base").rename(tmp_path / "models/SmolLM2-135M-Instruct")
+    (tmp_path / "data/demo").mkdir(parents=True)
+    (tmp_path / "data/demo/ko.train.jsonl").write_text("")
+    status, out, error = run_here(monkeypatch, capsys, "table3", "--small", "--dry-run")
+    assert status in (None, 0), error
+    trained = [line for line in out.splitlines() if "train.py" in line]
+    assert trained and all("data/demo/ko.train.jsonl" in line and "--lr 1e-3" in line for line in trained)
