@@ -17,20 +17,9 @@ ROWS = 10  # that are shown
 NAMED_ALIKE = ("--model", "--gb", "--active-vocabulary", "--validation")  # may be the stage's own, after --
 # The scripts, and which options of the planner are theirs too, beside settings.
 OF_STAGES = {
-    "train": (
-        "method",
-        "model",
-        "layers",
-        "bridge",
-        "active_vocabulary",
-        "lora_rank",
-        "gb",
-        "seq_len",
-        "batch_tokens",
-        "dtype",
-    ),
-    "align": ("model", "gb", "seq_len", "batch_tokens", "dtype"),
-    "sft": ("model", "seq_len", "batch_conversations", "dtype"),
+    "train": "method model layers bridge active_vocabulary lora_rank gb seq_len batch_tokens dtype",
+    "align": "model gb seq_len batch_tokens dtype",
+    "sft": "model seq_len batch_conversations dtype",
 }
 
 
@@ -86,7 +75,7 @@ def command(run: Run, given: Namespace) -> str:
     if nodes > 1:
         words[1:1] = [f"--nnodes={nodes}", "--rdzv-backend=c10d", "--rdzv-endpoint=FIRST_NODE:29500"]
     words.append(f"{run.stage}.py")
-    for name in OF_STAGES[run.stage]:
+    for name in OF_STAGES[run.stage].split():
         option, value = f"--{name.replace('_', '-')}", getattr(given, name)
         if name == "model":
             value = value.parent if value.name == "config.json" else value
