@@ -3,11 +3,15 @@
 import json
 import sys
 
+import families
 import pytest
 
 from benchmarks import planning_paper
 from elo.common.errors import exit_status
+from elo.model.config import ModelConfig
 from elo.planning import plan
+
+SEQ_LEN = 32
 
 
 def write_config(directory, model="Llama-3.1-8B"):
@@ -22,3 +26,8 @@ def run(monkeypatch, capsys, *options):
     with pytest.raises(SystemExit) as exit_:
         exit_status(plan.main)
     return exit_.value.code, *capsys.readouterr()
+
+
+def family(variant, **changes):
+    architecture, config = families.VARIANTS[variant]()
+    return ModelConfig.from_json({**config.to_dict(), "architectures": [architecture.__name__], **changes})
