@@ -21,6 +21,7 @@ from elo.model.saving import ADAPTER, ADAPTER_CONFIG, export
 from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values
 from elo.runs.processes import World, process_group
 from elo.runs.progress import alignment_after, continued, next_of_untrained, tell_result
+from elo.runs.replacing import read_written
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.slicing import parse_layers
 from elo.training import TrainingOptions, planned_steps, train
@@ -105,7 +106,8 @@ def merge_finished(arguments: Namespace, base: Checkpoint, world: World) -> None
     """--merge for a run that has been finished without it, or not with it."""
     open_run(arguments, world, True, {"base model": base.fingerprint()})
     world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
-    close_run(arguments, world)
+    if not read_written(arguments.out).run["options"].get("save_every"):  # the run's, which asked for its states
+        close_run(arguments, world)
     world.say(f"The adapter is merged: the model is in {arguments.out}, and the adapter in {arguments.out / ADAPTER}.")
     world.say(next_of_untrained(arguments.out, base.config.vocab_size))
 

@@ -12,7 +12,7 @@ import torch
 from forking import Fork
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from small_runs import make_base, result, run_here
+from small_runs import make_base, result, run_here, states
 from transformers import AutoModelForCausalLM
 
 import align
@@ -144,6 +144,12 @@ def test_a_finished_run_is_merged_in_its_place(runs, monkeypatch, capfd):
     assert run_here(f"{MERGE} --resume", "adapter") == 0
     assert "adapter: this run is finished" in capfd.readouterr().out
     assert run_here(MERGE, "adapter") == 2
+
+
+def test_merging_a_finished_run_keeps_the_states_it_asked_for(runs):
+    assert run_here("train --method lora --max-steps 1 --save-every 1", "kept") == 0
+    assert run_here("train --method lora --max-steps 1 --merge", "kept") == 0
+    assert states(Path("kept")) == ["step-1"]
 
 
 @pytest.mark.parametrize(
