@@ -105,6 +105,8 @@ def _changed_options(written: Written, arguments: Namespace, world: World) -> st
     """The options that an earlier run in --out had and this one has not; empty if there are none."""
     before, now = written.run["options"], option_values(arguments)
     changed = [name for name in {**before, **now} if name not in CALLS and before.get(name) != now.get(name)]
+    # One that did not exist then and is switched off now.
+    changed = [name for name in changed if name in before or now[name]]
     for name in LAYOUT & set(changed):
         world.say(f"{_option(name)} was {before.get(name)}: from here on numbers are the same within rounding only")
     changed = [name for name in changed if name not in WATCHING | LAYOUT]

@@ -26,6 +26,16 @@ def test_other_options_are_refused_and_all_named(project, monkeypatch, capfd):
     assert "--micro-batch was 4" in capfd.readouterr().out
 
 
+def test_an_option_that_did_not_exist_when_the_run_began(project, monkeypatch, capfd):
+    stopped_run(monkeypatch)
+    run = json.loads(Path("out/run.json").read_text())
+    assert run["options"].pop("bridge") is False
+    Path("out/run.json").write_text(json.dumps(run))
+    assert run_here("train --bridge") == 2
+    assert "--bridge None instead of True" in capfd.readouterr().err
+    assert run_here("train") == 0
+
+
 # All options but these are part of what a run computes.
 MAY_CHANGE = {
     *("resume", "restart", "overwrite", "out"),
