@@ -10,29 +10,24 @@ the control "alignment only", on the same documents if --after names the stage-1
 paper does; auto tries some for each layer on the text of --validation before the alignment.
 """
 
-import math
 from argparse import Namespace
 from pathlib import Path
 
 from elo import pretraining
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import is_number
-from elo.common.options import Parser, not_negative
-from elo.common.written import RUN, Written
+from elo.common.options import Parser
 from elo.held_out_texts import open_validation, watch
-from elo.model.decoder import CausalLM, build
+from elo.model.decoder import build
 from elo.model.saving import export, save
 from elo.optimizer import TrainingOptions
 from elo.runs.directory import add_arguments, check_out, close_run, open_run
 from elo.runs.processes import World, process_group
 from elo.runs.progress import continued, next_of_untrained, tell_result
 from elo.runs.sharding import ParallelOptions, parallelize
+from elo.scaling import AUTO, load_best, scales
 from elo.slicing import Replaced
 from elo.training import planned_steps, train
-from elo.validation import HeldOut
 from elo.variants.adapted import open_checkpoint
-
-AUTO, TRIED = "auto", (0.0, 0.1, 0.25, 0.5, 1.0)
 
 
 def main() -> None:
@@ -55,10 +50,6 @@ def parse_arguments() -> Namespace:
     TrainingOptions.add_arguments(parser, lr=2e-5)
     ParallelOptions.add_arguments(parser)
     return parser.parse_args()
-
-
-def scales(text: str) -> str | list[float]:
-    return AUTO if text == AUTO else [not_negative(part) for part in text.split(",")]
 
 
 def run(arguments: Namespace, world: World) -> None:
@@ -101,47 +92,6 @@ def run(arguments: Namespace, world: World) -> None:
     export(arguments.out, model, base, notes=notes(arguments, replaced, batches, done), wait=world.wait)
     close_run(arguments, world)
     tell_result(world, arguments.out, model, continued(arguments.out))
-
-
-def load_best(replaced: Replaced, model: CausalLM, held_out: HeldOut, out: Path, world: World) -> None:
-    """--scale auto: load the model, not aligned yet, with the scales that need the fewest bits for a byte held out.
-
-    First one for all layers is sought, then for each layer in turn its own: all combinations would be too many. They
-    are kept in run.json, since a run that goes on has begun with them, whatever its --validation is now.
-    """
-    known = world.on_rank_0(lambda: Written(out).run.get("scale"))
-    if known is not None:
-        if not isinstance(known, list) or len(known) != len(replaced.layers) or not all(map(is_number, known)):
-            raise UserError(f"{out / RUN}: scale must have a number for each of the layers {replaced.layers}; mend it")
-        replaced.scales = tuple(known)
-        replaced.load_into(model)
-        return
-    found: dict[tuple[float, ...], float] = {}
-
-    def bits(scales: tuple[float, ...]) -> float:
-        if scales not in found:
-            replaced.scales = scales
-            replaced.load_into(model, replaced.trained_name if found else lambda name: name)
-            world.wait()  # for the slowest disk, outside of collectives that time out
-            value = held_out.evaluate(model, world)["validation_bits_per_byte"]
-            found[scales] = value if math.isfinite(value) else math.inf
-        return found[scales]
-
-    best = min(((scale,) * len(replaced.layers) for scale in TRIED), key=bits)
-    for layer in range(len(best)):
-        best = min(((*best[:layer], scale, *best[layer + 1 :]) for scale in TRIED), key=bits)
-    replaced.scales = best
-    replaced.load_into(model, replaced.trained_name)
-    listed = "; ".join(f"{value:.4f} at {shown(scales)}" for scales, value in found.items())
-    world.say(f"--scale auto: {shown(best)}, of held-out bits per byte {listed}")
-    if world.rank == 0:
-        written = Written(out)
-        written.run["scale"] = best
-        written.save()
-
-
-def shown(scales: tuple[float, ...]) -> str:
-    return ",".join(f"{scale:g}" for scale in scales)
 
 
 def notes(arguments: Namespace, replaced: Replaced | None, *trained: object) -> dict[str, dict]:
