@@ -111,11 +111,11 @@ def test_few_heads_on_one_window_make_attention_the_highest_moment():
     assert planned_memory(flash, replace(setup, device="cpu")).moment != planned.moment
 
 
-@pytest.mark.parametrize("shard", [1, 2])
-def test_what_the_host_holds(shard):
+@pytest.mark.parametrize(("shard", "micro_batches"), [(1, 2), (2, 2), (2, 1)])
+def test_what_the_host_holds(shard, micro_batches):
     """With --cpu-offload: weights, gradients and AdamW's two moments, all in fp32."""
     model = make(family("llama3"), "full").model
-    planned = planned_memory(model, Setup(64, 32, micro_batches=2, shard=shard, cpu_offload=True))
+    planned = planned_memory(model, Setup(64, 32, micro_batches=micro_batches, shard=shard, cpu_offload=True))
     held = 4 * 4 * sum(parameter.numel() for parameter in model.parameters())
     assert planned.host == pytest.approx(held / shard, rel=0.01)
     assert planned.optimizer == 0
