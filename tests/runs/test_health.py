@@ -1,6 +1,5 @@
 """What is marked as a spike, what is not, and what --stop-on-spike does."""
 
-import itertools
 import json
 import os
 import statistics
@@ -70,12 +69,17 @@ def project(tmp_path_factory):
 def spike(project, monkeypatch):
     """The loss of step 31 is tripled, and so is its gradient."""
     monkeypatch.chdir(project)
-    original, steps = training.accumulate, itertools.count(1)
+    accumulate, learning_rate, begun = training.accumulate, training.learning_rate, []
+
+    def noted(step, *rest):
+        begun.append(step)
+        return learning_rate(step, *rest)
 
     def tripled(*arguments):
-        loss = original(*arguments)
-        return 3 * loss if next(steps) == 31 else loss
+        loss = accumulate(*arguments)
+        return 3 * loss if begun[-1] == 30 else loss
 
+    monkeypatch.setattr(training, "learning_rate", noted)
     monkeypatch.setattr(training, "accumulate", tripled)
 
 
