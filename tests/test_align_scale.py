@@ -2,18 +2,18 @@
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import families
 import pytest
 import torch
+from commands import status_of
 from safetensors.torch import load_file, save_file
 from small_tokenizer import write_tokenizer
 
 import align
 import train
-from elo.common.errors import UserError, exit_status
+from elo.common.errors import UserError
 from elo.model.checkpoint import Checkpoint
 from eval import __main__ as evaluation
 
@@ -21,10 +21,7 @@ COMMON = ["--seq-len", "32", "--batch-tokens", "128", "--lr", "1e-2", "--dtype",
 
 
 def run(script, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [script.__name__, *COMMON, *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(script.main)
-    return exit_.value.code
+    return status_of(monkeypatch, script.main, script.__name__, *COMMON, *words)
 
 
 @pytest.fixture
@@ -98,9 +95,7 @@ def test_the_scales_that_validation_prefers(scaled, monkeypatch, capfd):
     for value in ("0,0", "1,1", best):
         align_with("--scale", value, out=f"at-{value}")
         words = ["eval", "perplexity", "--model", f"at-{value}", "--data", *held_out[1:], "--seq-len", "32"]
-        monkeypatch.setattr(sys, "argv", [*words, "--dtype", "fp32", "--json", "measured.json"])
-        with pytest.raises(SystemExit):
-            exit_status(evaluation.main)
+        status_of(monkeypatch, evaluation.main, *words, "--dtype", "fp32", "--json", "measured.json")
         files = json.loads(Path("measured.json").read_text())["files"]
         measured = sum(file["bits_per_byte"] * file["bytes"] for file in files) / sum(file["bytes"] for file in files)
         assert said[value] == pytest.approx(measured, abs=0.01)  # the model's values are rounded to bf16 in the files

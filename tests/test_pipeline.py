@@ -1,11 +1,11 @@
 """All stages in a row, from a base model to one that can be talked to, for every architecture."""
 
 import json
-import sys
 
 import families
 import pytest
 import torch
+from commands import status_of
 from small_tokenizer import add_chat_tokens, write_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -13,7 +13,6 @@ import align
 import merge_chat_vector
 import sft
 import train
-from elo.common.errors import exit_status
 from elo.common.terminal import printable
 from elo.generation import chat as generation
 from elo.model.checkpoint import load_model
@@ -48,10 +47,7 @@ def write_model(directory, variant, monkeypatch, seed):
 
 
 def run(script, monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", [script.__name__, *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(script.main)
-    assert exit_.value.code == 0
+    assert status_of(monkeypatch, script.main, script.__name__, *words) == 0
 
 
 @pytest.mark.parametrize("variant", families.ONE_EACH)

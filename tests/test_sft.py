@@ -8,13 +8,13 @@ import sys
 import families
 import pytest
 import torch
+from commands import status_of
 from safetensors.torch import load_file, save_file
 from small_runs import lines
 from small_tokenizer import add_chat_tokens, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sft
-from elo.common.errors import exit_status
 from elo.generation.engine import generate
 from elo.generation.sampling import GREEDY
 from elo.model.checkpoint import load_model
@@ -48,10 +48,7 @@ def run(project, monkeypatch, *options, chat_format="chatml"):
     fixed = ["--model", project / "model", "--data", project / "chats.json", "--lr", "1e-2"]
     fixed += [] if chat_format is None else ["--chat-format", chat_format]
     shape = ["--batch-conversations", "8", "--micro-batch-tokens", "300", "--seq-len", "96", "--dtype", "fp32"]
-    monkeypatch.setattr(sys, "argv", ["sft.py", *map(str, [*fixed, *shape, *options])])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(sft.main)
-    return exit_.value.code
+    return status_of(monkeypatch, sft.main, "sft.py", *map(str, [*fixed, *shape, *options]))
 
 
 def test_both_languages_are_learned(project, monkeypatch, capfd):

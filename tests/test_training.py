@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from commands import status_of
 from forking import Fork, fork_group
 from safetensors.torch import load_file, save_file
 from small_runs import lines, losses, make_base, pausing, script_with
@@ -231,10 +232,7 @@ MISTAKES = [
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(project, tmp_path, options, message, monkeypatch, capfd):
-    monkeypatch.setattr(sys, "argv", ["train.py", *words(project, tmp_path / "out", *options)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(train.main)
-    assert exit_.value.code == 2
+    assert status_of(monkeypatch, train.main, "train.py", *words(project, tmp_path / "out", *options)) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")
     assert message in line

@@ -4,17 +4,16 @@ import gzip
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import families
 import pytest
 import small_runs
 import torch
+from commands import status_of
 from small_runs import KOREAN, finish, lines, make_project, result, run_here, start_group
 from small_tokenizer import add_chat_tokens, write_tokenizer
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 
 FIGURES = ("loss", "bits_per_byte")
@@ -45,10 +44,8 @@ def project(made, tmp_path, monkeypatch):
 def perplexity(model, *files, seq_len=32):
     words = ["--model", model, "--data", *files, "--seq-len", seq_len, "--dtype", "fp32", "--json", "found.json"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["eval", "perplexity", *map(str, words)])
-        with pytest.raises(SystemExit) as exit_:
-            exit_status(evaluation.main)
-    assert exit_.value.code == 0
+        status = status_of(patch, evaluation.main, "eval", "perplexity", *words)
+    assert status == 0
     return json.loads(Path("found.json").read_text())["files"]
 
 

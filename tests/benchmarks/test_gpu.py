@@ -13,13 +13,13 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+from commands import status_of
 from forking import Fork
 
 from benchmarks import gpu
 from benchmarks.gpu import candidates, kernels, rules, steps
 from benchmarks.gpu.measuring import attempt, split
 from benchmarks.gpu.shapes import TINY
-from elo.common.errors import exit_status
 
 
 @pytest.fixture(autouse=True)
@@ -39,10 +39,7 @@ def here(answers, shape, folder, limit):
 def test_every_question_is_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "ask", here)
     monkeypatch.setattr(steps, "apart", lambda function, *arguments: function(*arguments))
-    monkeypatch.setattr(sys, "argv", ["gpu", "--json", str(tmp_path / "gpu.json")])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(gpu.main)
-    assert exit_.value.code == 0
+    assert status_of(monkeypatch, gpu.main, "gpu", "--json", str(tmp_path / "gpu.json")) == 0
     result = json.loads((tmp_path / "gpu.json").read_text())
     rows = {(row["question"], row["case"]): row for row in result["rows"]}
     assert len(rows) == len(result["rows"])
@@ -253,8 +250,5 @@ def test_rules_without_answers():
     ],
 )
 def test_mistakes_are_one_line(monkeypatch, capsys, options, message):
-    monkeypatch.setattr(sys, "argv", ["gpu", *options])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(gpu.main)
-    assert exit_.value.code == 2
+    assert status_of(monkeypatch, gpu.main, "gpu", *options) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")

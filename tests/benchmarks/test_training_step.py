@@ -2,18 +2,18 @@
 
 import json
 import signal
-import sys
 
 import families
 import pytest
 import torch
+from commands import status_of
 from small_tokenizer import write_tokenizer
 
 from benchmarks import training_step as speed
 from benchmarks.sides import apart
 from benchmarks.training_step import machine, report, steps, tokenization
 from benchmarks.training_step.machine import Memory, Stopwatch
-from elo.common.errors import UserError, exit_status
+from elo.common.errors import UserError
 from elo.model.checkpoint import Checkpoint
 from elo.runs.processes import process_group
 
@@ -81,10 +81,7 @@ def test_where_transformers_has_fp32_masters(base):
 
 
 def run(monkeypatch, *options):
-    monkeypatch.setattr(sys, "argv", ["training_step", *map(str, options)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(speed.main)
-    return exit_.value.code
+    return status_of(monkeypatch, speed.main, "training_step", *map(str, options))
 
 
 def here(function, argument):

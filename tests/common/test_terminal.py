@@ -1,11 +1,11 @@
 """Names, data and answers at the terminal: shown, never obeyed."""
 
 import json
-import sys
 import unicodedata
 
 import pytest
 from bench_files import write_jsonl
+from commands import status_of
 from small_runs import make_project, run_here
 
 from elo.common.errors import EarlyExit, UserError, exit_status
@@ -48,9 +48,7 @@ def test_scores_of_evil_names(tmp_path, monkeypatch, capsys):
     fields = {"model": f"m{EVIL}\n0.0", "judge": [EVIL, "x"], "category": EVIL, "score": -1, "bench": "mt_bench"}
     records = [{"question_id": n, "turn": 1, **fields, "judge": [f"{EVIL}{n}"]} for n in (1, 2)]
     directory = tmp_path / EVIL
-    monkeypatch.setattr(sys, "argv", ["eval", "score", str(write_jsonl(directory / "a.jsonl", records))])
-    with pytest.raises(SystemExit):
-        exit_status(evaluation.main)
+    status_of(monkeypatch, evaluation.main, "eval", "score", str(write_jsonl(directory / "a.jsonl", records)))
     shown = capsys.readouterr()
     assert not obeyed(shown.out + shown.err)
     assert len(shown.out.splitlines()) == 7  # three a model

@@ -1,12 +1,10 @@
 """`eval judge` with the answers of one model to MT-Bench's questions."""
 
-import sys
-
 import pytest
 from bench_files import read_jsonl, write_answers, write_bench
+from commands import status_of
 from judge_server import SECRET
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 
 
@@ -28,13 +26,11 @@ def judge(bench, monkeypatch, capfd):
     def run(url, *words, name="mt_bench", directory=bench, read=True):
         start = ["eval", "judge", "--bench", name, "--bench-dir", directory, "--judge-model", "gpt-4"]
         options = [*start, "--base-url", url, "--retry-wait", "0.01", "--concurrency", "1", *words]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in options])
-        with pytest.raises(SystemExit) as exit_:
-            exit_status(evaluation.main)
+        status = status_of(monkeypatch, evaluation.main, *options)
         shown = capfd.readouterr()
         path = directory / "model_judgment" / "gpt-4_single.jsonl"
         written = path.read_text(encoding="utf-8") if path.exists() else ""
         assert SECRET not in shown.out + shown.err + written
-        return exit_.value.code, shown.err, read_jsonl(path) if written and read else []
+        return status, shown.err, read_jsonl(path) if written and read else []
 
     return run

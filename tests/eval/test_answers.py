@@ -2,16 +2,15 @@
 
 import json
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from bench_files import MT_CATEGORIES, read_jsonl, write_bench, write_jsonl, write_model
+from commands import status_of
 from forking import fork_group
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 from eval.jsonl import JsonLines
 from eval.judged import answers
@@ -36,11 +35,9 @@ def ask(model, benches, tmp_path, monkeypatch, capsys):
     def run(name="mt_bench", *words, out=tmp_path / "out", new=6, directory=model):
         start = ["eval", "answers", "--bench", name, "--bench-dir", benches[name], "--model", directory, "--out", out]
         options = [*start, "--dtype", "fp32", "--max-new-tokens", new, *words]
-        monkeypatch.setattr(sys, "argv", [str(word) for word in options])
-        with pytest.raises(SystemExit) as exit_:
-            exit_status(evaluation.main)
+        status = status_of(monkeypatch, evaluation.main, *options)
         files = sorted((Path(out) / "model_answer").glob("*.jsonl"), key=os.path.getmtime)
-        return exit_.value.code, capsys.readouterr().err, read_jsonl(files[-1]) if files else []
+        return status, capsys.readouterr().err, read_jsonl(files[-1]) if files else []
 
     return run
 

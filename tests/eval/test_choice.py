@@ -10,11 +10,11 @@ import lm_eval_reference
 import pytest
 import sentencepiece
 import yaml
+from commands import status_of
 from small_tokenizer import write_tokenizer
 from tokenizers import Tokenizer, models, normalizers, processors
 from transformers.convert_slow_tokenizer import generate_merges
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 from eval import tasks as benchmarks
 from examples import questions as data_files
@@ -116,10 +116,7 @@ def reference(tmp_path_factory, checkpoints):
 
 
 def evaluate(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["eval", "choice", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(evaluation.main)
-    return exit_.value.code
+    return status_of(monkeypatch, evaluation.main, "eval", "choice", *words)
 
 
 def read_samples(path):

@@ -1,17 +1,16 @@
 """All three benchmarks from the question file to the table, killed twice in the answers and twice in the judge."""
 
 import json
-import sys
 import threading
 import time
 from collections import Counter
 
 import pytest
 from bench_files import read_jsonl, write_bench, write_model
+from commands import status_of
 from forking import Fork
 from judge_server import Hang, JudgeServer, Reply
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 from eval.judged.benchmarks import BENCHMARKS
 
@@ -19,10 +18,7 @@ QUESTIONS = {"mt_bench": 8, "japanese_mt_bench": 8, "logickor": 6}
 
 
 def evaluate(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["eval", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(evaluation.main)
-    assert exit_.value.code == 0
+    assert status_of(monkeypatch, evaluation.main, "eval", *words) == 0
 
 
 # Waits after so many lines have been written, for the kill that is to come in the middle.

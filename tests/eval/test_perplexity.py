@@ -2,15 +2,14 @@
 
 import json
 import math
-import sys
 
 import families
 import pytest
 import torch
+from commands import status_of
 from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
 
-from elo.common.errors import exit_status
 from elo.text.tokenizer import load_tokenizer
 from eval import __main__ as evaluation
 
@@ -18,10 +17,7 @@ DOCUMENTS = ["첫째 문서. 그리고 끝.", "a second one\n" * 9, "x", "naïve
 
 
 def evaluate(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["eval", "perplexity", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(evaluation.main)
-    return exit_.value.code
+    return status_of(monkeypatch, evaluation.main, "eval", "perplexity", *words)
 
 
 @pytest.fixture

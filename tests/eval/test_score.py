@@ -1,13 +1,12 @@
 """`python -m eval score` against published scores and upstream's arithmetic."""
 
 import json
-import sys
 from statistics import fmean
 
 import pytest
 from bench_files import LOGICKOR_CATEGORIES, MT_CATEGORIES, write_bench, write_jsonl
+from commands import status_of
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 
 # id, category, first and second judge_score of LogicKor's evaluated/Qwen/Qwen2-72B-Instruct/1-shot.jsonl, in its order.
@@ -33,12 +32,10 @@ def score(tmp_path, monkeypatch, capsys):
     def run(*words):
         result = tmp_path / "result.json"
         result.unlink(missing_ok=True)
-        monkeypatch.setattr(sys, "argv", ["eval", "score", *map(str, words), "--json", str(result)])
-        with pytest.raises(SystemExit) as exit_:
-            exit_status(evaluation.main)
+        status = status_of(monkeypatch, evaluation.main, "eval", "score", *words, "--json", str(result))
         shown = capsys.readouterr()
         models = json.loads(result.read_text())["models"] if result.exists() else None
-        return exit_.value.code, shown.out, shown.err, models
+        return status, shown.out, shown.err, models
 
     return run
 

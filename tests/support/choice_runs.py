@@ -1,12 +1,9 @@
 """`eval choice` on a random model and the sample questions."""
 
-import sys
-
 import families
-import pytest
+from commands import status_of
 from small_tokenizer import write_tokenizer
 
-from elo.common.errors import exit_status
 from eval import __main__ as evaluation
 from examples import questions
 
@@ -23,7 +20,4 @@ def make_root(root):
 def run(monkeypatch, root, *words):
     """The exit status of `eval choice` with that model."""
     words = ["--model", root / "model", "--dtype", "fp32", "--batch-tokens", 600, *words]
-    monkeypatch.setattr(sys, "argv", ["eval", "choice", *map(str, words)])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(evaluation.main)
-    return exit_.value.code
+    return status_of(monkeypatch, evaluation.main, "eval", "choice", *words)

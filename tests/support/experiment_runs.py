@@ -6,9 +6,8 @@ import sys
 from argparse import Namespace
 
 import families
-import pytest
+from commands import status_of
 
-from elo.common.errors import exit_status
 from experiments import __main__ as command
 from experiments.runs import Runs
 
@@ -22,10 +21,7 @@ def words(more, out="out"):
 
 def run_here(monkeypatch, capsys, *arguments):
     """(status, stdout, stderr)"""
-    monkeypatch.setattr(sys, "argv", ["experiments", *arguments])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(command.main)
-    return exit_.value.code, *capsys.readouterr()
+    return status_of(monkeypatch, command.main, "experiments", *arguments), *capsys.readouterr()
 
 
 def options(tmp_path, **changes):

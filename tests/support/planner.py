@@ -1,13 +1,11 @@
 """The planner's command, on the public models' configurations."""
 
 import json
-import sys
 
 import families
-import pytest
+from commands import status_of
 
 from benchmarks import planning_paper
-from elo.common.errors import exit_status
 from elo.model.config import ModelConfig
 from elo.planning import plan
 
@@ -22,10 +20,7 @@ def write_config(directory, model="Llama-3.1-8B"):
 
 def run(monkeypatch, capsys, *options):
     """(status, stdout, stderr)"""
-    monkeypatch.setattr(sys, "argv", ["planning", *options])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(plan.main)
-    return exit_.value.code, *capsys.readouterr()
+    return status_of(monkeypatch, plan.main, "planning", *options), *capsys.readouterr()
 
 
 def family(variant, **changes):

@@ -3,6 +3,7 @@
 import gzip
 import json
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 import mistral_common
@@ -17,6 +18,7 @@ from elo.text.byte_level_bpe import _NOT_SPECIAL, LLAMA3_PATTERN, QWEN2_PATTERN
 
 SHARED = Path(__file__).parents[2] / "../shared/data"
 MISTRAL_V3 = Path(mistral_common.__file__).parent / "data" / "mistral_instruct_tokenizer_240323.model.v3"
+LLAMA3 = Path(find_spec("llama_models").submodule_search_locations[0], "llama3")
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="the real tokenizers of ../shared/data are not here")
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]

@@ -19,7 +19,7 @@ from chat_checkpoints import (
 from mistral_common.protocol.instruct.request import ChatCompletionRequest
 from mistral_common.protocol.instruct.validator import ValidationMode
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
-from tokenizer_styles import MISTRAL_V3, SHARED, needs_shared, published
+from tokenizer_styles import LLAMA3, MISTRAL_V3, needs_shared, published
 from transformers import PreTrainedTokenizerFast
 
 from elo.text.built_in_formats import CHATML
@@ -64,13 +64,12 @@ def test_the_ids_of_published_checkpoints(tmp_path, model, name):
     check_against_template(format, reference, [random_chat(rng) for _ in range(150)])
 
 
-@needs_shared
 @pytest.mark.parametrize("name", ["llama3", "llama3.1"])
 def test_the_ids_of_the_real_llama3(tmp_path, name):
     """The published template, rendered by transformers, and tiktoken with the special tokens of Llama 3."""
     renderer = reference_of(checkpoint(tmp_path / "small", specials_of(name)), TEMPLATES[name])
-    path = SHARED / "tokenizers" / "llama3" / "tokenizer.model"
-    tokenizer, format = open_format(path.parent, name)
+    path = LLAMA3 / "tokenizer.model"
+    tokenizer, format = open_format(LLAMA3, name)
     reference = tiktoken.Encoding(
         "llama3",
         pat_str=LLAMA3_PATTERN,

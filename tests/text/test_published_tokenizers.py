@@ -10,7 +10,7 @@ import tiktoken
 import tokenizers
 from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from small_tokenizer import llama_json
-from tokenizer_styles import MISTRAL_V3, PIECES, corpus, needs_shared, published, without_added_tokens, write
+from tokenizer_styles import LLAMA3, MISTRAL_V3, PIECES, corpus, needs_shared, published, without_added_tokens, write
 
 from elo.text.byte_level_bpe import LLAMA3_PATTERN
 from elo.text.tokenizer import load_tokenizer
@@ -32,10 +32,9 @@ def test_published_tokenizer_json(tmp_path, name, bos_id, eos_id, size):
     assert [ours.decode(document) for document in ids[: len(expected)]] == expected
 
 
-@needs_shared
-def test_published_llama3(tmp_path):
-    ours = load_tokenizer(published("llama3", tmp_path))
-    lines = (tmp_path / "tokenizer.model").read_bytes().splitlines()
+def test_published_llama3():
+    ours = load_tokenizer(LLAMA3)
+    lines = (LLAMA3 / "tokenizer.model").read_bytes().splitlines()
     ranks = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
     reference = tiktoken.Encoding("x", pat_str=LLAMA3_PATTERN, mergeable_ranks=ranks, special_tokens={})
     assert ours.encode_batch(corpus()) == reference.encode_ordinary_batch(corpus())

@@ -3,12 +3,12 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import families
 import pytest
 import torch
+from commands import status_of
 from forking import Fork
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
@@ -16,7 +16,7 @@ from small_runs import make_base, result, run_here, states
 from transformers import AutoModelForCausalLM
 
 import align
-from elo.common.errors import UserError, exit_status
+from elo.common.errors import UserError
 from elo.model.checkpoint import load_model
 from elo.variants.adapted import Adapted, open_checkpoint
 
@@ -75,10 +75,7 @@ def test_a_finished_adapter_is_merged(runs, monkeypatch, capfd):
     """As --merge would have; what is trained takes the merged model, and says how to make it."""
 
     def align_with(*words):
-        monkeypatch.setattr(sys, "argv", ["align.py", *words])
-        with pytest.raises(SystemExit) as exit_:
-            exit_status(align.main)
-        return exit_.value.code
+        return status_of(monkeypatch, align.main, "align.py", *words)
 
     assert align_with("--model", "adapter", "--gb", "0", "--out", "later") == 0
     assert Path("later/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
+from commands import status_of
 from forking import fork_group
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -15,7 +15,6 @@ from transformers import AutoModelForCausalLM
 
 import align
 import train
-from elo.common.errors import exit_status
 from elo.model.checkpoint import load_model
 
 TOKENS = torch.randint(0, 300, (3, 41), generator=torch.Generator().manual_seed(0))
@@ -33,10 +32,7 @@ def words(project, out, *options):
 
 
 def run(monkeypatch, script, *options):
-    monkeypatch.setattr(sys, "argv", [script.__name__, *options])
-    with pytest.raises(SystemExit) as exit_:
-        exit_status(script.main)
-    return exit_.value.code
+    return status_of(monkeypatch, script.main, script.__name__, *options)
 
 
 def test_the_adapter_is_peft_s_and_merges(project, tmp_path, monkeypatch):
