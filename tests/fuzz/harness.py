@@ -213,3 +213,21 @@ def case_directory() -> Iterator[Path]:
     """A new directory for the files of one case."""
     with tempfile.TemporaryDirectory(prefix=HOSTILE) as name:
         yield Path(name)
+
+
+def make_what_is_no_file(path: Path, kind: str) -> None:
+    """Something in a file's place, or a file that is far too large."""
+    match kind:
+        case "fifo":
+            os.mkfifo(path)
+        case "directory":
+            path.mkdir()
+        case "link to /dev/zero":
+            path.symlink_to("/dev/zero")
+        case "broken link":
+            path.symlink_to("absent")
+        case "loop":
+            path.symlink_to(path.name)
+        case _:
+            with open(path, "wb") as file:
+                file.truncate({"a line of 300 MB": 3 * 10**8, "2 GB of nothing": 2 * 10**9}[kind])

@@ -1,11 +1,10 @@
 """Hostile files of benchmarks of choices, and hostile samples of a run that goes on."""
 
 import json
-import os
 
 import pytest
 from artifacts import parquet
-from harness import case_directory, cases, result_or_user_error
+from harness import case_directory, cases, make_what_is_no_file, result_or_user_error
 from hypothesis import given
 from hypothesis import strategies as st
 from mutations import changed_bytes, changed_lines
@@ -73,16 +72,7 @@ def test_what_is_no_file_of_choices(name, kind):
     with case_directory() as directory:
         path = directory / "kobest/copa" / name
         path.parent.mkdir(parents=True)
-        match kind:
-            case "fifo":
-                os.mkfifo(path)
-            case "directory":
-                path.mkdir()
-            case "link to /dev/zero":
-                path.symlink_to("/dev/zero")
-            case _:
-                with open(path, "wb") as file:
-                    file.truncate(3 * 10**8 if "300" in kind else 2 * 10**9)
+        make_what_is_no_file(path, kind)
         result_or_user_error(lambda: read_task(directory, "kobest_copa"))
 
 

@@ -2,13 +2,12 @@
 
 import gzip
 import json
-import os
 
 import pyarrow
 import pytest
 import zstandard
 from artifacts import CONVERSATIONS, RECORDS, TEXTS, json_lines, packed, parquet
-from harness import CASES, case_directory, cases, result_or_user_error
+from harness import CASES, case_directory, cases, make_what_is_no_file, result_or_user_error
 from hypothesis import example, given
 from hypothesis import strategies as st
 from mutations import changed_bytes, changed_json, changed_json_file, dumped
@@ -169,17 +168,7 @@ def test_parquet_bomb():
 def test_what_is_no_file(name, kind, within):
     with case_directory() as directory:
         path = directory / name
-        match kind:
-            case "fifo":
-                os.mkfifo(path)
-            case "directory":
-                path.mkdir()
-            case "link to /dev/zero":
-                path.symlink_to("/dev/zero")
-            case "broken link":
-                path.symlink_to("absent")
-            case _:
-                path.symlink_to(name)
+        make_what_is_no_file(path, kind)
         result_or_user_error(lambda: read(directory if within else path, skip=True))
         result_or_user_error(lambda: list(read_conversation_records(str(path))))
         from elo.data.shards import _states

@@ -2,6 +2,8 @@
 
 # ruff: noqa: E501  lines as published
 
+from chat_checkpoints import LLAMA31_TEMPLATE
+
 IM = ("<|im_start|>", "<|im_end|>")
 HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
 TURNS = ("<start_of_turn>", "<end_of_turn>")
@@ -140,32 +142,15 @@ ALPACA = "{% if messages[0]['role'] == 'system' %}{{ messages[0]['content'] + '\
     "{% elif m['role'] == 'assistant' %}{{ '### Response:\n' + m['content'].strip() + eos_token + '\n\n' }}{% endif %}",
     after=opens("### Response:\n"),
 )
-LLAMA32 = """{{- bos_token }}
-{%- if not date_string is defined %}
-    {%- if strftime_now is defined %}
+LLAMA32 = LLAMA31_TEMPLATE.replace(
+    '    {%- set date_string = "26 Jul 2024" %}\n',
+    """    {%- if strftime_now is defined %}
         {%- set date_string = strftime_now("%d %b %Y") %}
     {%- else %}
         {%- set date_string = "26 Jul 2024" %}
     {%- endif %}
-{%- endif %}
-{%- if messages[0]['role'] == 'system' %}
-    {%- set system_message = messages[0]['content']|trim %}
-    {%- set messages = messages[1:] %}
-{%- else %}
-    {%- set system_message = "" %}
-{%- endif %}
-{{- "<|start_header_id|>system<|end_header_id|>\\n\\n" }}
-{{- "Cutting Knowledge Date: December 2023\\n" }}
-{{- "Today Date: " + date_string + "\\n\\n" }}
-{{- system_message }}
-{{- "<|eot_id|>" }}
-{%- for message in messages %}
-    {{- '<|start_header_id|>' + message['role'] + '<|end_header_id|>\\n\\n'+ message['content'] | trim + '<|eot_id|>' }}
-{%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}
-{%- endif %}
-"""
+""",
+)
 LLAMA3_TURN = "{% set content = '<|start_header_id|>' + m['role'] + '<|end_header_id|>\n\n' + m['content'] | trim + '<|eot_id|>' %}"
 LLAMA3_OPENS = opens("<|start_header_id|>assistant<|end_header_id|>\\n\\n")
 DEEPSEEK_R1 = """{% if not add_generation_prompt is defined %}{% set add_generation_prompt = false %}{% endif %}\

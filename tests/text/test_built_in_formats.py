@@ -119,12 +119,17 @@ def test_mistral_joins_messages_of_one_role_and_puts_the_system_message_last(mis
     assert ids == [1, *first, *encode("a \n\nb"), 2, *second, *encode("c"), 2]
 
 
-@pytest.mark.parametrize("name", [*TEMPLATES, "mistral"])
-def test_special_tokens_in_messages_stay_text(tmp_path, mistral, name):
+@pytest.fixture
+def named(name, tmp_path, mistral):
+    """A format by its name, with the tokenizer."""
     if name == "mistral":
-        tokenizer, format = mistral
-    else:
-        tokenizer, format = open_format(checkpoint(tmp_path / "model", specials_of(name), TEMPLATES[name]))
+        return mistral
+    return open_format(checkpoint(tmp_path / "model", specials_of(name), TEMPLATES[name]))
+
+
+@pytest.mark.parametrize("name", [*TEMPLATES, "mistral"])
+def test_special_tokens_in_messages_stay_text(named):
+    tokenizer, format = named
     special = set(tokenizer.special_tokens.values())
 
     def control(text):
@@ -137,11 +142,8 @@ def test_special_tokens_in_messages_stay_text(tmp_path, mistral, name):
 
 
 @pytest.mark.parametrize("name", [*TEMPLATES, "mistral"])
-def test_the_answers_and_their_ends_are_trained(tmp_path, mistral, name):
-    if name == "mistral":
-        tokenizer, format = mistral
-    else:
-        tokenizer, format = open_format(checkpoint(tmp_path / "model", specials_of(name), TEMPLATES[name]))
+def test_the_answers_and_their_ends_are_trained(named, name):
+    tokenizer, format = named
     names = {id: text for text, id in tokenizer.special_tokens.items()}
     end = {"mistral": "</s>", "llama3": "<|eot_id|>", "llama3.1": "<|eot_id|>"}.get(name, "<|im_end|>")
     answers = ["First answer.", "둘째 답\n\n두 줄", ""]

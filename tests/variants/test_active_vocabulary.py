@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small_runs import finish, lines, make_project, run_here, start
+from small_runs import finish, lines, run_here, start
 from transformers import AutoModelForCausalLM
 
 from elo.data.encoding import DOCUMENT
@@ -20,19 +20,8 @@ from elo.runs.processes import process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.variants.active_vocabulary import ActiveVocabulary
 
+pytestmark = pytest.mark.usefixtures("in_project")
 ONLY = "train --method elo --max-steps 6"
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(autouse=True)
-def _in_project(project, tmp_path, monkeypatch):
-    for path in project.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
 
 
 def shard(tokens, tokenizer_size=0):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from small_runs import finish, losses, make_project, result, run_here, start_group
+from small_runs import finish, losses, result, run_here, start_group
 from transformers import AutoModelForCausalLM
 
 from elo import methods
@@ -22,6 +22,7 @@ from elo.runs.sharding import ParallelOptions, parallelize
 from elo.variants import bridge
 
 HERE = Namespace(device=torch.device("cpu"))
+pytestmark = pytest.mark.usefixtures("in_project")
 ONLY = "train --method elo --bridge --max-steps 6"
 
 
@@ -35,18 +36,6 @@ class Texts:
 
     def __getitem__(self, index):
         return self.inputs[index], torch.full((self.seq_len,), IGNORE)
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory):
-    return make_project(tmp_path_factory.mktemp("project"))
-
-
-@pytest.fixture(autouse=True)
-def _in_project(project, tmp_path, monkeypatch):
-    for path in project.iterdir():
-        (tmp_path / path.name).symlink_to(path)
-    monkeypatch.chdir(tmp_path)
 
 
 def by_numpy(lower, upper):
