@@ -21,7 +21,8 @@ from elo.common.written import Written
 from elo.data import conversations
 from elo.data.conversation_batches import ConversationBatches
 from elo.data.conversation_files import message_digests
-from elo.data.conversations import Conversations, load_conversations
+from elo.data.conversation_table import Conversations
+from elo.data.conversations import load_conversations
 from elo.model.checkpoint import CONFIG, Checkpoint
 from elo.model.decoder import CausalLM, build
 from elo.model.saving import copy, export, model_files

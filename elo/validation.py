@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
-from elo.data.conversations import Conversations
+from elo.data.conversation_table import Conversations
 from elo.data.documents import Document
 from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from elo.data.conversations import Conversations
+from elo.data.conversation_table import Conversations
 from elo.data.drawing import random_numbers
 from elo.model.loss import IGNORE
 from elo.runs.processes import World

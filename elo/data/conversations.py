@@ -6,18 +6,14 @@ training, held_out = conversations.split(0.01, seed=0)
 batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world)  # of elo.data.conversation_batches
 """
 
-import hashlib
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int, seed, share
@@ -30,9 +26,9 @@ from elo.data.conversation_files import (
     read_language,
 )
 from elo.data.conversation_records import is_blank, message_digest, read_messages, text_bytes
+from elo.data.conversation_table import Conversations, Example, store
 from elo.data.drawing import Pool, random_numbers
 from elo.data.json_records import MalformedError, Skipped, place
-from elo.model.loss import IGNORE
 from elo.text.chat_format import ChatFormat
 from elo.text.chat_template import TRAIN, Messages, TemplateError
 
@@ -59,84 +55,6 @@ def add_arguments(parser: Parser) -> None:
         "--micro-batch-tokens", type=positive_int, default=8192, help="at a time in a process (%(default)s)"
     )
     group.add_argument("--epochs", type=positive_int, default=10, help="(%(default)s)")
-
-
-# ---- messages to masked examples
-
-CONVERSATION = np.dtype(
-    [
-        ("file", "<u4"),  # which of the files
-        ("number", "<u4"),  # of its record, see `place`
-        ("language", "<u4"),  # which of the languages
-        ("is_cut", "?"),  # answers are left out because they do not fit
-        ("is_unanswered", "?"),  # the user's last turn is left out because nobody answers it
-        ("labels", "<u4"),  # tokens that are trained
-        ("bytes", "<u4"),  # of its UTF-8 text
-        ("tokens", "<u4"),
-        ("offset", "<u8"),  # of its first token
-    ]
-)
-
-
-class Example(NamedTuple):
-    ids: np.ndarray
-    trained: np.ndarray
-    row: tuple  # of CONVERSATION, without its offset
-
-
-@dataclass(frozen=True, eq=False)
-class Conversations:
-    """Tokenized conversations, compact: 5 bytes a token and 34 a conversation. Those of a split share the tokens."""
-
-    ids: np.ndarray  # (tokens,) uint32, one conversation after the other
-    trained: np.ndarray  # (tokens,) bool: the assistant's text and its end-of-turn tokens
-    table: np.ndarray  # (conversations,) of CONVERSATION
-    files: Sequence[str]
-    languages: Sequence[str]
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """Input and labels, each (tokens - 1,) of int64: at every token the next one, or IGNORE."""
-        place = self._place(index)
-        ids = torch.from_numpy(self.ids[place].astype(np.int64))
-        return ids[:-1], ids[1:].where(torch.from_numpy(self.trained[place][1:]), IGNORE)
-
-    def _place(self, index: int) -> slice:
-        """Where its tokens are."""
-        start = int(self.table["offset"][index])
-        return slice(start, start + int(self.table["tokens"][index]))
-
-    def place(self, index: int) -> str:
-        return place(self.files[self.table["file"][index]], self.table["number"][index])
-
-    def digest(self) -> str:
-        """Of tokens, of which are trained, and of where they stand: other conversations have another one."""
-        digest = hashlib.sha256()
-        for array in (self.ids, self.trained, self.table):
-            digest.update(np.ascontiguousarray(array).data)
-        return digest.hexdigest()[:32]
-
-    def split(self, fraction: float, seed: int) -> tuple["Conversations", "Conversations"]:
-        """(training, held out): this fraction of each language is held out, at least one conversation of several.
-
-        What is the same as a held-out one to the last token is in neither.
-        """
-        held_out = np.zeros(len(self), bool)
-        for number, language in enumerate(self.languages):
-            mine = np.flatnonzero(self.table["language"] == number)
-            count = round(fraction * len(mine))
-            if fraction > 0 and len(mine) > 1:
-                count = min(max(count, 1), len(mine) - 1)
-            held_out[random_numbers(seed, "held out", language).permutation(mine)[:count]] = True
-        taken = {self.ids[self._place(index)].tobytes() for index in np.flatnonzero(held_out)}
-        twins = np.array([self.ids[self._place(index)].tobytes() in taken for index in range(len(self))], bool)
-        if fraction > 0 and (twins.all() or not held_out.any()):
-            raise UserError(f"--validation-fraction {fraction:g}: {len(self)} conversations cannot be split")
-        if left_out := int((twins & ~held_out).sum()):
-            note(f"--data: {left_out:,} conversations are left out, the same as some of --validation-fraction")
-        return tuple(replace(self, table=self.table[chosen]) for chosen in (~twins, held_out))
 
 
 @dataclass
@@ -214,7 +132,7 @@ def load_conversations(
     for path, count in report.left_out.items():
         note(f"--data: {count:,} conversations of {path} are left out, which --validation has too")
     examples = sorted(_draw(pools, samples, report), key=lambda example: example.row)
-    conversations = _store(examples, files, list(found_languages))
+    conversations = store(examples, files, list(found_languages))
     counts = np.bincount(conversations.table["language"], minlength=len(found_languages))
     report.drawn = {name: int(counts[number]) for name, number in found_languages.items()}
     report.cut = int(conversations.table["is_cut"].sum())
@@ -286,16 +204,3 @@ def _draw(pools: dict[str | None, Pool], samples: int | None, report: Report) ->
         )
     fewest = min(len(pool.heap) for pool in pools.values())
     return [example for pool in pools.values() for example in pool.draw(pool.size or fewest)]
-
-
-def _store(examples: list[Example], files: list[str], languages: list[str]) -> Conversations:
-    lengths = np.array([len(example.ids) for example in examples], np.int64)
-    offsets = np.cumsum(lengths) - lengths
-    rows = [(*example.row, offset) for example, offset in zip(examples, offsets.tolist(), strict=True)]
-    return Conversations(
-        np.concatenate([example.ids for example in examples]),
-        np.concatenate([example.trained for example in examples]),
-        np.array(rows, CONVERSATION),
-        files,
-        languages,
-    )
