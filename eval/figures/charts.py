@@ -1,13 +1,14 @@
 """The drawing of `eval plot`, with matplotlib and without a screen."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from elo.common.errors import UserError
+from eval.figures.style import COLORS, MARKERS, STYLE, hatch_of, styles
 
 try:
     import matplotlib
@@ -22,25 +23,6 @@ try:
 except ImportError:
     raise UserError("eval plot draws with matplotlib: pip install matplotlib") from None
 
-# Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-LINES = ("-", "--", ":", "-.")
-HATCHES = ("", "///", "...", "xxx")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-STYLE = {
-    "font.size": 10,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": "#DDDDDD",
-    "grid.linewidth": 0.8,
-    "legend.frameon": False,
-    "figure.dpi": 100,
-    "savefig.dpi": 150,
-    "svg.hashsalt": "elo",
-}
 # Fonts with Korean and Japanese, where one is installed.
 WIDE_FONTS = (
     *("Noto Sans CJK KR", "Noto Sans CJK JP", "Noto Sans KR", "Noto Sans JP", "NanumGothic", "Malgun Gothic"),
@@ -55,9 +37,8 @@ def draw(data: dict[str, Any], out: Path, title: str | None) -> None:
     fonts = ["DejaVu Sans", *(name for name in WIDE_FONTS if name in set(font_manager.get_font_names()))]
     with matplotlib.rc_context({**STYLE, "font.family": fonts}):
         text = Labels(fonts)
-        figure = {"scores": draw_scores, "runs": draw_runs, "speed": draw_speed, "means": draw_means}[data["kind"]](
-            data, text
-        )
+        kinds = {"scores": draw_scores, "runs": draw_runs, "speed": draw_speed, "means": draw_means}
+        figure = kinds[data["kind"]](data, text)
         FigureCanvasAgg(figure)
         if title:
             figure.suptitle(text(title), fontsize=14)
@@ -70,18 +51,6 @@ def draw(data: dict[str, Any], out: Path, title: str | None) -> None:
         finally:
             aside.unlink(missing_ok=True)
         text.complain()
-
-
-def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """A colour each, and beyond the colours another kind of line; `hatch_of` is the same for bars."""
-    return {
-        name: {"color": COLORS[index % len(COLORS)], "linestyle": LINES[index // len(COLORS) % len(LINES)]}
-        for index, name in enumerate(names)
-    }
-
-
-def hatch_of(style: dict[str, Any]) -> str:
-    return HATCHES[LINES.index(style["linestyle"])]
 
 
 def missing_as_nan(values: Sequence[float | None]) -> np.ndarray:

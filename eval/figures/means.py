@@ -6,9 +6,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from eval.figures.labels import Labels
-
-COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#56B4E9")
-MARKERS = ("o", "s", "^", "D", "v")
+from eval.figures.style import COLORS, MARKERS
 
 
 def draw_means(data: dict[str, Any], text: Labels) -> Figure:
@@ -23,7 +21,7 @@ def draw_means(data: dict[str, Any], text: Labels) -> Figure:
     for axes, (title, series) in zip(every, panels.items(), strict=True):
         axes.set_title(title)
         for index, (name, points) in enumerate(series.items()):
-            look = {"color": COLORS[index % 5], "marker": MARKERS[index % 5], "capsize": 3}
+            look = {"color": COLORS[index % len(COLORS)], "marker": MARKERS[index % len(MARKERS)], "capsize": 3}
             places, means, spreads = zip(*points, strict=True)
             if rows:
                 named_dots(axes, [text(place) for place in places], means, spreads, look)
