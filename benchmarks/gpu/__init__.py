@@ -28,6 +28,7 @@ import torch
 from benchmarks.gpu.measuring import Row, attempt
 from benchmarks.gpu.rules import decide
 from benchmarks.gpu.shapes import EIGHT_B, TINY, Shape
+from elo.common.errors import UserError
 from elo.common.fields import check_output, write_json
 from elo.common.options import Parser, positive
 from elo.common.terminal import show
@@ -97,6 +98,8 @@ def main() -> None:
     show(f"\n| rule | found | {title} |\n|---|---|---|")
     for decision in decide(rows):
         show(f"| {' | '.join(decision.values())} |")
+    if failed := [row["case"] for row in rows if "error" in row]:
+        raise UserError(f"{len(failed)} of {len(rows)} cases failed, the others are answered: {'; '.join(failed)}")
 
 
 def ask(answers: str, shape: Shape, folder: Path, limit: float) -> Iterator[Row]:

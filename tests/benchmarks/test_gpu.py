@@ -36,6 +36,18 @@ def here(answers, shape, folder, limit):
     yield from getattr(getattr(gpu, name, None) or sys.modules[f"benchmarks.gpu.{name}"], function)(shape, folder)
 
 
+def test_a_case_that_fails_is_the_commands_status(tmp_path, monkeypatch, capsys):
+    answers = [{"case": "well", "tflops": 1.0}, {"case": "badly", "error": "it broke"}]
+    monkeypatch.setattr(gpu, "ask", lambda *_: iter(answers))
+    words = "gpu", "--only", "A", "--json", tmp_path / "gpu.json"
+    assert status_of(monkeypatch, gpu.main, *words) == 2
+    shown = capsys.readouterr()
+    assert "| well | tflops 1.0000 |" in shown.out
+    assert shown.err == "error: 1 of 2 cases failed, the others are answered: badly\n"
+    monkeypatch.setattr(gpu, "ask", lambda *_: iter(answers[:1]))
+    assert status_of(monkeypatch, gpu.main, *words[:3], "--json", tmp_path / "third.json") == 0
+
+
 def test_every_question_is_answered(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "ask", here)
     monkeypatch.setattr(steps, "apart", lambda function, *arguments: function(*arguments))
