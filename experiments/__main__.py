@@ -120,7 +120,7 @@ def main() -> None:
 def make_small(options: Namespace) -> None:
     """--small: what `make demo` trains, in its sizes; rates that were not searched for."""
     folder = Path("data/demo")
-    if not (folder / "ko.train.jsonl").exists():
+    if not (options.dry_run or options.report or (folder / "ko.train.jsonl").exists()):
         made = subprocess.run([sys.executable, "-m", "examples.texts", folder.absolute()], cwd=ROOT)
         if made.returncode:
             raise UserError("--small: the demo's texts could not be made, see above")

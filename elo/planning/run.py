@@ -24,9 +24,8 @@ class Gpu:
     bandwidth: float = described("GB/S", "of its memory")
     link: float = described("GB/S", "to the other GPUs of its node, in one direction")  # NVLink, else PCIe
     host: float = described("GB/S", "to the host, in one direction")
-    network: float = described(
-        "GB/S", "to other nodes, in one direction"
-    )  # as in NVIDIA's nodes; of single cards assumed
+    # As in NVIDIA's nodes; of single cards assumed.
+    network: float = described("GB/S", "to other nodes, in one direction")
     multiprocessors: int = described("N", "of them")
 
 
