@@ -37,7 +37,7 @@ def here(answers, shape, folder, limit):
 
 
 def test_a_case_that_fails_is_the_commands_status(tmp_path, monkeypatch, capsys):
-    answers = [{"case": "well", "tflops": 1.0}, {"case": "badly", "error": "it broke"}]
+    answers = [{"case": "well", "product": "square", "tflops": 1.0}, {"case": "badly", "error": "it broke"}]
     monkeypatch.setattr(gpu, "ask", lambda *_: iter(answers))
     words = "gpu", "--only", "A", "--json", tmp_path / "gpu.json"
     assert status_of(monkeypatch, gpu.main, *words) == 2
