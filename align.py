@@ -2,12 +2,12 @@
 
     torchrun --nproc_per_node=8 align.py --elo runs/elo --gb 1 --out runs/aligned
 
-The documents are those that come after the ones stage 1 consumed. --gb 0 only puts the layers back; or, with --model
-the directory of a LoRA adapter and no --elo, the adapter into its base. Without --elo the unchanged model is trained:
-the control "alignment only", on the same documents if --after names the stage-1 run.
+It trains on the documents that follow those of stage 1. --gb 0 only puts the layers back. The control "alignment only"
+is --after with the stage-1 run instead of --elo: the unchanged model is trained on the same documents. --model with the
+directory of a LoRA adapter, --gb 0 and no --elo merge the adapter into its base.
 
 --scale A puts back a part of what stage 1 has learned, theta_0 + A (theta_ELO - theta_0): 1, the default, is what the
-paper does; auto tries some for each layer on the text of --validation before the alignment.
+paper does; auto chooses A for each layer on the text of --validation before the alignment.
 """
 
 from argparse import Namespace

@@ -1,9 +1,9 @@
-"""Stage 1: ELO pretraining. Detach layers of a model, train them on a new language, save the small model.
+"""Stage 1: ELO pretraining. Detach layers of a model, train them on a new language, save them as a small model.
 
     torchrun --nproc_per_node=8 train.py --layers 1,32
 
---method full trains the whole model instead and --method lora adapters beside its frozen weights: the baselines that
-the paper compares with. --method selective trains the same layers where they are, inside the frozen rest of the model.
+The paper's baselines: --method full trains the whole model, --method lora adapters beside its frozen weights. One that
+the paper does not measure: --method selective trains the same layers inside the frozen rest of the model.
 """
 
 from argparse import Namespace
@@ -57,7 +57,7 @@ def run(arguments: Namespace, world: World) -> None:
     adapters = LoraOptions.from_arguments(arguments)
     base = pretraining.open_base(arguments.model)
     method = choose_method(arguments, base.config, adapters)
-    model = method.model  # without memory yet
+    model = method.model  # on the meta device; `parallelize` gives it memory
     narrows = active_vocabulary.is_wanted(arguments)
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
@@ -103,7 +103,7 @@ def run(arguments: Namespace, world: World) -> None:
 
 
 def merge_finished(arguments: Namespace, base: Checkpoint, world: World) -> None:
-    """--merge for a run that has been finished without it, or not with it."""
+    """--merge where the adapter is finished already: by a run without --merge, or one that was killed while merging."""
     open_run(arguments, world, True, {"base model": base.fingerprint()})
     world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
     if not read_written(arguments.out).run["options"].get("save_every"):  # the run's, which asked for its states

@@ -1,4 +1,4 @@
-"""The chat vector (arXiv 2310.04799): what instruction tuning changed in a model, added to another of its kind.
+"""The chat vector (arXiv 2310.04799): add what instruction tuning changed in one model to another of the same shape.
 
 theta + scale * (theta_instruct - theta_base)
 """
@@ -22,7 +22,7 @@ BLOCK = 2**20
 
 # The ids that end a text or fill a batch, which instruction tuning may have changed.
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
-# Of a configuration's fields those that change no hidden state.
+# Fields of ModelConfig in which the models may differ: they change no hidden state.
 MAY_DIFFER = ("vocab_size", "max_position_embeddings", "tie_word_embeddings")
 
 
@@ -35,11 +35,11 @@ class ChatVector:
     scale: float
 
     def rows(self, name: str) -> int:
-        """How many rows of a tensor the vector has: those that both models have."""
+        """How many rows of a tensor the vector has: as many as both models have."""
         return min(self.instruct.shape(name)[0], self.base.shape(name)[0])
 
     def added_to(self, theta: Tensor, name: str, start: int) -> Tensor:
-        """The vector added to rows `start` and following of a tensor, fp32 -> fp32; rows it lacks stay as they are."""
+        """theta, a tensor's rows from `start` on, plus the vector, in fp32; rows that it lacks stay as they are."""
         stop = min(start + len(theta), self.rows(name))
         if stop <= start:
             return theta
@@ -51,8 +51,8 @@ class ChatVector:
 def add(theta: Tensor, instruct: Tensor, base: Tensor, scale: float) -> Tensor:
     """theta + scale * (instruct - base), all fp32; with scale 1 exactly `instruct` wherever theta equals base.
 
-    There the sum alone gives instruct only up to rounding: fp32 has no room for 1 and 2^-30 in one difference, which
-    bf16 values may have, and base + (instruct - base) turns -0 into 0.
+    The sum alone would give `instruct` only up to rounding there: fp32 cannot hold the difference of 1 and 2^-30, which
+    are bf16 values, and base + (instruct - base) turns -0 into 0.
     """
     result = theta + scale * (instruct - base)
     return torch.where(theta == base, instruct, result) if scale == 1 else result
@@ -69,7 +69,7 @@ class Merge:
     def tensor(self, name: str) -> Tensor:
         """A tensor of the result, computed in fp32 and rounded once to the dtype in which the model stores it.
 
-        Holds little more than the result. Raises UserError if a value is too large for the dtype.
+        It needs little more memory than the result. Raises UserError if a value is too large for the dtype.
         """
         if name not in self.moved:
             return self.model.tensor(name)
@@ -87,15 +87,15 @@ class Merge:
         return result
 
     def config(self) -> ModelConfig:
-        """The model's configuration with the token ids of the first instruct model, which are where a chat stops."""
+        """The model's configuration, but with the first instruct model's token ids, one of which ends its answers."""
         instruct = self.vectors[0].instruct.config.json
         fields = {name: value for name, value in self.model.config.json.items() if name not in TOKEN_IDS}
-        # One that the instruct model leaves to the architecture's default must stay so here.
+        # An id that the instruct model does not give stays out of here too, and has the architecture's default.
         return ModelConfig.from_json(fields | {name: instruct[name] for name in TOKEN_IDS if name in instruct})
 
 
 def moved_tensors(names: list[str], layers: tuple[int, ...] | None, skip_embeddings: bool) -> list[str]:
-    """The tensors to add vectors to: those of `layers` only (from 1), or all, or all but embedding and head."""
+    """The tensors to add vectors to: those of `layers` (numbered from 1), else all, or all but embedding and head."""
     if layers is None:
         return [name for name in names if not (skip_embeddings and name in (EMBEDDING, HEAD))]
     matches = {name: LAYER_NAME.fullmatch(name) for name in names}
@@ -113,7 +113,7 @@ def parse_ranges(text: str, num_hidden_layers: int) -> tuple[int, ...]:
 
 
 def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
-    """Raise UserError where the models do not fit; return what is no mistake, but perhaps not what was meant."""
+    """Raises UserError if the models do not fit together; returns warnings about what may not be intended."""
     for vector in merge.vectors:
         for other in (vector.base, vector.instruct):
             _check_fits(merge, other, shared_vocabulary_rows)
@@ -137,7 +137,7 @@ def _check_fits(merge: Merge, other: Checkpoint, shared_vocabulary_rows: bool) -
             )
         if here != there and not vocabulary:
             raise UserError(f"{name} has shape {there} in {other.directory}, but {here} in {ours.directory}")
-    # Matrices of the same shape may be cut into other heads.
+    # Matrices of the same shape may still be divided into heads differently.
     _check_same(ours, other, "num_attention_heads", "num_key_value_heads", "head_dim")
 
 
@@ -157,7 +157,7 @@ def _other_mathematics(merge: Merge) -> Iterator[str]:
 
 
 def _check_tokenizer(merge: Merge) -> Iterator[str]:
-    """The result has the first instruct model's tokenizer: UserError if that has tokens for which there is no row."""
+    """The result gets the first instruct model's tokenizer. Raises UserError if that has tokens without a row here."""
     instruct, ours = merge.vectors[0].instruct, merge.model
     here, there = ours.config.vocab_size, instruct.config.vocab_size
     if not any((instruct.directory / name).is_file() for name in ("tokenizer.json", "vocab.json", *MODEL_FILES)):

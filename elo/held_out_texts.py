@@ -1,4 +1,4 @@
-"""Text that stages 1 and 2 are not trained on, and whose loss they show while they train."""
+"""Held-out text of stages 1 and 2 (`--validation`): watched during training, and kept out of the training data."""
 
 import hashlib
 from argparse import Namespace
@@ -37,7 +37,10 @@ def add_arguments(parser: Parser, of_slice: bool) -> None:
 
 
 def open_validation(arguments: Namespace, embeddings: int) -> "HeldOutTexts | None":
-    """The text of --validation, for a model of so many `embeddings`. Raises UserError for its options without it."""
+    """The text of --validation, if it is given; embeddings: rows of the model's embedding.
+
+    Raises UserError if it cannot be read, and for options of --validation without it.
+    """
     if not arguments.validation:
         for name in ("validation_mb", "validate_every", "validation_field"):
             if getattr(arguments, name) is not None:
@@ -60,14 +63,14 @@ def open_validation(arguments: Namespace, embeddings: int) -> "HeldOutTexts | No
 def watch(
     held_out: "HeldOutTexts | None", model: CausalLM, arguments: Namespace, steps: int, world: World
 ) -> Callable[[int, bool], dict[str, Any]]:
-    """What `training.train` does after each of its `steps`."""
+    """The `after_step` of `training.train`: measures held-out text from time to time, if there is any."""
     if held_out is None:
         return lambda step, is_last: {}
     return held_out.watch(model, arguments.validate_every or max(1, steps // VALIDATIONS), world)
 
 
 class HeldOutTexts(HeldOut):
-    """The texts of --validation, tokenized: of `megabytes` (10^6 bytes) each file's beginning has an equal part."""
+    """The texts of --validation, tokenized: `megabytes` (10^6 bytes) in all, equal parts of each file's beginning."""
 
     def __init__(
         self,
@@ -82,7 +85,7 @@ class HeldOutTexts(HeldOut):
         if len(files) > MOST_FILES:
             raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
         super().__init__(files)
-        # Every document as it stands in a shard, by its numbers of tokens and bytes there.
+        # Each document's tokens as a shard stores them, by its numbers of tokens and bytes, to find it there.
         self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
         on_malformed = (lambda *_: None) if skip_malformed else None
         for number, file in enumerate(files):
@@ -93,7 +96,7 @@ class HeldOutTexts(HeldOut):
                 raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
 
     def _beginning(self, documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
-        """The first `size` bytes of documents, of which the last one may be a part."""
+        """Documents up to `size` bytes in all, the last of them perhaps cut."""
         for document in documents:
             text = document.text.encode("utf-8")[:size].decode("utf-8", "ignore")
             if not text:
@@ -105,7 +108,7 @@ class HeldOutTexts(HeldOut):
             size -= part.bytes
 
     def find(self, shard: TokenShard) -> np.ndarray:
-        """The numbers of the documents of a shard that are among these."""
+        """The numbers of those documents of a shard that are held out."""
         table = shard.documents
         near = np.isin(table["tokens"], [tokens for tokens, _ in self.documents])
         near &= np.isin(table["bytes"], [size for _, size in self.documents])
@@ -118,7 +121,7 @@ class HeldOutTexts(HeldOut):
         return np.array(found, np.int64)
 
     def without_copies(self, option: str, files: list[Path]) -> list[Path]:
-        """`files` but for copies of these, which are named on stderr."""
+        """`files` without copies of held-out files, which are named on stderr."""
         by_size: dict[int, list[Path]] = {}
         for file in self.files:
             by_size.setdefault(file.stat().st_size, []).append(file)

@@ -1,6 +1,6 @@
-"""What `train.py` can train: ELO, the two ways that the paper compares it with, and one that it names.
+"""What `train.py` can train: ELO, the paper's baselines, and selective layer tuning, which the paper only names.
 
-Said once, for the script, the planner and the benchmarks.
+`train.py`, the planner and the benchmarks all build their models here.
 """
 
 from collections.abc import Callable
@@ -19,13 +19,13 @@ DEFAULT_LAYERS = "1,-1"  # what the paper found best: the first and the last
 
 
 class Method(NamedTuple):
-    model: CausalLM  # what is computed, on the meta device; its parameters require gradients where they are trained
-    base_name: Callable[[str], str | None]  # the base's name of a parameter, None of one that is new
-    layers: tuple[int, ...] | None = None  # those that were detached, from 1
+    model: CausalLM  # on the meta device; exactly the parameters that are trained require gradients
+    base_name: Callable[[str], str | None]  # from a parameter's name to its name in the base; None if it is new
+    layers: tuple[int, ...] | None = None  # those that were detached, numbered from 1
 
 
 def elo(config: ModelConfig, layers: tuple[int, ...], bridged: bool = False) -> Method:
-    """Layers between the base's own embedding, norm and head, which are frozen (equations 1 and 2)."""
+    """The ELO model (equations 1 and 2): these layers between the base's embedding, norm and head, which are frozen."""
     model = build(detach(config, layers))
     freeze_all_but_layers(model)
     if bridged:
@@ -34,7 +34,7 @@ def elo(config: ModelConfig, layers: tuple[int, ...], bridged: bool = False) -> 
 
 
 def selective(config: ModelConfig, layers: tuple[int, ...]) -> Method:
-    """The same layers inside the whole model, all else frozen: every gradient is exact, and nothing is detached."""
+    """The same layers inside the whole model, whose other parameters are frozen: their gradients are exact."""
     model = build(config)
     freeze_all_but_layers(model, layers)
     return Method(model, lambda name: name)

@@ -1,4 +1,4 @@
-"""AdamW with its schedule and clipping, after the backward passes of a batch or inside of the last one."""
+"""AdamW, learning rate schedule and clipping; the step comes after a batch's backward passes or inside the last one."""
 
 import math
 from argparse import Namespace
@@ -19,9 +19,9 @@ from elo.runs.processes import World
 
 @dataclass(frozen=True)
 class TrainingOptions:
-    """Options of the loop.
+    """Options of the training loop.
 
-    The defaults are this project's own: the paper's are in its Table 7, of whose text we have lost the cells.
+    The defaults are this project's own: the paper's are in its Table 7, whose cells are missing from our text of it.
     """
 
     lr: float
@@ -80,7 +80,7 @@ def learning_rate(step: int, steps: int, options: TrainingOptions) -> float:
 
 
 def parameter_groups(model: CausalLM, options: TrainingOptions) -> list[dict[str, Any]]:
-    """The trained parameters; norms and biases are not decayed."""
+    """The trained parameters in two groups: matrices with weight decay, norms and biases without."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": options.weight_decay},
@@ -89,19 +89,19 @@ def parameter_groups(model: CausalLM, options: TrainingOptions) -> list[dict[str
 
 
 class Optimizer:
-    """AdamW and clipping: after a batch's backward passes, or inside of the last of them.
+    """AdamW and clipping: after a batch's backward passes, or with --optimizer-in-backward inside the last of them.
 
-    In backward, each parameter is stepped and its gradient freed as soon as that gradient is complete, so that never
-    all of them exist. The parameters are those of the ordinary step. Clipping by the global norm is impossible then:
-    the norm is known when it is too late. With several micro-batches gradients must wait for the last one, which
-    takes their full memory; use one micro-batch a step to save it. With --gather-once none are complete before it.
+    In backward, each parameter is updated and its gradient freed as soon as that gradient is complete, so that all
+    gradients never exist at once. The result is that of the ordinary step. The global norm is known only after the
+    updates, so it cannot clip. With several micro-batches gradients wait for the last one and take their full memory:
+    to save it, use one micro-batch per step.
     """
 
     def __init__(self, model: CausalLM, options: TrainingOptions) -> None:
         self.in_backward, self.clip = options.optimizer_in_backward, options.clip
         self.groups = parameter_groups(model, options)
         self.parameters = [parameter for group in self.groups for parameter in group["params"]]
-        # With --shard every gradient is there several times.
+        # With --shard each gradient exists in every group of processes, so sums over all of them count it that often.
         self.replicas = self.parameters[0].device_mesh.size(0) if self.parameters[0].device_mesh.ndim == 2 else 1
         self.last_micro_batch = False
         self.gathered_once = model.gathered_once  # by `sharding.parallelize`
@@ -123,9 +123,9 @@ class Optimizer:
                 group["lr"] = lr
 
     def before_backward(self, is_last: bool) -> None:
-        """Of a step's every micro-batch: after the last one's backward pass the gradients are complete.
+        """To be called before each micro-batch's backward pass; the gradients are complete after that of the last one.
 
-        What is gathered once stays so until then, and its gradients are added up unreduced, in fp32.
+        Until then, modules that are gathered once per step stay gathered, and their gradients are added up unreduced.
         """
         self.last_micro_batch = is_last
         for module in self.gathered_once:
@@ -139,7 +139,7 @@ class Optimizer:
             parameter.grad = None
 
     def gradient_norm(self, world: World) -> float:
-        """The norm of the whole batch's gradient, before clipping it. Collective."""
+        """The norm of the whole batch's gradient before clipping, which is done here too. Collective."""
         if self.in_backward:
             (square,) = world.sum(torch.stack(self.square_norms).sum().item())
             self.square_norms.clear()

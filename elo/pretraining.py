@@ -64,11 +64,11 @@ def open_windows(
     after: Path | None = None,
     held_out: HeldOutTexts | None = None,
 ) -> Windows:
-    """Tokenize both languages, or reuse their tokens, and open their stream; one process a node does the work.
+    """Tokenize both languages, or reuse tokens from the cache, and open their stream. One process per node tokenizes.
 
-    Files and documents that `held_out` has are not in the stream, and are named on stderr.
-    With `after`, the directory of an earlier run, the stream begins where that run stopped reading it. Raises
-    UserError if it read another stream: other texts, seed or fraction.
+    held_out: its files and documents are left out of the stream, and named on stderr.
+    after: the directory of an earlier run; the stream starts where that run stopped. Raises UserError if that run read
+    another stream: other texts, another seed or fraction.
     """
     config.check_seq_len(arguments.seq_len)
     if arguments.target_fraction == 0:
@@ -113,7 +113,7 @@ def open_windows(
 
 
 def read_consumed(after: Path) -> tuple[int, dict[str, Any]]:
-    """Where an earlier run stopped reading its stream, in bytes, and the stream's identity."""
+    """The position in bytes where an earlier run stopped in its stream, and `Mixture.identity` of that stream."""
     path = after / "elo.json"
     notes = read_json_object(path)
     stream, consumed = notes.get("stream"), notes.get("consumed")
@@ -132,7 +132,7 @@ def open_base(directory: str) -> Checkpoint:
 
 
 def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> dict[str, Any]:
-    """What a run's numbers follow from besides its options; see `runs.directory.open_run`."""
+    """What a run's numbers depend on besides its options, to refuse a resume with other data; see `open_run`."""
     stream = windows.mixture.identity
     shards = dict(zip(("target texts", "source texts"), stream["documents"], strict=False))
     return {
@@ -145,7 +145,7 @@ def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> d
 
 
 def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None) -> list[Path]:
-    """The files of an option, but for copies of those held out."""
+    """The files that an option names, without copies of held-out files."""
     try:
         files = find_files(patterns)
     except UserError as error:
@@ -154,7 +154,7 @@ def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None) 
 
 
 def default_batch_tokens(tokens: float, seq_len: int) -> int:
-    """Of a step, for a run on so many tokens in windows of this length."""
+    """The default of --batch-tokens: LARGEST_BATCH, halved until `tokens` make FEWEST_STEPS steps."""
     batch_tokens = LARGEST_BATCH
     while batch_tokens > seq_len and tokens < FEWEST_STEPS * batch_tokens:
         batch_tokens //= 2
@@ -162,12 +162,12 @@ def default_batch_tokens(tokens: float, seq_len: int) -> int:
 
 
 class PackedBatches:
-    """Consecutive windows of the stream, `batch_tokens` a step; satisfies `feed.Batches`.
+    """Consecutive windows of the stream, `batch_tokens` per step; implements `feed.Batches`.
 
-    Window i of a step goes to process i modulo their number, so that the batch is the same for any number of them.
-    A process that has fewer windows than others gets empty ones: all must call the model equally often. So do the last
-    micro-batch of a step and the last step: one shape is compiled once, and its kernels compute every step.
-    A label is its token, or the token's row of a head that `active` narrowed.
+    Window i of a step goes to process i modulo their number, so the batch is the same for any number of processes.
+    Empty windows fill up a process that has fewer windows than others, since all must call the model equally often, and
+    every short micro-batch, so that all have one shape and only one is compiled. A label is a token id, or, if `active`
+    narrowed the head, the token's row there.
     """
 
     def __init__(
@@ -185,7 +185,7 @@ class PackedBatches:
         elif batch_tokens % windows.seq_len:
             raise UserError(f"--batch-tokens {batch_tokens} is not a multiple of --seq-len {windows.seq_len}")
         self.windows_per_step = max(1, batch_tokens // windows.seq_len)
-        # Of a micro-batch: at most `micro_batch`, and few empty ones in the last of a step.
+        # Windows in a micro-batch: at most `micro_batch`, and such that the last one of a step has few empty ones.
         self.rows = even_chunk(-(-min(self.windows_per_step, len(windows)) // world.size), micro_batch)
 
     def __len__(self) -> int:
@@ -226,7 +226,7 @@ class PackedBatches:
 def notes(
     arguments: Namespace, layers: tuple[int, ...] | None, batches: PackedBatches | None = None, steps: int = 0
 ) -> dict[str, Any]:
-    """elo.json: what a run trained and on what, so that a later stage can follow it."""
+    """The content of elo.json: what a run trained and on which data, so that a later stage can continue from there."""
     stream = {"stream": batches.windows.mixture.identity, "consumed": batches.consumed(steps)} if batches else {}
     active = {"active_vocabulary": batches.active.notes()} if batches and batches.active else {}
     return {

@@ -1,4 +1,4 @@
-"""`align.py --scale`: how much of what stage 1 has learned goes back into the model."""
+"""`align.py --scale`: how much of the update of stage 1 goes back into the model."""
 
 import math
 from pathlib import Path
@@ -20,10 +20,11 @@ def scales(text: str) -> str | list[float]:
 
 
 def load_best(replaced: Replaced, model: CausalLM, held_out: HeldOut, out: Path, world: World) -> None:
-    """--scale auto: load the model, not aligned yet, with the scales that need the fewest bits for a byte held out.
+    """--scale auto: load the model, before alignment, with the scales that give the fewest bits per held-out byte.
 
-    First one for all layers is sought, then for each layer in turn its own: all combinations would be too many. They
-    are kept in run.json, since a run that goes on has begun with them, whatever its --validation is now.
+    The search tries one scale for all layers, then varies each layer's in turn: all combinations would be too many. The
+    result is kept in run.json, because a run that resumes has to start from the same model, even if its --validation
+    has changed.
     """
     known = world.on_rank_0(lambda: Written(out).run.get("scale"))
     if known is not None:

@@ -20,7 +20,7 @@ LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
 
 def parse_layers(text: str, num_hidden_layers: int) -> tuple[int, ...]:
-    """`"1,-1"` to layer numbers from 1, in order; -1 is the last layer. Raises UserError stating the model's number."""
+    """`"1,-1"` to layer numbers from 1; -1 is the last. Raises UserError unless all exist, in ascending order."""
     has = f"the model has {num_hidden_layers} layers"
     numbers = []
     for part in text.split(","):
@@ -44,13 +44,13 @@ def detach(config: ModelConfig, layers: tuple[int, ...]) -> ModelConfig:
 
 
 def base_name(name: str, layers: tuple[int, ...]) -> str:
-    """The name in the base model of a slice's tensor: model.layers.1.* of layers (1, 32) is model.layers.31.*."""
+    """A tensor's name in the slice to that in the base: of layers (1, 32), model.layers.1.* is model.layers.31.*."""
     match = LAYER_NAME.fullmatch(name)
     return f"model.layers.{layers[int(match[1])] - 1}.{match[2]}" if match else name
 
 
 def slice_name(name: str, layers: tuple[int, ...]) -> str | None:
-    """The inverse of `base_name`: where a layer's tensor of the base is in the slice, None for all others."""
+    """The inverse of `base_name`; None for a tensor that is in none of these layers."""
     match = LAYER_NAME.fullmatch(name)
     if match is None or int(match[1]) + 1 not in layers:
         return None
@@ -58,25 +58,28 @@ def slice_name(name: str, layers: tuple[int, ...]) -> str | None:
 
 
 def freeze_all_but_layers(model: nn.Module, layers: tuple[int, ...] | None = None) -> None:
-    """Equation 2 of the paper: only layers are trained, all or these; embedding, norm and head stay as they are."""
+    """Equation 2 of the paper: only decoder layers are trained, never embedding, norm and head.
+
+    layers: those to train, numbered from 1 (default: all that the model has).
+    """
     for name, parameter in model.named_parameters():
         match = LAYER_NAME.fullmatch(name)
         parameter.requires_grad_(match is not None and (layers is None or int(match[1]) + 1 in layers))
 
 
 class Replaced(Checkpoint):
-    """A base model with a stage-1 result's layers back in their places, read as they are asked for, as all checkpoints.
+    """Layer replacement: a base model with the layers of a stage-1 result in their places. Tensors are read on demand.
 
-    Of a layer with the scale a it has theta_0 + a (theta_ELO - theta_0), computed in fp32 and rounded once. The paper
-    replaces: a scale of 1 gives the trained values to the bit, and 0 those of the base.
+    A layer with the scale a is theta_0 + a (theta_ELO - theta_0), computed in fp32 and rounded once. The paper's scale
+    is 1, which gives the trained values to the bit, as 0 gives those of the base.
     """
 
     def __init__(self, base: Checkpoint, elo: Path, scales: Sequence[float] | str | None = None) -> None:
-        """scales: one, or one for each layer; all are 1 where they are yet to be found.
+        """scales: one for all layers, or one for each; a name such as "auto" stands for 1 until they are chosen.
 
-        Raises UserError where `elo` is no slice of this base, and for another number of scales.
+        Raises UserError if `elo` is not a slice of this base, and for another number of scales.
         """
-        vars(self).update(vars(base))  # what it has read already
+        vars(self).update(vars(base))  # instead of reading the base's headers again
         self.trained, self.layers = open_slice(elo, base)
         count = len(self.layers)
         given = [1.0] if scales is None or isinstance(scales, str) else [*scales]
@@ -85,7 +88,7 @@ class Replaced(Checkpoint):
         self.scales = tuple(given * count)[:count]
 
     def trained_name(self, name: str) -> str | None:
-        """The tensor's own name if it is one of the trained layers', else None: to load these only."""
+        """For `load_into`, to load the trained layers only: the name of a tensor that is in one of them, else None."""
         return name if slice_name(name, self.layers) else None
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
@@ -104,9 +107,9 @@ class Replaced(Checkpoint):
 
 
 def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int, ...]]:
-    """A stage-1 result and its layers' numbers, to go back into the model they were detached from.
+    """A stage-1 result and the numbers of its layers in `base`.
 
-    Raises UserError if `base` is another model: a configuration, embedding, norm or head that differs.
+    Raises UserError if it was not detached from this base: its configuration, embedding, norm or head differs.
     """
     notes_path, number = directory / "elo.json", base.config.num_hidden_layers
     layers = read_json_object(notes_path).get("layers")

@@ -23,9 +23,10 @@ from elo.runs.states import States
 
 
 def accumulate(model: CausalLM, feed: Iterator[MicroBatch], count: int, optimizer: Optimizer, world: World) -> float:
-    """The backward passes of a batch's mean loss over this process's part of it; returns the whole loss. Collective.
+    """Run the backward passes of one step over this process's micro-batches; returns the mean loss of the whole batch.
 
-    feed: goes on with that part; count: labels that count in the whole batch.
+    Collective: every process calls it. feed: yields the micro-batches and marks the step's last one; count: the labels
+    that count in the batch, over all processes. If the loss is not finite, the last backward pass is left out.
     """
     total = torch.zeros((), device=world.device)
     for tokens, labels, counted, is_last in feed:
@@ -34,12 +35,12 @@ def accumulate(model: CausalLM, feed: Iterator[MicroBatch], count: int, optimize
         loss = model(tokens, labels, counted) / count
         total += loss.detach()
         if is_last:
-            # Known before the last backward pass, which may already change parameters.
+            # Checked before the last backward pass, which changes parameters with --optimizer-in-backward.
             (whole,) = world.sum(total.item())
             if not math.isfinite(whole):
                 break
         optimizer.before_backward(is_last)
-        # fully_shard averages gradients over the processes; the batch's gradient is their sum.
+        # fully_shard averages gradients over the processes, but each `loss` is a part of the batch's mean: sum them.
         (loss * world.size).backward()
         if is_last:
             break
@@ -47,7 +48,7 @@ def accumulate(model: CausalLM, feed: Iterator[MicroBatch], count: int, optimize
 
 
 def planned_steps(batches: Batches, options: TrainingOptions) -> int:
-    """One epoch, or --max-steps."""
+    """One epoch, or --max-steps if that is less."""
     return len(batches) if options.max_steps is None else min(options.max_steps, len(batches))
 
 
@@ -59,11 +60,12 @@ def train(
     out: Path,
     after_step: Callable[[int, bool], dict[str, Any]] = lambda step, is_last: {},
 ) -> int:
-    """Train through `batches`, from the newest state in `out`/checkpoints on; returns the number of steps done.
+    """Train on `batches`, resuming from the newest state in `out`/checkpoints; returns the number of steps done.
 
-    Writes a line a step to `out`/metrics.jsonl, with what `after_step(step, is_last)` returns, and states: every
-    `save_every`, after the last step, and after SIGTERM or Ctrl-C, on which EarlyExit is raised. Raises UserError when
-    the loss or the gradient is not finite, or with `stop_on_spike` out of range, before the parameters are touched.
+    Writes one line per step to `out`/metrics.jsonl, with what `after_step(step, is_last)` returns. Saves a state every
+    `save_every`, after the last step, and on SIGTERM or Ctrl-C, where it then raises EarlyExit. Raises UserError if the
+    loss or the gradient norm is not finite, or out of range with `stop_on_spike`, before the step changes parameters;
+    only with `optimizer_in_backward` it has changed them by the time the norm is known.
     """
     steps = planned_steps(batches, options)
     optimizer = Optimizer(model, options)
@@ -120,7 +122,7 @@ def train(
 def bad_step(
     step: int, what: str, loss: float, norm: float, documents: list[str], states: States, optimizer: Optimizer
 ) -> UserError:
-    """A loss or norm that is not finite, or out of range. Collective."""
+    """The error for a loss or norm that is not finite, or out of range. Collective."""
     states.finish_saving()
     saved = states.complete()
     changed = optimizer.in_backward and math.isfinite(loss)

@@ -1,9 +1,8 @@
-"""The loss of what is held out, for runs that watch it, and of texts also for `python -m eval perplexity`.
+"""The loss on held-out data, during a run and for `python -m eval perplexity`.
 
-Of a conversation the tokens count that training would count. A document is cut into windows; every token that has a
-predecessor in its window counts. The family's BOS stands in front of a document, and no other special token anywhere.
-Bits per byte, which compare models with different tokenizers, are the bits of the counted tokens over all bytes of the
-text.
+In a conversation, the tokens count that training counts. A document is cut into windows, with the tokenizer's BOS, if
+it has one, in front and no other special token; every token with a predecessor in its window counts. Bits per byte are
+the bits of the counted tokens divided by all bytes of the text: they compare models whose tokenizers differ.
 """
 
 import math
@@ -37,7 +36,7 @@ Batch = tuple[Tensor, Tensor]  # tokens and labels, each (rows, length); of one 
 
 @dataclass
 class Score:
-    """Sums over the documents of a file; `nats` is their summed cross-entropy. Of conversations no bytes are known."""
+    """Sums over a file's documents; `nats` is their summed cross-entropy, `bytes` is 0 for conversations."""
 
     documents: int = 0
     bytes: int = 0
@@ -66,7 +65,7 @@ def encode(tokenizer: Tokenizer, text: str) -> Encoded:
 
 
 def windows(documents: Iterable[Encoded], bos_id: int | None, seq_len: int, score: Score) -> Iterator[Batch]:
-    """Rows of at most `seq_len` tokens; the documents and bytes that they are of are added to `score`."""
+    """Windows of at most `seq_len` tokens; adds their documents and bytes to `score`."""
     for document in documents:
         score.documents += 1
         score.bytes += document.bytes
@@ -76,7 +75,7 @@ def windows(documents: Iterable[Encoded], bos_id: int | None, seq_len: int, scor
 
 
 def make_batches(rows: Iterable[Batch], score: Score, most_tokens: int = BATCH_TOKENS) -> Iterator[Batch]:
-    """Rows in batches, in bounded memory; the tokens that count are added to `score`."""
+    """Batches of rows of about one length, in bounded memory; adds the tokens that count to `score`."""
     stream = iter(rows)
     while group := sorted(islice(stream, SORTED_TOGETHER), key=lambda row: len(row[0])):
         while group:
@@ -96,7 +95,7 @@ def check_seq_len(seq_len: int) -> None:
 
 @torch.inference_mode()
 def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterable[Document], seq_len: int) -> Score:
-    """The score of a model, which is no run's, on documents."""
+    """The score on documents of a model that is not sharded."""
     score, device = Score(), model.lm_head.weight.device
     encoded = (encode(tokenizer, document.text) for document in documents)
     for tokens, labels in make_batches(windows(encoded, tokenizer.bos_id, seq_len, score), score):
@@ -106,23 +105,23 @@ def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterable[Docume
 
 @torch.no_grad()
 def summed_losses(model: CausalLM, batches: Iterable[tuple[int, Tensor, Tensor]], groups: int, world: World) -> list:
-    """The nats of each group of batches, (group, tokens, labels), summed over all processes.
+    """The nats of each group, summed over all processes; a batch is (group, tokens, labels).
 
-    Collective: every process has equally many. Nothing of it is compiled: the shapes are others than in training,
-    whose graphs are not to change; and a head narrowed for training is the whole one.
+    Collective: every process has equally many batches. They run uncompiled, because their shapes differ from those of
+    training and would add to its graphs, and with the whole head, also where --active-vocabulary narrowed it.
     """
     totals = torch.zeros(groups, dtype=torch.float64, device=world.device)
     with torch.compiler.set_stance("force_eager"), whole_head(model):
         for group, tokens, labels in batches:
             totals[group] += model(tokens.to(world.device), labels.to(world.device))
-    # Without a backward pass what was gathered would stay, instead of the sharded parameters.
+    # Gathered parameters are freed by the backward pass, and there was none.
     for module in sharded_parts(model):
         module.reshard()
     return world.sum(*totals.tolist())
 
 
 class HeldOut:
-    """What a run is not trained on: batches of each of some files, and what is told of their loss."""
+    """Held-out batches of some files, and reports of the loss on them."""
 
     def __init__(self, files: Sequence[str | Path]) -> None:
         self.files = files
@@ -133,11 +132,11 @@ class HeldOut:
         self.batches += [(file, *batch) for batch in make_batches(rows, self.scores[file], most_tokens)]
 
     def evaluate(self, model: CausalLM, world: World) -> dict[str, Any]:
-        """For a line of metrics.jsonl: the loss, of text also the bits per byte, of all and of each file. Collective.
+        """The fields for a line of metrics.jsonl: loss, and for text bits per byte, of all files and each. Collective.
 
-        A batch is one process's; they are the same for any number of them.
+        The processes share the batches, which are the same for any number of processes.
         """
-        # All must call the model equally often.
+        # Empty batches, because all processes must call the model equally often.
         nothing = 0, torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), IGNORE)
         mine = self.batches[world.rank :: world.size]
         mine += [nothing] * (-(-len(self.batches) // world.size) - len(mine))
@@ -149,7 +148,7 @@ class HeldOut:
         return {**{f"validation_{name}": value for name, value in _shown(every).items()}, "validation": by_file}
 
     def measure(self, model: CausalLM, when: str, world: World) -> dict[str, Any]:
-        """`evaluate`, and said: the loss, and of each file the bits per byte, or the loss where it has no bytes."""
+        """`evaluate`, and say the loss, and the bits per byte (of conversations the loss) of the first files."""
         record = self.evaluate(model, world)
         files = [f"{Path(line['file']).name} {[*line.values()][-1]:.4f}" for line in record["validation"][:4]]
         more = len(self.files) - len(files)
@@ -171,7 +170,7 @@ def _shown(score: Score) -> dict[str, float]:
 
 
 def held_out_conversations(conversations: Conversations, most_tokens: int) -> HeldOut:
-    """Conversations by the files that they are from, or all together if these are too many."""
+    """Conversations grouped by file, or all in one group if there are more than MOST_FILES files."""
     of_file = conversations.table["file"]
     groups = {conversations.files[number]: np.flatnonzero(of_file == number) for number in np.unique(of_file)}
     if len(groups) > MOST_FILES:

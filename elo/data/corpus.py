@@ -35,8 +35,8 @@ class Mixture:
     start, gigabytes: the stretch has the documents that stand at [start, start + gigabytes * 10^9). Without
     `gigabytes` it goes on until one language is used up. A target_fraction of 1 needs no source.
     left_out: documents of each shard, by number, that are not in the stream, such as those of --validation.
-    Memory: 9 bytes a document of the stretch, and about 60 a document of the larger shard while it is shuffled.
-    Raises `UserError` if a shard has not enough text.
+    Memory: 9 bytes a document of the stretch, and about 40 a document of the larger shard while it is shuffled
+    (docs/scale.md). Raises `UserError` if a shard has not enough text.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
-"""The decoder of all architectures, in torch's plain operators: embedding, blocks, norm, head.
+"""The decoder of all architectures in plain torch: embedding, blocks, norm, head.
 
-Modules and parameters carry the names of the Hugging Face checkpoint. Nothing here knows of devices, processes or
-files; a model is built on the meta device and filled by `elo.model.checkpoint`. For training on a CPU
-`elo.runs.sharding` puts faster operators of the same results in the place of some of these.
+Modules and parameters have the names of the Hugging Face checkpoint. Nothing here knows about devices, processes or
+files: `build` makes a model on the meta device, and `elo.model.checkpoint` fills it. For training on a CPU,
+`elo.runs.sharding` replaces some operators by faster ones with the same results.
 """
 
 from functools import lru_cache, partial
@@ -29,13 +29,13 @@ class RMSNorm(nn.Module):
 
 
 class ScaledDotProductAttention(nn.Module):
-    """softmax(q k^T / sqrt(head_dim) + mask) v, causal where there is no mask."""
+    """softmax(q k^T / sqrt(head_dim) + mask) v; causal if there is no mask."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """q: (batch, heads, sequence, head_dim); k, v: (batch, kv_heads, sequence, head_dim); the result is as q."""
-        if mask is None:  # CUDA takes the flash kernel
+        if mask is None:  # a mask, even a causal one, would keep CUDA from the flash kernel
             return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        # With a mask, CUDA has no kernel for grouped queries but one that holds all scores.
+        # With a mask, the only CUDA kernel for grouped queries keeps all scores, so keys and values are repeated.
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
@@ -77,7 +77,8 @@ class Attention(nn.Module):
         if extend is not None:
             k, v = extend(k, v)
             if x.shape[1] == 1:
-                # A single query sees all: those that share a key-value head can be its sequence, and no key is copied.
+                # One new token needs no causal mask, so the queries that share a key-value head can take the place of
+                # the sequence: (batch, kv_heads, queries, head_dim). No key or value is copied.
                 x = F.scaled_dot_product_attention(q.view(*k.shape[:2], -1, self.head_dim), k, v, attn_mask=mask)
                 return self.o_proj(x.flatten(1)[:, None])
         return self.o_proj(self.attend(q, k, v, mask).transpose(1, 2).flatten(2))
@@ -93,7 +94,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The gate and what passes through it."""
+        """The gate and what it multiplies, each (batch, sequence, intermediate_size)."""
         return self.gate_proj(x), self.up_proj(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -112,7 +113,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.sliding_window = config, config.sliding_windows[layer]
-        self.activation_checkpointing = False  # keep only a block's input, and compute the rest again for the backward
+        self.activation_checkpointing = False  # keep only the input, and compute the rest again in the backward pass
         self.self_attn = Attention(config)
         self.mlp = MLP(config)
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -131,7 +132,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """What the checkpoint's names call `model`: everything but the head."""
+    """Everything but the head: tokens (batch, sequence) to hidden states (batch, sequence, hidden_size), normed.
+
+    The checkpoint calls it `model`.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -154,7 +158,7 @@ class Transformer(nn.Module):
         return self.norm(x)
 
     def _extend(self, x: Tensor, cache: KVCache) -> Tensor:
-        """The blocks on tokens that follow those in the cache."""
+        """Run the blocks on tokens that follow those in the cache, and add them to it."""
         positions = cache.new_positions(x.shape[1])  # (batch, sequence)
         rope = self.rope.at(int(positions.max()) + 1, self.head_dim) if self.rope.varies else self.rope
         table = rotary_table(rope, self.head_dim, cache.capacity, x.device, x.dtype)
@@ -168,12 +172,14 @@ class Transformer(nn.Module):
 class CausalLM(nn.Module):
     """A decoder with its head.
 
-    `forward(tokens)` gives logits of shape (batch, sequence, vocabulary) in the dtype of computation. With `labels`
-    of the tokens' shape (the next token at each position, or IGNORE) it gives the summed cross-entropy in nats as an
-    fp32 scalar, and tokens x vocabulary logits never exist; `counted` as in `elo.model.loss`.
+    `forward(tokens)` returns logits (batch, sequence, vocabulary) in the dtype of computation.
 
-    With a cache, the tokens follow those in it and are added to it, and the logits are those of each row's last token
-    only, (batch, vocabulary). `lengths` is how many of a row's tokens are real, the others are padding at its end.
+    With `labels` (batch, sequence), the next token at each position or IGNORE, it returns the summed cross-entropy in
+    nats as an fp32 scalar, without ever holding all logits. `counted`: how many labels are not IGNORE, if the caller
+    knows; counting them here would wait for the GPU.
+
+    With a cache, the tokens follow those in it and are added to it; the logits are those of each row's last token only,
+    (batch, vocabulary). `lengths` says how many tokens of each row are real; the rest is padding at its end.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -186,7 +192,7 @@ class CausalLM(nn.Module):
         self.tie_weights()
 
     def tie_weights(self) -> None:
-        """Let the head be the embedding if it is tied to it; again after `to_empty`, which parts them."""
+        """Make the head share the embedding's weight if they are tied; again after `to_empty`, which unties them."""
         if self.is_tied:
             self.lm_head.weight = self.model.embed_tokens.weight
 
@@ -209,7 +215,7 @@ class CausalLM(nn.Module):
 
 
 def build(config: ModelConfig) -> CausalLM:
-    """The model without memory, on the meta device."""
+    """A model on the meta device: parameters have shapes, but no memory yet."""
     with torch.device("meta"):
         return CausalLM(config)
 
@@ -218,7 +224,7 @@ def build(config: ModelConfig) -> CausalLM:
 def sliding_window_mask(length: int, window: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(length, length): 0 where a query may look, at itself and the window - 1 positions before it, else -infinity.
 
-    To be added to the scores: of a mask of booleans every layer would make and keep such a one.
+    It is added to the scores. Given booleans instead, attention would make and keep such a mask in every layer.
     """
     with torch.inference_mode(False):
         past = torch.ones(length, length, dtype=torch.bool, device=device).tril().triu(1 - window)

@@ -1,12 +1,12 @@
-"""Is a run well? A step whose loss or gradient norm leaves the range of the steps before it is marked.
+"""Spikes: marks a step whose loss or gradient norm is out of the range of the steps before it.
 
-The rule is a robust z-score. Of the last `WINDOW` steps, m is the median and s = 1.4826 * the median distance from m,
-which for a normal distribution is the standard deviation, yet is not moved by the very outliers it shall find.
+The rule is a robust z-score. Over the last `WINDOW` steps, m is the median and s = 1.4826 * the median distance from m.
+For a normal distribution s is the standard deviation, but the outliers that it is meant to find do not move it.
 - A loss is a spike above m + max(8 s, 0.1 m): 8 s, because the losses of small batches have long tails, and a tenth,
   because a smooth curve has nearly no s.
 - A gradient norm is out of range above m + max(16 s, 2 m), or below m / 20. Norms vary more than losses.
-There is no judgment before `FEWEST` steps. What is marked stays in the window, so that a loss that has jumped for good
-is news for half a window, not for ever.
+Nothing is marked in the first `FEWEST` steps. Marked steps stay in the window, so that a loss that has jumped for good
+is marked for half a window, not for ever.
 """
 
 import statistics

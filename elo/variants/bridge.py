@@ -1,7 +1,8 @@
-"""A frozen affine map in the place of layers that a slice leaves out (`train.py --bridge`).
+"""A frozen affine map in the place of the layers that a slice leaves out (`train.py --bridge`).
 
-Layers that were not neighbours never met. The map turns the lower one's output into what the upper one is used to, in
-stage 1 only: fitted on the base by least squares, never trained, and no part of the slice that is written.
+In the base, a detached layer gets the output of its neighbour, not that of the detached layer below. The map estimates
+the former from the latter: fitted on the base by least squares, never trained, and used in stage 1 only. It is not part
+of the slice that is written.
 """
 
 import torch
@@ -17,7 +18,7 @@ from elo.runs.processes import World
 
 
 class Bridge(Linear):
-    """Its weights are buffers: a run's states have them, but no checkpoint does, and nothing trains or shards them."""
+    """Its weights are buffers: saved in a run's states, but not in checkpoints, and neither trained nor sharded."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, width, device="meta")
@@ -26,7 +27,7 @@ class Bridge(Linear):
 
 
 def attach(model: CausalLM, layers: tuple[int, ...]) -> None:
-    """Give a slice its bridges, yet to be filled. Raises UserError where its layers have always been neighbours."""
+    """Put bridges, still empty, into a slice. Raises UserError if all its layers are neighbours in the base."""
     uppers = [block for at, block in enumerate(model.model.layers) if at and layers[at] > layers[at - 1] + 1]
     if not uppers:
         raise UserError(f"--bridge: no layers are left out between those of --layers {','.join(map(str, layers))}")
@@ -36,7 +37,7 @@ def attach(model: CausalLM, layers: tuple[int, ...]) -> None:
 
 
 def fit(model: CausalLM, layers: tuple[int, ...], base: Checkpoint, windows: Windows, dtype: str, world: World) -> str:
-    """Fill a slice's bridges, the same on every process; says how well. Raises UserError for too little text."""
+    """Fit the bridges of a slice, equally on every process, and say how well. Raises UserError for too little text."""
     maps = world.on_rank_0(lambda: fit_all(layers, base, windows, DTYPES[dtype], world))
     for bridge, (*fitted, _) in zip((m for m in model.modules() if isinstance(m, Bridge)), maps, strict=True):
         bridge.weight, bridge.bias = (value.to(world.device, DTYPES[dtype]) for value in fitted)
