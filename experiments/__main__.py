@@ -40,7 +40,7 @@ METHODS = ("elo", "align", "full", "lora", "selective")
 # What all records of an experiment have in common; the rates are in the table.
 SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
 AMONG = 5000  # documents, from the beginning
-SIZES = range(200, 20_001)  # bytes of one that is held out: all of a file are within what --validation-mb reads of it
+SIZES = range(200, 20_001)  # bytes of one that is held out
 PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
 
 
@@ -76,10 +76,30 @@ def parse_arguments() -> Namespace:
     benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
     options.benches = [name for name in benchmarks if Path(options.benchmarks or "/dev/null", name).is_dir()]
     options.rates = dict(options.rates)
+    for name, needed in (("sft", "conversations"), ("judge_model", "benchmarks"), ("base_url", "judge_model")):
+        if getattr(options, name) and not getattr(options, needed):
+            raise UserError(f"--{name.replace('_', '-')} does nothing without --{needed.replace('_', '-')}")
+    if not (options.dry_run or options.report):
+        check_inputs(options, benchmarks)
     if options.dry_run and not options.bytes_per_token:
         raise UserError("--dry-run needs --bytes-per-token, such as 3.6 for Llama-3.1's tokenizer and Korean")
     options.bytes_per_token = options.bytes_per_token or 4.0  # only the runs' proportions count then
     return options
+
+
+def check_inputs(options: Namespace, benchmarks: tuple[str, ...]) -> None:
+    """Raises UserError, before hours of work, for what is wanted only after them."""
+    for name in ("instruct", "conversations", "benchmarks"):
+        given = getattr(options, name) or []
+        for path in given if isinstance(given, list) else [given]:
+            if not Path(path).exists():
+                raise UserError(f"--{name} {path}: not found")
+    if options.benchmarks and not options.benches:
+        raise UserError(f"--benchmarks {options.benchmarks}: none of {', '.join(benchmarks)} is a folder there")
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {options.out}: {error.strerror}") from None
 
 
 def main() -> None:
@@ -149,8 +169,9 @@ def seeds(text: str) -> list[int]:
 
 
 def words(text: str) -> list[str]:
+    """An option and its value are two words, also of --option=value."""
     try:
-        return shlex.split(text)
+        return [part for word in shlex.split(text) for part in word.split("=", 1 if word.startswith("--") else 0)]
     except ValueError as error:
         raise ArgumentTypeError(f"{text!r}: {error}") from None
 
@@ -179,6 +200,7 @@ def hold_out(options: Namespace) -> None:
     languages = [name for name in ("target", "source") if getattr(options, name)]
     paths = {(name, part): folder / f"{name}.{part}.jsonl" for part in PARTS for name in languages}
     options.held_out = list(map(str, paths.values()))
+    options.validation_mb = max(4.0, len(paths) * number * SIZES[-1] / 1e6)  # equal parts, each a whole file
     for name in languages if not options.dry_run else ():
         every = islice(read_documents(find_files(getattr(options, name))), AMONG)
         documents = list(dict.fromkeys(text.text for text in every if len(text.text.encode()) in SIZES))

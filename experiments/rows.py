@@ -33,7 +33,8 @@ class Kit:
         given += ["--gb", f"{units * options.gb / UNITS:.9g}", "--seed", str(self.seed), *options.training]
         given += [word if isinstance(word, str) else word(self) for word in words]
         if units:
-            given += ["--validation", *options.held_out, "--validation-mb=4", "--validate-every=1000000"]
+            given += ["--validation", *options.held_out, f"--validation-mb={options.validation_mb:g}"]
+            given += ["--validate-every=1000000"]
             given += ["--lr", rate] if rate else []
         return self.runs.do(script, *given, "--save-every", "5m", "--out", "{here}")
 
@@ -67,7 +68,8 @@ class Kit:
                 words = ("--model", chat, "--tasks", name, "--data", options.benchmarks)
                 made = self.result("eval choice", *words, "--samples", "{here}/samples.jsonl")
                 found = made.get("results", {}).get(name, {})
-            figures[name] = found.get("acc", found.get("average"))
+            if (score := found.get("acc", found.get("average"))) is not None:  # no judgment could be read
+                figures[name] = score
         return figures
 
     def judged(self, name: str, model: str) -> dict[str, Any]:

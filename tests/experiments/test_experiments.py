@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 from experiment_runs import begun, options, pretending, run_here, words
@@ -135,6 +136,26 @@ def test_dry_run(project, monkeypatch, capsys):
     assert total.startswith("together 10,000 tokens, ")
 
 
+def test_what_is_held_out_is_measured_alike(tmp_path):
+    """In the runs and of the base by `eval perplexity`: in windows of the same length, and each file as a whole."""
+    (tmp_path / "ko.jsonl").write_text("".join(json.dumps({"text": f"{n} " + "x" * 15_000}) + "\n" for n in range(300)))
+    given = options(tmp_path, target=[str(tmp_path / "ko.jsonl")], source=None, held_out=100, dry_run=False)
+    given.training = command.words("--seq-len=64 --dtype fp32 --clip=0")
+    command.hold_out(given)
+    lines = [Path(file).read_text().splitlines() for file in given.held_out]
+    texts = [sum(len(json.loads(line)["text"]) for line in of_file) for of_file in lines]
+    assert texts[1] > 1_500_000
+    runs = Runs(given)
+    model = baseline("full")(Kit(runs, 0))
+    (run,) = runs.made_of[model]
+    (read,) = [float(word.split("=")[1]) for word in run.words if word.startswith("--validation-mb=")]
+    assert read * 1e6 / len(texts) >= max(texts)
+    Kit(runs, 0).measure(given.model)
+    _, of_base = runs.plans
+    for option in ("--seq-len", "--dtype"):
+        assert of_base.option(option) == run.option(option) in ("64", "fp32")
+
+
 def test_a_plan_that_does_not_fit_says_what_would(tmp_path, monkeypatch, capsys):
     from benchmarks import planning_paper
 
@@ -177,6 +198,14 @@ def read(project):
         ("--dry-run", "--dry-run needs --bytes-per-token"),
         ("--seeds 0,x", "--seeds: 'x' is not a whole number"),
         ('--sft "\'"', '--sft: "\'": No closing quotation'),
+        ("--sft '--epochs 3'", "--sft does nothing without --conversations"),
+        ("--judge-model gpt", "--judge-model does nothing without --benchmarks"),
+        ("--benchmarks . --base-url http://here", "--base-url does nothing without --judge-model"),
+        ("--benchmarks nowhere", "--benchmarks nowhere: not found"),
+        ("--benchmarks base", "--benchmarks base: none of mmlu, kobest, marc_ja is a folder there"),
+        ("--instruct nowhere", "--instruct nowhere: not found"),
+        ("--conversations ko.jsonl chats.json", "--conversations chats.json: not found"),
+        ("--out ko.jsonl", "--out ko.jsonl: File exists"),
     ],
 )
 def test_mistakes(project, monkeypatch, capsys, more, message):

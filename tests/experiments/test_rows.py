@@ -94,7 +94,7 @@ def test_chat_and_benchmarks(tmp_path):
     kit = Kit(Runs(options(tmp_path, **changes, benches=["kobest", "logickor"])), 0)
     assert kit.chat("chat") != "chat"
     assert [run.script for run in kit.runs.plans] == ["sft.py"]
-    kit.measure("model")
+    assert kit.measure("model") == {}  # neither a figure nor None, which has no mean
     scripts = ["eval perplexity", "merge_chat_vector.py", "sft.py", "eval choice"]
     assert [run.script for run in kit.runs.plans][1:] == [*scripts, "eval answers", "eval judge", "eval score"]
     answers, judge, score = [*kit.runs.plans][-3:]

@@ -33,7 +33,7 @@ def options(tmp_path, **changes):
     given |= {"benchmarks": None, "judge_model": None, "base_url": None, "gb": 10.0, "processes": 1, "out": tmp_path}
     given |= {"rates": {}, "training": [], "sft": [], "seeds": [0], "benches": [], "equal_time": False, "only": None}
     given |= {"held_out": [f"{tmp_path}/{language}.{part}.jsonl" for part, language in HELD_OUT]}
-    given |= {"bytes_per_token": 4.0, "gpu": "H100"}
+    given |= {"bytes_per_token": 4.0, "gpu": "H100", "validation_mb": 4.0}
     return Namespace(**(given | changes))
 
 
