@@ -13,30 +13,30 @@ from torch import Tensor
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object, shown
 from elo.common.files import is_file
-from elo.model.checkpoint import CONFIG, Checkpoint
+from elo.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from elo.model.saving import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, save
 from elo.variants.lora import PREFIX, THIN
 
-# Fields of peft's adapter_config.json that change what is computed, with the values that are understood here.
+# Fields of peft's adapter_config.json that change what is computed: those that must be off, and the values of others.
+OFF = """
+fan_in_fan_out lora_bias modules_to_save rank_pattern alpha_pattern layer_replication trainable_token_indices
+target_parameters use_dora use_qalora use_bdlora alora_invocation_tokens arrow_config kasa_config monteclora_config
+velora_config
+"""
 UNDERSTOOD: dict[str, tuple[Any, ...]] = {
+    **dict.fromkeys(OFF.split(), (None, False, [], {})),
     "peft_type": ("LORA",),
     "bias": (None, "none"),
-    "fan_in_fan_out": (None, False),
-    "use_dora": (None, False),
-    "use_qalora": (None, False),
-    "lora_bias": (None, False),
-    "modules_to_save": (None, []),
-    "rank_pattern": (None, {}),
-    "alpha_pattern": (None, {}),
-    "alora_invocation_tokens": (None, []),
-    "trainable_token_indices": (None, []),
+    # With any other peft takes what the adapter began with out of the base, whenever it loads the adapter.
+    "init_lora_weights": (None, True, False, "gaussian", "eva", "orthogonal", "mica"),
 }
 
 
 def open_checkpoint(directory: str | Path) -> Checkpoint:
     """A checkpoint for inference; `directory` may also be that of a LoRA adapter, of peft or of this project."""
-    is_adapter = is_file(Path(directory, ADAPTER_CONFIG)) and not is_file(Path(directory, CONFIG))
-    return Adapted(Path(directory)) if is_adapter else Checkpoint(directory)
+    adapter, config, *weights = (is_file(Path(directory, name)) for name in (ADAPTER_CONFIG, CONFIG, SINGLE, INDEX))
+    # Some trainers put the base's config.json beside an adapter.
+    return Adapted(Path(directory)) if adapter and not (config and any(weights)) else Checkpoint(directory)
 
 
 class Adapted(Checkpoint):
@@ -75,13 +75,14 @@ class Adapted(Checkpoint):
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path}: not a complete safetensors file: {error}") from None
         pairs: dict[str, list[Tensor]] = {}
+        matrices = [name for name in self.names() if len(self.shape(name)) == 2]  # a tied head is none of its own
         for stored in tensors:
             name = stored.removeprefix(PREFIX)
             layer = name.removesuffix(THIN[0]).removesuffix(THIN[1])
             weight = f"{layer}.weight"
             names = [PREFIX + layer + thin for thin in THIN]
-            if stored not in names or weight not in self._stored or not all(other in tensors for other in names):
-                raise UserError(f"{path}: tensor {stored} is no half of a product beside a weight of {self.directory}")
+            if stored not in names or weight not in matrices or not all(other in tensors for other in names):
+                raise UserError(f"{path}: tensor {stored} is no half of a product beside a matrix of {self.directory}")
             a, b = (tensors[other].float() for other in names)
             out, into = self.shape(weight)
             if a.shape != (rank, into) or b.shape != (out, rank):

@@ -36,7 +36,7 @@ def peft_adapter(base, out, **settings):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"r": 4, "lora_alpha": 12.0, "target_modules": ["q_proj", "v_proj"]},
+        {"r": 4, "lora_alpha": 12.0, "target_modules": ["q_proj", "v_proj"], "init_lora_weights": "gaussian"},
         {"r": 9, "lora_alpha": 6.0, "target_modules": "all-linear", "use_rslora": True},
         {"r": 2, "target_modules": ["down_proj"], "layers_to_transform": [1, 3]},
     ],
@@ -73,6 +73,8 @@ def test_it_gives_what_the_merged_run_gives(runs):
 
 def test_a_finished_adapter_is_merged(runs, monkeypatch, capfd):
     """As --merge would have; what is trained takes the merged model, and says how to make it."""
+
+    shutil.copy("base/config.json", "adapter")  # as some trainers do
 
     def align_with(*words):
         return status_of(monkeypatch, align.main, "align.py", *words)
@@ -171,6 +173,9 @@ def test_the_commands_take_it(module, words, runs):
         ({"use_dora": True}, "adapter_config.json: use_dora = True is not implemented"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save = ['lm_head'] is not implemented"),
         ({"peft_type": "IA3"}, "peft_type = 'IA3' is not implemented"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights = 'pissa_niter_4' is not implemented"),
+        ({"layer_replication": [[0, 2], [1, 4]]}, "layer_replication = [[0, 2], [1, 4]] is not implemented"),
+        ({"kasa_config": {"beta": 1.0}}, "kasa_config = {'beta': 1.0} is not implemented"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern = {'q_proj': 2} is not implemented"),
         ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "which is no directory here"),
         ({"r": 3}, "do not multiply to its"),
@@ -186,6 +191,19 @@ def test_adapters_that_are_refused(change, message, runs):
     assert message in str(error.value)
 
 
+def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
+    """It is not one of the embedding too, under whichever name the matrix of both is stored."""
+    base, adapter = families.write("smollm2", tmp_path / "base"), tmp_path / "adapter/adapter_model.safetensors"
+    peft_adapter(base, adapter.parent, r=2, target_modules=["q_proj"])
+    tensors = load_file(base / "model.safetensors")
+    rows, width = tensors["model.embed_tokens.weight"].shape
+    save_file({"lm_head.weight": tensors.pop("model.embed_tokens.weight"), **tensors}, base / "model.safetensors")
+    halves = {"A": torch.zeros(2, width), "B": torch.zeros(rows, 2)}
+    save_file({f"base_model.model.lm_head.lora_{half}.weight": value for half, value in halves.items()}, adapter)
+    with pytest.raises(UserError, match=r"lm_head\.lora_[AB]\.weight is no half of a product"):
+        open_checkpoint(adapter.parent)
+
+
 def test_damaged_weights(runs):
     path = Path("adapter/adapter_model.safetensors")
     tensors = load_file(path)
@@ -194,6 +212,7 @@ def test_damaged_weights(runs):
         {other: value for other, value in tensors.items() if other != name},
         tensors | {"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(2, 2)},
         tensors | {name.replace("layers.0", "layers.9"): tensors[name].clone()},
+        tensors | {f"base_model.model.model.norm.lora_{half}.weight": torch.zeros(2, 2) for half in "AB"},
     ):
         save_file(changed, path)
         with pytest.raises(UserError, match=r"adapter_model.safetensors: tensor .* is no half of a product"):
