@@ -117,8 +117,7 @@ def choose_method(arguments: Namespace, config: ModelConfig, adapters: LoraOptio
         raise UserError(f"--layers {arguments.layers}: --method {arguments.method} trains all layers")
     if arguments.bridge and arguments.method != "elo":
         raise UserError(f"--bridge goes with --method elo, not with {arguments.method}")
-    text = DEFAULT_LAYERS if arguments.layers is None else arguments.layers
-    layers = parse_layers(text, config.num_hidden_layers)
+    layers = arguments.layers and parse_layers(arguments.layers, config.num_hidden_layers)
     return methods.make(config, arguments.method, layers, adapters, arguments.bridge)
 
 

@@ -22,7 +22,6 @@ from elo.common.terminal import note, say
 from elo.model.config import ModelConfig
 from elo.planning.budget import Plan
 from elo.planning.plan import make_parser, make_plans, would_fit
-from elo.pretraining import default_batch_tokens
 from elo.runs.directory import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,8 +158,6 @@ class Runs:
         words += ["--stage", run.script.removesuffix(".py"), "--dtype", "bf16", "--gpu", self.options.gpu]
         words += ["--gpus", str(self.options.processes), "--bytes-per-token", str(self.options.bytes_per_token)]
         asked, _ = make_parser().parse_known_args(words)
-        if not run.option("--batch-tokens"):
-            asked.batch_tokens = default_batch_tokens(asked.gb * 1e9 / asked.bytes_per_token, asked.seq_len)
         return make_plans(asked, self.config)[0]
 
     def show(self) -> None:

@@ -81,7 +81,6 @@ def command(run: Run, given: Namespace) -> str:
             value = value.parent if value.name == "config.json" else value
             value = None if str(value) == DEFAULT_MODEL and run.stage != "sft" else value
         if value is not None and option not in named:
-            words += (
-                [option] if value is True or name == "active_vocabulary" else [option, str(value).removesuffix(".0")]
-            )
+            value = int(value) if isinstance(value, float) and value.is_integer() else value
+            words += [option] if value is True or name == "active_vocabulary" else [option, str(value)]
     return shlex.join([*words, *" ".join(run.settings).split(), *others])

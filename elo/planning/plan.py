@@ -11,6 +11,7 @@ fit, with the options that would make it fit; with --best the fastest settings t
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, fields, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from elo.model.decoder import CausalLM
 from elo.planning import best
 from elo.planning.budget import MOST_GPUS, Plan, make_plan
 from elo.planning.run import GIB, GPUS, Gpu, Run
-from elo.pretraining import LARGEST_BATCH
+from elo.pretraining import LARGEST_BATCH, default_batch_tokens
 from elo.runs.devices import DTYPES
 from elo.slicing import parse_layers
 from elo.variants.active_vocabulary import narrow
@@ -44,7 +45,7 @@ def make_parser() -> Parser:
     parser.add_argument("--active-vocabulary", type=positive_int, metavar="TOKENS", help=(
         "of method elo, which says how many when it begins"))  # fmt: skip
     parser.add_argument("--validation", action="store_true", help="with that: the whole head is kept for held-out text")
-    parser.add_argument("--lora-rank", type=positive_int, default=LoraOptions.lora_rank, help="(%(default)s)")
+    parser.add_argument("--lora-rank", type=positive_int, help=f"(default: {LoraOptions.lora_rank})")
     parser.add_argument("--best", action="store_true", help="try all settings of speed and memory that are not given")
     parser.add_argument("words", nargs="*", metavar="-- OPTION", help="more for the command that --best prints")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result here as well")
@@ -66,7 +67,7 @@ def make_parser() -> Parser:
 
     group = parser.add_argument_group("options of the scripts")
     group.add_argument("--seq-len", type=positive_int, default=2048, help="(%(default)s)")
-    group.add_argument("--batch-tokens", type=positive_int, default=LARGEST_BATCH, help="(%(default)s)")
+    group.add_argument("--batch-tokens", type=positive_int, help=f"(default: {LARGEST_BATCH}, or fewer as of train.py)")
     group.add_argument("--micro-batch", type=positive_int, default=4, help="windows at a time in a GPU (%(default)s)")
     group.add_argument("--batch-conversations", type=positive_int, default=64, help="of sft.py (%(default)s)")
     group.add_argument("--micro-batch-tokens", type=positive_int, default=8192, help="of sft.py (%(default)s)")
@@ -90,9 +91,9 @@ def planned_runs(arguments: Namespace) -> list[Run]:
         chosen = [*(("train", method) for method in METHODS), ("align", "full"), ("sft", "full")]
     if arguments.layers and not any(method in OF_LAYERS for _, method in chosen):
         raise UserError(f"--layers {arguments.layers}: only train.py --method elo or selective trains some of them")
-    for option in ("bridge", "active_vocabulary"):
-        if getattr(arguments, option) and not any(method == "elo" for _, method in chosen):
-            raise UserError(f"--{option.replace('_', '-')} goes with train.py --method elo")
+    for option, of in (("bridge", "elo"), ("active_vocabulary", "elo"), ("lora_rank", "lora")):
+        if getattr(arguments, option) and not any(method == of for _, method in chosen):
+            raise UserError(f"--{option.replace('_', '-')} goes with train.py --method {of}")
     if arguments.validation and not arguments.active_vocabulary:
         raise UserError("--validation changes a plan with --active-vocabulary only")
     if arguments.shard and arguments.gpus % arguments.shard:
@@ -103,7 +104,7 @@ def planned_runs(arguments: Namespace) -> list[Run]:
         raise UserError("--best: of which stage? say --stage or --method")
     if arguments.dtype == "fp32" and not arguments.gpu_tflops:
         raise UserError("--dtype fp32: the GPUs' peaks are known here for bf16; give that for fp32 with --gpu-tflops")
-    if arguments.stage != "sft" and arguments.batch_tokens % arguments.seq_len:
+    if arguments.stage != "sft" and (arguments.batch_tokens or 0) % arguments.seq_len:
         raise UserError(f"--batch-tokens {arguments.batch_tokens} is not a multiple of --seq-len {arguments.seq_len}")
     own = {field.name: value for field in fields(Gpu) if (value := getattr(arguments, f"gpu_{field.name}"))}
     if own and not arguments.gpu:
@@ -111,9 +112,10 @@ def planned_runs(arguments: Namespace) -> list[Run]:
     common = {name: getattr(arguments, name) for name in Run.__dataclass_fields__ if hasattr(arguments, name)}
     common |= {"gpu": arguments.gpu or "H100", "tokens": token_count(arguments)}
     common["kind"] = replace(GPUS[common["gpu"]], **own)
+    batch_tokens = arguments.batch_tokens or default_batch_tokens(common["tokens"] or inf, arguments.seq_len)
     runs = []
     for stage, method in chosen:
-        batch = arguments.batch_tokens // arguments.seq_len, arguments.micro_batch
+        batch = max(1, batch_tokens // arguments.seq_len), arguments.micro_batch
         if stage == "sft":
             batch = arguments.batch_conversations, max(1, arguments.micro_batch_tokens // arguments.seq_len)
         common |= {"stage": stage, "method": method, "batch_windows": batch[0], "micro_batch": batch[1]}
@@ -123,8 +125,9 @@ def planned_runs(arguments: Namespace) -> list[Run]:
 
 def planned(arguments: Namespace, config: ModelConfig) -> list[tuple[CausalLM, Run]]:
     """Raises UserError for options that do not go together, with each other or with the model."""
-    layers = parse_layers(DEFAULT_LAYERS if arguments.layers is None else arguments.layers, config.num_hidden_layers)
-    adapters, runs = LoraOptions(lora_rank=arguments.lora_rank), planned_runs(arguments)
+    runs = planned_runs(arguments)
+    layers = arguments.layers and parse_layers(arguments.layers, config.num_hidden_layers)
+    adapters = LoraOptions(lora_rank=arguments.lora_rank or LoraOptions.lora_rank)
     models = {run.method: methods.make(config, run.method, layers, adapters, arguments.bridge).model for run in runs}
     if (rows := arguments.active_vocabulary or 0) > config.vocab_size:
         raise UserError(f"--active-vocabulary {rows}: the model's vocabulary has {config.vocab_size}")

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from math import ceil
 from typing import Any
 
+from elo.common.chunks import even_chunk
 from elo.planning.memory import Setup
 
 GIB = 2**30
@@ -88,7 +89,9 @@ class Run:
     @property
     def setup(self) -> Setup:
         same = {name: getattr(self, name) for name in Setup.__dataclass_fields__ if hasattr(self, name)}
-        same["tokens"] = min(self.micro_batch, self.windows) * self.seq_len
+        # Windows come in equal parts, conversations as many together as may be.
+        most = min(self.micro_batch, self.windows)
+        same["tokens"] = (most if self.stage == "sft" else even_chunk(self.windows, most)) * self.seq_len
         same |= {"shard": self.shard or self.gpus, "multiprocessors": self.kind.multiprocessors}
         return Setup(**same, micro_batches=ceil(self.windows / self.micro_batch))
 

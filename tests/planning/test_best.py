@@ -104,6 +104,13 @@ def test_what_is_given_stays(monkeypatch, capsys):
     assert {plan["run"]["cpu_offload"] for plan in plans} == {False, True} and len(plans) == 2
 
 
+def test_the_name_of_a_model_stays(monkeypatch, capsys):
+    write_config(Path("models/Llama-v3.0"), "Llama-3.1-8B")
+    options = ["--model", "models/Llama-v3.0", "--stage", "train", "--gb", "9.0", "--bytes-per-token", "4"]
+    words, _ = best(monkeypatch, capsys, options)
+    assert words[words.index("--model") + 1] == "models/Llama-v3.0" and words[words.index("--gb") + 1] == "9"
+
+
 @pytest.mark.parametrize(
     ("options", "start"),
     [

@@ -2,11 +2,16 @@
 
 import json
 import re
+from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 from planner import run, write_config
 
+import train
 from elo.methods import METHODS
+from elo.model.config import ModelConfig
+from elo.pretraining import PackedBatches
 
 
 def test_hours(tmp_path, monkeypatch, capsys):
@@ -22,6 +27,33 @@ def test_hours(tmp_path, monkeypatch, capsys):
     assert plan["hours"] == pytest.approx(by_hand + others, rel=1e-9)
     assert f"{plan['hours']:.2f} for 2.50 * 10^9 tokens" in out
     assert plan["trained"] == 2 * 218_112_000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seq_len", "micro_batch"), [(12_500_000, 1024, 5), (1e9, 3000, 4), (1e9, 2048, 3), (5_000, 4096, 4)]
+)
+def test_a_step_is_that_of_training(tokens, seq_len, micro_batch, tmp_path, monkeypatch, capsys):
+    """As many windows as `train.py` takes for so much text, in as many micro-batches of one size."""
+    options = ["--tokens", str(tokens), "--seq-len", str(seq_len), "--micro-batch", str(micro_batch)]
+    status, out, _ = run(monkeypatch, capsys, *write_config(tmp_path), "--method", "elo", *options)
+    windows = range(int(tokens) // seq_len)
+    text = type("Text", (), {"tokens": tokens, "seq_len": seq_len, "__len__": lambda self: len(windows)})()
+    batches = PackedBatches(text, None, micro_batch, SimpleNamespace(size=8, rank=0))
+    times = -(-batches.windows_per_step // 8 // batches.rows) if batches.windows_per_step > 8 else 1
+    told = (
+        f"a step      {batches.windows_per_step} windows of {seq_len} tokens, in a GPU {times} times {batches.rows}\n"
+    )
+    assert status == 0 and told in out
+
+
+def test_a_model_of_one_layer(tmp_path, monkeypatch, capsys):
+    """It has no layers 1,-1, but trains as a whole."""
+    options = write_config(tmp_path)
+    fields = {**json.loads((tmp_path / "config.json").read_text()), "num_hidden_layers": 1}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    assert run(monkeypatch, capsys, *options, "--stage", "align")[0] == 0
+    chosen = train.choose_method(Namespace(method="full", layers=None, bridge=False), ModelConfig.load(tmp_path), None)
+    assert len(chosen.model.model.layers) == 1
 
 
 def test_windows_that_are_empty_cost_time(tmp_path, monkeypatch, capsys):
@@ -96,7 +128,8 @@ def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, c
         ("--gpu-memory 64", "--gpu-memory: with --gpu KIND, or the nearest to a kind that is not in its list"),
         ("--gpu-network 5", "--gpu-network: with --gpu KIND"),
         ("--utilization 0", "--utilization 0: such a run never ends"),
-        ("--seq-len 3000", "--batch-tokens 524288 is not a multiple of --seq-len 3000"),
+        ("--method full --lora-rank 4", "--lora-rank goes with train.py --method lora"),
+        ("--batch-tokens 524288 --seq-len 3000", "--batch-tokens 524288 is not a multiple of --seq-len 3000"),
         ("--seq-len 262144", "--seq-len 262144: the model has 131072 positions"),
         ("--json nowhere/plan.json", "--json nowhere/plan.json: its directory does not exist"),
     ],
