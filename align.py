@@ -56,7 +56,7 @@ def run(arguments: Namespace, world: World) -> None:
     is_merge = arguments.gb == 0 and not arguments.elo
     base = open_checkpoint(arguments.model) if is_merge else pretraining.open_base(arguments.model)
     replaced = Replaced(base, arguments.elo, arguments.scale) if arguments.elo else None
-    start = replaced or base
+    start, trained = replaced or base, replaced and replaced.trained
     if arguments.scale and not replaced:
         raise UserError("--scale is of the layers of --elo DIR, which is not given")
     is_auto = arguments.scale == AUTO
@@ -69,7 +69,7 @@ def run(arguments: Namespace, world: World) -> None:
     if arguments.gb == 0:
         if held_out and not is_auto:
             raise UserError("--gb 0 only puts the layers back: python -m eval perplexity is what measures the result")
-        open_run(arguments, world, goes_on, {})
+        open_run(arguments, world, goes_on, pretraining.data_of(base, trained))
         if is_auto:
             load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
         save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
@@ -80,7 +80,7 @@ def run(arguments: Namespace, world: World) -> None:
     after = arguments.after or arguments.elo
     windows = pretraining.open_windows(arguments, base.config, world, after, held_out)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
-    open_run(arguments, world, goes_on, pretraining.data_of(base, replaced and replaced.trained, windows))
+    open_run(arguments, world, goes_on, pretraining.data_of(base, trained, windows))
 
     model = parallelize(build(base.config), world, parallel)
     if is_auto:

@@ -75,7 +75,7 @@ def run(arguments: Namespace, world: World) -> None:
         active.narrow(model, keep=held_out is not None)
         world.say(str(active))
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world, active)
-    open_run(arguments, world, goes_on, pretraining.data_of(base, None, windows))
+    open_run(arguments, world, goes_on, pretraining.data_of(base, windows=windows))
 
     parallelize(model, world, parallel)
     if active:
@@ -104,7 +104,7 @@ def run(arguments: Namespace, world: World) -> None:
 
 def merge_finished(arguments: Namespace, base: Checkpoint, world: World) -> None:
     """--merge where the adapter is finished already: by a run without --merge, or one that was killed while merging."""
-    open_run(arguments, world, True, {"base model": base.fingerprint()})
+    open_run(arguments, world, True, pretraining.data_of(base))
     world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
     if not read_written(arguments.out).run["options"].get("save_every"):  # the run's, which asked for its states
         close_run(arguments, world)

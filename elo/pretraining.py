@@ -131,17 +131,15 @@ def open_base(directory: str) -> Checkpoint:
     return Checkpoint(directory)
 
 
-def data_of(base: Checkpoint, trained: Checkpoint | None, windows: Windows) -> dict[str, Any]:
+def data_of(base: Checkpoint, trained: Checkpoint | None = None, windows: Windows | None = None) -> dict[str, Any]:
     """What a run's numbers depend on besides its options, to refuse a resume with other data; see `open_run`."""
+    models = {"base model": base.fingerprint(), **({"stage-1 model": trained.fingerprint()} if trained else {})}
+    if windows is None:
+        return models
     stream = windows.mixture.identity
     shards = dict(zip(("target texts", "source texts"), stream["documents"], strict=False))
-    return {
-        **shards,
-        "first document": windows.mixture.start,
-        "documents of --validation": stream.get("left_out"),
-        "base model": base.fingerprint(),
-        **({"stage-1 model": trained.fingerprint()} if trained else {}),
-    }
+    first = windows.mixture.start
+    return {**shards, "first document": first, "documents of --validation": stream.get("left_out"), **models}
 
 
 def find_texts(option: str, patterns: list[str], held_out: HeldOutTexts | None) -> list[Path]:

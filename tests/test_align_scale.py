@@ -144,6 +144,22 @@ def test_a_run_that_goes_on_keeps_the_scales_it_began_with(scaled, monkeypatch, 
     assert "--scale auto: " in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("changed", ["base", "elo"])
+def test_scales_found_of_another_model_are_not_taken(changed, scaled, monkeypatch, capfd):
+    """By a run that only puts the layers back, stopped while it wrote and called again."""
+    align_with, base, slice_ = scaled
+    Path("held.txt").write_text("A sentence that is new.")
+    with monkeypatch.context() as patch:
+        patch.setattr(align, "save", lambda *_: (_ for _ in ()).throw(UserError("stopped")))
+        align_with("--scale", "auto", "--validation", "held.txt", status=2)
+    tensors = {"base": base, "elo": slice_}[changed]
+    tensors["model.layers.1.mlp.up_proj.weight"] += 1
+    save_file(tensors, f"{changed}/model.safetensors", {"format": "pt"})
+    align_with("--scale", "auto", "--validation", "held.txt", status=2)
+    model = {"base": "base", "elo": "stage-1"}[changed]
+    assert f"since the run there began, its {model} model changed" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
