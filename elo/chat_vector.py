@@ -122,7 +122,7 @@ def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
 
 def _check_fits(merge: Merge, other: Checkpoint, shared_vocabulary_rows: bool) -> None:
     ours = merge.model
-    _check_same(ours, other, "architecture", "num_hidden_layers")
+    _check_same(ours, other, "architecture", "num_hidden_layers", "qkv_bias", "o_bias")  # which tensors there are
     if {EMBEDDING, HEAD} & set(merge.moved):
         _check_same(
             ours, other, "tie_word_embeddings", hint="; --skip-embeddings leaves embedding and head as they are"

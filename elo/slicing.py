@@ -120,7 +120,8 @@ def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int
     for field in fields(ModelConfig):
         found, wanted = getattr(trained.config, field.name), getattr(expected, field.name)
         if field.compare and found != wanted:
-            raise UserError(f"{directory}: {field.name} is {found}, but in {base.directory} it is {wanted}")
+            of = f"layers {','.join(map(str, layers))} of {base.directory}"
+            raise UserError(f"{directory}: {field.name} is {found}, but of {of} alone it is {wanted}")
     for name in trained.names():
         if LAYER_NAME.fullmatch(name) is None and not _same(trained, base, name):
             raise UserError(f"{directory}: {name}, which stage 1 froze, differs from that of {base.directory}")

@@ -126,7 +126,7 @@ DAMAGE = {
     ),
     "rms_norm_eps is 0.5": lambda elo: edit_json(elo / "config.json", rms_norm_eps=0.5),
     "there is no layer 9; the model has 4 layers": lambda elo: edit_json(elo / "elo.json", layers=[1, 9]),
-    "num_hidden_layers is 2": lambda elo: edit_json(elo / "elo.json", layers=[1]),
+    "num_hidden_layers is 2, but of layers 1 of": lambda elo: edit_json(elo / "elo.json", layers=[1]),
     f"tensor {UP} of shape (112, 48) is missing": lambda elo: edit_tensors(elo, lambda tensors: tensors.pop(UP)),
     "has shape (112, 47), config.json says (112, 48)": (
         lambda elo: edit_tensors(elo, lambda tensors: tensors.update({UP: torch.zeros(112, 47)}))

@@ -179,6 +179,7 @@ def test_a_value_too_large_for_the_dtype(tmp_path, monkeypatch):
         (families.llama, {"hidden_size": 96}, r"embed_tokens\.weight has shape \(307, 96\) in .*, but \(307, 48\) in"),
         (families.llama, {"num_key_value_heads": 6}, r"k_proj\.weight has shape \(48, 48\) in .*, but \(16, 48\) in"),
         (families.llama, {"num_attention_heads": 3, "num_key_value_heads": 1}, "num_attention_heads is 3 .*, but 6 in"),
+        (families.llama, {"attention_bias": True}, "qkv_bias is True in .*, but False in"),
         (families.llama, {"tie_word_embeddings": True}, "is True in .*, but False in .*; --skip-embeddings"),
     ],
     ids=str,
@@ -191,6 +192,12 @@ def test_other_models_are_refused(which, family, fields, expected, trio, tmp_pat
     with pytest.raises(UserError, match=expected):
         merge(monkeypatch, tmp_path / "out", *directories)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_with_biases_takes_no_vector_without(trio, tmp_path, monkeypatch):
+    biased = write(tmp_path / "biased", 7, attention_bias=True)
+    with pytest.raises(UserError, match="qkv_bias is False in .*, but True in"):
+        merge(monkeypatch, tmp_path / "out", biased, *trio[1:])
 
 
 def test_a_tie_matters_only_to_embedding_and_head(trio, tmp_path, monkeypatch):

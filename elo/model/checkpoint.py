@@ -141,7 +141,8 @@ class Checkpoint:
     def _check_headers(self) -> None:
         expected = expected_shapes(self.config)
         tied = self.config.tie_word_embeddings
-        for name, shape in expected.items():
+        stored_twice = {HEAD: expected[EMBEDDING]} if tied and HEAD in self._stored else {}
+        for name, shape in {**expected, **stored_twice}.items():
             if name not in self._stored:
                 instead = names_instead({stored: found.file for stored, found in self._stored.items()}, expected)
                 raise UserError(f"{self.directory}: tensor {name} of shape {shape} is missing{instead}")
@@ -152,9 +153,9 @@ class Checkpoint:
                 raise UserError(f"{found.file}: tensor {name} is {found.dtype}, not {', '.join(STORED_DTYPES)}")
         for name, found in self._stored.items():
             # Old Llama files carry the rotary frequencies, which follow from config.json.
-            if name not in expected and not name.endswith("rotary_emb.inv_freq") and not (tied and name == HEAD):
+            if name not in (*expected, *stored_twice) and not name.endswith("rotary_emb.inv_freq"):
                 raise UserError(f"{found.file}: tensor {name} is unexpected for {self.config.architecture}")
-        if tied and HEAD in self._stored and self._stored[EMBEDDING] != self._stored[HEAD]:
+        if stored_twice and self._stored[EMBEDDING] != self._stored[HEAD]:
             self._check_tie()
 
     def _check_tie(self) -> None:

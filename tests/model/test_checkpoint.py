@@ -1,6 +1,7 @@
 """Hugging Face directories as they are read, what is refused, and their fingerprints."""
 
 import json
+import re
 
 import families
 import pytest
@@ -38,6 +39,12 @@ def test_a_tied_head_may_be_stored_as_well(tmp_path):
     head_only = {name: tensor for name, tensor in tensors.items() if name != "model.embed_tokens.weight"}
     save_file(head_only, tmp_path / "model.safetensors")
     assert torch.equal(load_model(tmp_path, "cpu", torch.float32)(TOKENS), logits)
+
+    embedding = tensors["model.embed_tokens.weight"]
+    for head, wrong in ((torch.tensor(1.0), "has shape ()"), (embedding.to(torch.float8_e4m3fn), "is F8_E4M3")):
+        save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match=re.escape(f"tensor lm_head.weight {wrong}")):
+            Checkpoint(tmp_path)
 
     tensors["lm_head.weight"][5, 5] += 1
     save_file(tensors, tmp_path / "model.safetensors")

@@ -51,6 +51,8 @@ def test_sliding_windows_by_layer():
 
     assert windows({**MISTRAL, "sliding_window": None}) == (None,) * 4
     assert windows({**MISTRAL, "sliding_window": 9}) == (9,) * 4
+    assert windows({**MISTRAL, "sliding_window": 9, "layer_types": ["sliding_attention"] * 4}) == (9,) * 4
+    assert windows({**MISTRAL, "sliding_window": None, "layer_types": ["full_attention"] * 4}) == (None,) * 4
     qwen = {**QWEN2, "sliding_window": 9, "max_window_layers": 3}
     assert windows(qwen) == (None,) * 4
     assert windows({**qwen, "use_sliding_window": True}) == (None, None, None, 9)
@@ -91,6 +93,7 @@ REFUSED = [
     ({**LLAMA, "hidden_size": 4095}, "not a multiple of num_attention_heads"),
     ({**LLAMA, "head_dim": 3}, "head_dim = 3 is odd"),
     ({**QWEN2, "layer_types": ["full_attention"]}, "layer_types"),
+    ({**MISTRAL, "sliding_window": 9, "layer_types": ["full_attention"] * 32}, "layer_types without the window"),
 ]
 
 
