@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks.training_step.report import figure3_text
 from eval.figures import plot
+from experiments.crossover import compare
 from experiments.rows import JUDGED, LIKELIHOOD
 
 BENCHMARKS = (*LIKELIHOOD, *JUDGED)
@@ -24,8 +25,10 @@ def write(experiment: ModuleType, records: Records, table: Path, picture: Path) 
         text = "\n".join([title, "", *(f"    {line}" for line in figure3_text(figures["figure3"]).splitlines()), ""])
         charts.draw({"kind": "speed", **plot.speed([picture], [figures])}, picture, None)
     else:
-        text = markdown(title, records, getattr(experiment, "PAPER", {}))
         along = getattr(experiment, "ALONG", None)
+        text = markdown(title, records, getattr(experiment, "PAPER", {}))
+        compared = compare(points(records, "target", along), points(records, "hours", along)) if along else ""
+        text += f"\n{compared}" if compared else ""
         panels = {f"{name}, bits a byte": points(records, name, along) for name in LANGUAGES}
         if any(panels.values()):
             charts.draw({"kind": "means", "panels": panels, "along": along}, picture, None)
