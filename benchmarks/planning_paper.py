@@ -1,20 +1,23 @@
-"""The tables of docs/planning.md that set the planner beside the paper: FLOPs, and the utilization that hours imply.
+"""The tables of docs/planning.md that set the planner beside the paper: FLOPs, the utilization that hours imply, and
+the largest model that each way can train.
 
     python -m benchmarks.planning_paper [--seq-len 2048]
 
 The hours and tokens are those of arXiv 2601.03648, Table 1 (8 H100) and Figure 3. The paper does not say how long its
-windows were, nor whether blocks were recomputed; here they are not.
+windows were, nor whether blocks were recomputed; here they are not, but for the largest model.
 """
 
 from typing import Any
 
-from benchmarks.published import LLAMA, LLAMA_8B, LLAMA_70B
+from benchmarks.published import LLAMA, LLAMA_8B, LLAMA_70B, LLAMA_SIZES
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive_int
 from elo.methods import make
 from elo.model.config import ModelConfig
 from elo.planning.costs import count_flops
-from elo.planning.run import GPUS
+from elo.planning.memory import planned_memory
+from elo.planning.plan import make_parser, planned
+from elo.planning.run import GIB, GPUS
 
 # What decides on the costs in the published config.json, and the published number of parameters.
 PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
@@ -55,6 +58,19 @@ def flops_per_token(config: ModelConfig, method: str, seq_len: int) -> float:
     return count_flops(make(config, method).model, seq_len).total
 
 
+def largest(gpu: str, gpus: int, method: str, seq_len: int) -> str:
+    """Of Llama's sizes, with its memory: the settings with which most fits, and nothing in the host's memory."""
+    found = "-"
+    for name, sizes in LLAMA_SIZES.items():
+        words = ["--model", name, "--method", method, "--gpu", gpu, "--gpus", str(gpus), "--seq-len", str(seq_len)]
+        words += ["--micro-batch", "1", "--activation-checkpointing", "--optimizer-in-backward"]
+        fields = {**LLAMA, **sizes, "max_position_embeddings": 131072}
+        ((model, run),) = planned(make_parser().parse_args(words), ModelConfig.from_json(fields))
+        if (needed := planned_memory(model, run.setup).total) <= run.usable:
+            found = f"{name}, {needed / GIB:.1f} GiB"
+    return found
+
+
 def main() -> None:
     parser = Parser(prog="python -m benchmarks.planning_paper", description=__doc__)
     parser.add_argument("--seq-len", type=positive_int, default=2048, help="tokens in a window (%(default)s)")
@@ -78,6 +94,12 @@ def main() -> None:
             by_hours = gigabytes * full / 10 / ((gigabytes - 1) * elo / 9 + alignment)
             shown = f"{by_hours:.2f}" if method == "full" else "-"
             print(f"| {gigabytes} | {method} | {ratio} | {by_flops:.2f} | {shown} |")
+
+    ways = ("elo", "lora", "selective", "full")
+    print(f"\n| GPUs | {' | '.join(ways)} |\n{'|---' * (len(ways) + 1)}|")
+    for gpu in ("RTX-4090", "A100-40GB", "H100"):
+        for gpus in (1, 8):
+            print(f"| {gpus} x {gpu} | {' | '.join(largest(gpu, gpus, way, seq_len) for way in ways)} |")
 
 
 if __name__ == "__main__":

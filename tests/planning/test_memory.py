@@ -171,3 +171,9 @@ def test_gradients_outside_of_blocks_are_in_fp32(dtype, size):
     assert of_embedding.loss == 4 * head
     both = by_name["reduction of the gradients of embedding and head"]
     assert both.gradients == 2 * 4 * (embedding + head + model.config.hidden_size)
+
+
+def test_the_largest_model_of_each_way():
+    """Whoever cannot train all of a model can still train its first and last layer."""
+    sizes = [planning_paper.largest("A100-40GB", 1, way, 2048).split(",")[0] for way in ("elo", "lora", "full")]
+    assert sizes == ["70B", "8B", "1B"]
