@@ -59,7 +59,7 @@ def add_arguments(parser: Parser) -> None:
 
 @dataclass
 class Report:
-    """What became of the conversations in the files. By language."""
+    """What happened to the conversations in the files; counts are by language unless a comment says otherwise."""
 
     found: Counter[str] = field(default_factory=Counter)
     drawn: dict[str, int] = field(default_factory=dict)
@@ -96,12 +96,12 @@ def load_conversations(
 ) -> tuple[Conversations, Report]:
     """Draw and tokenize conversations.
 
-    With `languages` (names, see `language_name`) equally many of each: of `samples` in all, the first ones get what
-    cannot be divided; without `samples`, as many as the rarest one has. Without `languages` all are one pool. None has
-    a `message_digest` in `held_out`: how many of each file are left out for that is noted on stderr.
+    With `languages` (names, see `language_name`) it draws equally many of each: `samples` in all, the remainder from
+    the first languages, or without `samples` as many as the rarest language has. Without `languages` all are one pool.
+    Conversations whose `message_digest` is in `held_out` are left out, and counted for each file on stderr.
 
-    Raises UserError with file and line for a malformed record, unless `skip_malformed`; where there are too few; and
-    for a file that does not say the languages that are asked for.
+    Raises UserError with file and line for a malformed record, unless `skip_malformed`; if there are too few
+    conversations; and for records without a language if `languages` are asked for.
     """
     files = [str(path) for path in paths]
     report, found_languages = Report(), {name: number for number, name in enumerate(languages or [])}
@@ -143,12 +143,13 @@ def load_conversations(
 def make_example(
     format: ChatFormat, messages: Messages, seq_len: int, head: tuple[int, int, int], dropped: Counter[str]
 ) -> Example | None:
-    """A conversation up to its last whole assistant turn that fits; None, and a reason counted, where none does.
+    """A conversation up to its last whole trained answer that fits into `seq_len`; None if none does, with the reason
+    counted in `dropped`.
 
-    An answer without text is not trained, or the model would learn to stop at once. An answer that is not trained
-    stays as context for those after it; the conversation ends with one that is.
+    Answers without text are not trained, or the model would learn to stop at once. Answers that are not trained stay as
+    context for later ones.
 
-    Raises `MalformedError` for one that the checkpoint's chat template refuses, as many do with a system message.
+    Raises `MalformedError` for what the checkpoint's chat template refuses; many refuse a system message.
     """
     blank = [message for message in messages if message["role"] == "assistant" and is_blank(message["content"])]
     if blank:

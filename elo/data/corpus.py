@@ -1,10 +1,10 @@
-"""Token shards to training windows: the one stream of both languages, 9:1 by bytes, packed end to end.
+"""From token shards to training windows: both languages in one stream, 9:1 by bytes, packed end to end.
 
     windows = Windows(Mixture(target, source, target_fraction=0.9, seed=0, gigabytes=9), seq_len=4096)
     tokens, labels = windows[0]
 
-The stream is the same for every `gigabytes`: a run takes a stretch of it, and a run that starts at the position
-that another one `consumed` takes none of its documents.
+The stream does not depend on `gigabytes`: a run takes a stretch of it, and a run that starts at the position that
+another run `consumed` gets none of that run's documents.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ BLOCK = 64  # documents of the stream for which there is one row of running tota
 
 
 class Mixture:
-    """A stretch of the one stream of documents that shards, fraction and seed determine.
+    """A stretch of the stream of documents, which the shards, the fraction and the seed determine.
 
-    Each language is shuffled on its own. A document with `before` bytes of its language ahead of it then stands at
-    the byte before / share of the stream, where `share` is its language's part of all bytes. So at any point the
-    bytes of a language are its share of the stream to within one document.
+    Each language is shuffled on its own. A document with `before` bytes of its language ahead of it is then at byte
+    before / share of the stream, where `share` is its language's part of all bytes. So at any point, each language has
+    its share of the stream's bytes to within one document.
 
-    start, gigabytes: the stretch has the documents that stand at [start, start + gigabytes * 10^9). Without
-    `gigabytes` it goes on until one language is used up. A target_fraction of 1 needs no source.
-    left_out: documents of each shard, by number, that are not in the stream, such as those of --validation.
+    start, gigabytes: the stretch has the documents at [start, start + gigabytes * 10^9). Without `gigabytes` it goes on
+    until one language is used up. A target_fraction of 1 needs no source.
+    left_out: numbers of each shard's documents that are not in the stream, such as those of --validation.
     Memory: 9 bytes a document of the stretch, and about 40 a document of the larger shard while it is shuffled
     (docs/scale.md). Raises `UserError` if a shard has not enough text.
     """
@@ -91,7 +91,7 @@ class Mixture:
         self.tokens = int(self.totals[0, -1])
 
     def end(self, gigabytes: float | None) -> int:
-        """The position in the stream, in bytes, at which a stretch of so much from `start` on ends."""
+        """The position in the stream, in bytes, where a stretch of so many gigabytes from `start` ends."""
         if gigabytes is None:
             present = (math.floor(size / share) for size, share in zip(self.bytes, self.shares, strict=True))
             return max(self.start, min(present))
@@ -109,7 +109,7 @@ class Mixture:
         return f" after the {_gigabytes(self.start)} of an earlier stage" if self.start else ""
 
     def rows(self, entries: np.ndarray) -> np.ndarray:
-        """Of each entry of the stream (n, 5): tokens, target bytes and documents, source bytes and documents."""
+        """(n, 5), for each entry of the stream: tokens, target bytes and documents, source bytes and documents."""
         rows = np.zeros((len(entries), 1 + 2 * len(LANGUAGES)), np.int64)
         for language, shard in enumerate(self.shards):
             mine = entries % len(LANGUAGES) == language
@@ -154,10 +154,10 @@ class Mixture:
 
 
 class Windows:
-    """The tokens of a mixture cut into windows of `seq_len`, whatever documents lie in them.
+    """The tokens of a mixture cut into windows of `seq_len`, across the borders of documents.
 
-    Window i has the tokens [i * seq_len, (i + 1) * seq_len) as input and as labels the tokens one further, so that
-    every token but the very first is predicted once. The last window is filled up with labels that do not count.
+    Window i has the tokens [i * seq_len, (i + 1) * seq_len) as input and the tokens one further as labels, so every
+    token but the very first is predicted once. The last window is filled up with labels that do not count.
     """
 
     def __init__(self, mixture: Mixture, seq_len: int) -> None:
@@ -193,9 +193,9 @@ class Windows:
         return [shard.place(number) for _, shard, number in map(self.mixture.document, places)]
 
     def consumed(self, windows: int) -> dict[str, int]:
-        """What the first `windows` windows took, counting documents that they only began as whole.
+        """What the first `windows` windows used; a document counts in full even if they only began it.
 
-        `position` is where a following stage has to `start` to get none of these documents.
+        `position` is the `start` for a following stage that should get none of these documents.
         """
         totals, position = np.zeros_like(self.mixture.totals[:, 0]), self.mixture.start
         if windows:

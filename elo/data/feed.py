@@ -17,9 +17,9 @@ AHEAD = 2  # micro-batches that wait for the device; the thread has one more in 
 
 
 class Batches(Protocol):
-    """What a stage trains on: one global batch a step, the same for any number of processes and any micro-batch.
+    """What a stage trains on: one global batch per step, the same for any number of processes and any micro-batch.
 
-    A thread reads micro-batches of later steps while the rest is asked for: nothing here changes by being asked.
+    A thread calls `micro_batches` for later steps while the training loop calls the rest: no call may change anything.
     """
 
     def __len__(self) -> int:

@@ -81,9 +81,9 @@ class Checkpoint:
             return file.get_slice(stored.name)[start:stop]
 
     def fingerprint(self) -> str:
-        """Another one after any training of the weights, and the same for a copy.
+        """A hash that differs after any training of the weights, and is the same for a copy.
 
-        Of each file its size, its beginning and 256 samples: what is beyond a megabyte is not read as a whole.
+        It covers each file's size and 256 samples of 4 KiB from the beginning on, so large files are not read in full.
         """
         digest = hashlib.sha256(json.dumps(self.config.json, sort_keys=True).encode())
         for path in sorted({stored.file for stored in self._stored.values()}):

@@ -1,7 +1,7 @@
 """A model's dimensions, read from `config.json`.
 
-Whatever would change the mathematics and is not implemented here is refused by its name: a checkpoint either gives
-the logits of transformers or an error.
+Anything that would change the mathematics and is not implemented is refused by name: a checkpoint gives either the
+logits of transformers or an error.
 """
 
 from dataclasses import dataclass, field
@@ -41,12 +41,12 @@ class ModelConfig:
 
     @property
     def context(self) -> int:
-        """The most tokens that a sequence may have: dynamic rotary embeddings stretch the positions by their factor."""
+        """The longest sequence in tokens; dynamic rotary embeddings extend the positions by their factor."""
         stretch = self.rope.factor if self.rope.type == "dynamic" else 1
         return int(self.max_position_embeddings * stretch)
 
     def check_seq_len(self, seq_len: int) -> None:
-        """Raises UserError for a --seq-len beyond it."""
+        """Raises UserError for a --seq-len beyond `context`."""
         if seq_len > self.context:
             raise UserError(f"--seq-len {seq_len}: the model has {self.context} positions")
 
@@ -54,7 +54,7 @@ class ModelConfig:
     def load(path: str | Path) -> "ModelConfig":
         """Read a checkpoint's config.json, or that of a directory. Raises UserError naming the file and the field.
 
-        Fields that nobody here has heard of are named on stderr.
+        Unknown fields are named on stderr.
         """
         path = Path(path) / "config.json" if Path(path).is_dir() else Path(path)
         if not is_file(path):

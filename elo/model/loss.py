@@ -1,9 +1,9 @@
 """Head and cross-entropy in one operation that never holds tokens x vocabulary logits.
 
-At a vocabulary of 128,256 the logits of 8,192 tokens are 4.2 GB in fp32, more than the whole two-layer model. Here
-some tokens at a time go through head, softmax and gradient, and only the gradient of the hidden states (tokens x
-hidden) stays. `F.linear_cross_entropy` of torch 2.13 does the same, but accumulates the loss over chunks in bf16 when
-the input is bf16, and its chunks are slow on a CPU.
+At a vocabulary of 128,256 the logits of 8,192 tokens are 4.2 GB in fp32, more than the whole two-layer model. Here a
+tile of some tokens at a time goes through head, softmax and gradient, and only the gradient of the hidden states
+(tokens x hidden) stays. `F.linear_cross_entropy` of torch 2.13 does the same, but sums the loss of its chunks in bf16
+if the input is bf16, and its chunks are slow on a CPU.
 """
 
 import torch
@@ -14,7 +14,7 @@ from elo.common.chunks import even_chunk, row_chunks
 
 IGNORE = -100  # a label that does not count, as in torch.nn.functional.cross_entropy
 
-# Logits at a time: enough for fast matrix products, few enough to be small beside the model.
+# A tile of logits: enough for fast matrix products, few enough to be small beside the model.
 TILE_BYTES = {"cpu": 50 * 2**20, "cuda": 2**29}
 
 
@@ -31,20 +31,20 @@ def softmax_(logits: Tensor) -> Tensor:
 class LinearCrossEntropy(nn.Module):
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, in nats, as an fp32 scalar.
 
-    hidden: (tokens, hidden_size); weight: (vocabulary, hidden_size); labels: (tokens,), IGNORE where none counts, which
-    then costs no product. counted: how many count, from one who knows it without waiting for a GPU. The matrix products
-    are in the dtype of `hidden`, softmax and sums in fp32. A weight that requires no gradient costs nothing beyond the
-    gradient of `hidden`; what one that does is given is in fp32 if its `grad_dtype` is.
+    hidden: (tokens, hidden_size); weight: (vocabulary, hidden_size); labels: (tokens,), IGNORE for tokens that do not
+    count, which are left out of the products. counted: how many count, if the caller knows; finding out would wait for
+    the GPU. Matrix products are in the dtype of `hidden`, softmax and sums in fp32. A frozen weight costs nothing
+    beyond the gradient of `hidden`; the gradient of a trained one is in fp32 if its `grad_dtype` is.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.softmax_ = softmax_
-        self.one_shape = False  # of all tiles, the last one filled up: for a softmax compiled for a shape
+        self.one_shape = False  # fill up the last tile: for a softmax that is compiled for one shape
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, counted: int | None = None) -> Tensor:
         if not torch.is_grad_enabled():
-            weight = weight.detach()  # or autograd still says that it needs a gradient
+            weight = weight.detach()  # else ctx.needs_input_grad still says that it needs a gradient
         return _LinearCrossEntropy.apply(hidden, weight, labels, counted, self)
 
     def loss_and_gradients(
@@ -56,7 +56,10 @@ class LinearCrossEntropy(nn.Module):
         needs_hidden: bool,
         needs_weight: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """places: of the labels that count, where not all do. The gradient of the weight is in fp32."""
+        """The loss, and the gradients that are needed; that of the weight in fp32.
+
+        places: the indices of the labels that count, None if all do.
+        """
         hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -96,7 +99,7 @@ def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The gradients are computed with the loss, while a tile of logits is there."""
+    """Computes the gradients in the forward pass, while each tile of logits exists."""
 
     @staticmethod
     def forward(
@@ -119,7 +122,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_grad, weight_grad = ctx.saved_tensors
         return (
             None if hidden_grad is None else hidden_grad * grad,
-            None if weight_grad is None else weight_grad.mul_(grad),  # there is no memory for two of it
+            None if weight_grad is None else weight_grad.mul_(grad),  # in place: a copy could be gigabytes
             None,
             None,
             None,

@@ -13,7 +13,7 @@ from elo.common.fields import Fields, shown
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding; the fields after `factor` belong to the types named beside them."""
+    """Rotary position embedding; the fields after `factor` belong to the types in their comments."""
 
     type: str  # default, linear, dynamic, llama3, yarn or longrope
     theta: float
@@ -34,7 +34,7 @@ class RopeConfig:
         return self.type in ("dynamic", "longrope")
 
     def at(self, length: int, head_dim: int) -> "RopeConfig":
-        """What it is for sequences of this length, of a batch the longest one: beyond the original length another."""
+        """The embedding for this length, in a batch that of the longest sequence: beyond the original it may differ."""
         original = self.original_max_position_embeddings
         if not self.varies or length <= original:
             return self
@@ -153,9 +153,9 @@ def rotary_table(
 
 
 def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
-    """Radians a position for each of the head_dim / 2 pairs, fp32, with the scaling of long-context models.
+    """Radians per position for each of the head_dim / 2 pairs, fp32, with the scaling of long-context models.
 
-    Of a `rope` that varies with the sequence's length those up to the original one, or as `at` has made it.
+    If `rope` varies with the sequence's length, these are for the original length; `at` gives the one for a longer one.
     """
     base = rope.theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     frequencies = 1.0 / base
@@ -191,7 +191,7 @@ def rotary_frequencies(rope: RopeConfig, head_dim: int) -> Tensor:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + head_dim / 2]) by its position's angle.
+    """Rotate each pair (x[i], x[i + head_dim / 2]) by its position's angle.
 
     x: (batch, heads, sequence, head_dim); cos, sin: (sequence, head_dim / 2), or (batch, 1, sequence, head_dim / 2)
     where the sequences are at different positions.

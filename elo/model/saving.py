@@ -62,10 +62,10 @@ def nobody() -> None:
 
 
 def whole(parameter: Tensor, wait: Callable[[], None]) -> Tensor | None:
-    """A parameter in one piece on the host, for the process that writes. Collective: all must call it in one order.
+    """A whole parameter on the host, for the process that writes. Collective: all must call it in the same order.
 
-    wait: returns when every process has called it, however long that takes: one still writes what it got before, and
-    the time-out of the collective itself is for a process that is gone, not for a slow disk.
+    wait: returns when every process has called it, however long that takes. The writer may still be busy with the
+    parameter before, and the time-out of the collective itself is meant for lost processes, not for slow disks.
     """
     wait()
     parameter = parameter.detach()
@@ -83,11 +83,11 @@ def export(
     wait: Callable[[], None] = nobody,
     out: Path | None = None,
 ) -> None:
-    """Save a trained model as a checkpoint. Collective: of several processes each `wait`s for all, as in `whole`.
+    """Save a trained model as a checkpoint. Collective; `wait` as in `whole`.
 
-    What was trained comes from `model`, in the dtype that the base stores it in; what was frozen comes bit for bit
-    from the base's files, as do the tokenizer's. `source` is that of `Checkpoint.load_into`, `beside` and `out` are
-    those of `save`.
+    Trained parameters come from `model`, converted to the dtype in which the base stores them; frozen ones are copied
+    bit for bit from the base's files, and so are the tokenizer's files. `source` is that of `Checkpoint.load_into`;
+    `beside` and `out` are those of `save`.
     """
     parameters = dict(model.named_parameters())
 

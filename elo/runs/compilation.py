@@ -1,4 +1,4 @@
-"""torch.compile, and never what a run dies of: what cannot be compiled is computed as it is."""
+"""torch.compile that cannot end a run: what fails to compile is computed uncompiled."""
 
 import sys
 from collections.abc import Callable
@@ -12,15 +12,15 @@ from elo.runs.processes import World
 
 
 def compiled(function: Callable[..., Any], world: World, shapes_vary: bool) -> Callable[..., Any]:
-    """`function` in one graph; all blocks of a model share theirs.
+    """`function` compiled as one graph, which all blocks of a model share.
 
-    shapes_vary: from the first call on one graph serves every shape. Else each shape gets its own: a graph that torch
-    made more general on meeting another shape would then compute the first one too, with other sums than before.
+    shapes_vary: one graph serves every shape from the first call on. Otherwise each shape gets its own graph, because
+    torch would make a graph general on meeting a second shape, and then compute the first shape with other sums.
 
-    Kernels are not chosen by timing, which could change them. Where the compiler fails, or reaches torch's limit of
-    graphs, a line on rank 0's stderr says so; what is compiled by then stays in use, and nothing more is compiled.
+    Kernels are not chosen by timing, so they are the same in every run. If the compiler fails or reaches torch's limit
+    of graphs, rank 0 says so on stderr; what is compiled by then stays in use, and nothing more is compiled.
     """
-    # The backward pass is compiled with the forward one, where a failure is still no harm.
+    # Compile the backward pass together with the forward pass, where a failure can still be handled.
     torch._functorch.config.force_non_lazy_backward_lowering = True
     fast = torch.compile(function, fullgraph=True, dynamic=shapes_vary, options={"deterministic": True})
 
@@ -29,7 +29,7 @@ def compiled(function: Callable[..., Any], world: World, shapes_vary: bool) -> C
             return fast(*arguments)
         except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             torch.compiler.set_stance("eager_on_recompile")
-            result = function(*arguments)  # if that fails as well, the compiler was right
+            result = function(*arguments)  # raises if the function itself is at fault
             if world.rank == 0:
                 sys.stderr.write(f"--compile: the rest is computed uncompiled, slower: {_reason(error)}\n")
             return result

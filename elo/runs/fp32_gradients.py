@@ -1,7 +1,7 @@
-"""Gradients of what is trained outside of the blocks, embedding, norm and head: in fp32 from their sums over tokens on.
+"""fp32 gradients for the trained embedding, norm and head, from their sums over tokens on.
 
-Under mixed precision autograd makes the gradient of a weight in the dtype that it is computed in, and it is rounded to
-that before it is reduced. Here are the largest gradients of a model, summed over all of a micro-batch's tokens.
+Under mixed precision autograd rounds the gradient of a weight to the dtype of computation before it is reduced. These
+are the largest gradients of a model, summed over all tokens of a micro-batch, and lose the most by that.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from elo.model.decoder import CausalLM
 
 
 class Embedding(nn.Embedding):
-    """Takes the place of torch's."""
+    """torch's embedding with a gradient in fp32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return _Embedding.apply(tokens, self.weight)
@@ -34,7 +34,7 @@ class _Embedding(torch.autograd.Function):
 
 
 def shard_root(model: CausalLM, shard: Callable[..., object], dtype: torch.dtype) -> None:
-    """`shard` what is left of a model whose blocks are, and let gradients of its trained weights stay in fp32.
+    """`shard` a model whose blocks are sharded already, and keep gradients of its other trained weights in fp32.
 
     shard: fully_shard, which computes in `dtype`.
     """

@@ -1,4 +1,4 @@
-"""The processes of a run: one group always, also of one process, and how they end together."""
+"""The processes of a run: always one process group, also for a single process, and how they end together."""
 
 import os
 import time
@@ -40,7 +40,7 @@ class World:
                 say(line)
 
     def wait(self) -> None:
-        """Until every process has come here. A signal ends the waiting, as it could not in `dist.barrier` itself."""
+        """Wait for every process to call this. A signal can interrupt it, unlike `dist.barrier`."""
         barrier = dist.barrier(self.host_group, async_op=True)
         while not barrier.is_completed():
             time.sleep(0.005)
@@ -78,12 +78,12 @@ class World:
         return total.tolist()
 
     def tell_why(self, reason: str) -> None:
-        """Leave word for the others, who will find that this process is gone."""
+        """Leave the reason for the others, who will find that this process is gone."""
         with suppress(RuntimeError):  # the store is gone if torchrun is
             self.store.compare_set(LEFT, "", reason)
 
     def why_lost(self) -> str | None:
-        """The word that the first process left, or None if it could not."""
+        """The reason that the first process left, or None if it could not."""
         with suppress(RuntimeError):
             if self.store.check([LEFT]):
                 return self.store.get(LEFT).decode()
@@ -94,8 +94,8 @@ class World:
 def process_group() -> Iterator[World]:
     """Join torchrun's processes, or be the only one.
 
-    Where a process ends, the others find their connections to it closed. If it left word why, they end likewise: they
-    too stop, or raise its UserError. If not, it was killed, and they raise ProcessLostError.
+    When a process ends, the others find their connections to it closed. If it left a reason in the store, they end in
+    the same way: they stop too, or raise its UserError. If not, it was killed, and they raise ProcessLostError.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     device = take_device(local_rank)

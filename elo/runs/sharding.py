@@ -1,6 +1,6 @@
-"""How a model is laid out over the processes: `fully_shard` always, also with one process.
+"""How a model is laid out over the processes: always by `fully_shard` (FSDP2), also with one process.
 
-It carries the mixed precision, so that there is one path through the code.
+fully_shard does the mixed precision too, so there is one path through the code for any number of processes.
 """
 
 from argparse import BooleanOptionalAction, Namespace
@@ -57,14 +57,14 @@ class ParallelOptions:
 
 
 def make_mesh(world: World, shard: int | None) -> DeviceMesh:
-    """Over all processes; with `shard`, groups of so many, neighbours by rank, that hold the model once each."""
+    """A mesh of all processes; with `shard`, of groups of that many consecutive ranks, each with a whole model."""
     if shard in (None, world.size):
         return init_device_mesh(world.device.type, (world.size,))
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
 class CpuCrossEntropy(LinearCrossEntropy):
-    """Takes the place of the decoder's; outside of training it is the same."""
+    """Replaces the decoder's loss for training on a CPU; outside of training it is the same."""
 
     def loss_and_gradients(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, *needs: bool
@@ -85,21 +85,20 @@ def use_faster_operators(model: nn.Module) -> None:
 
 
 def sharded_parts(model: CausalLM) -> list[FSDPModule]:
-    """What is gathered and reduced by itself: the model for what is left of it, its blocks, and perhaps its norm."""
+    """The modules that are gathered and reduced by themselves: blocks, perhaps the norm, and the model for the rest."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def parallelize(model: CausalLM, world: World, options: ParallelOptions, shapes_vary: bool = False) -> CausalLM:
-    """Compile each block and the loss's softmax, shard each block and the rest; then give all memory, yet to be filled.
+    """Compile and shard a model on the meta device, and allocate its memory; its values are not set yet.
 
-    Trained parameters are held in fp32 and computed in `options.dtype`; gradients are reduced in fp32, those of what is
-    no block's are summed in it as well (`elo.runs.fp32_gradients`). Frozen parameters are held in that dtype: nothing
-    is ever added to them. Where each process has the whole model, they are left as they are: fully_shard would compute
-    with a copy of them.
+    Each block and the loss's softmax are compiled; each block is sharded, then the rest. Trained parameters are kept in
+    fp32 and computed in `options.dtype`. Gradients are reduced in fp32; outside of the blocks they are also summed over
+    tokens in fp32 (`elo.runs.fp32_gradients`). Frozen parameters are kept in `options.dtype`, since they need no
+    precision for updates. If each process has the whole model, fully_shard ignores them, as it would copy them.
 
-    With `options.gather_once` each block is gathered once a step; `optimizer.Optimizer` says when the step ends.
-
-    shapes_vary: micro-batches are not all of one shape (`elo.runs.compilation`).
+    With `options.gather_once` each block is gathered once per step; `optimizer.Optimizer` says when the step ends.
+    shapes_vary: micro-batches have different shapes (`elo.runs.compilation`).
     """
     set_for_training(world.device)
     if world.device.type == "cpu":

@@ -1,14 +1,14 @@
 """The loss over the tokens that the training data uses, instead of over the whole vocabulary (`--active-vocabulary`).
 
-With two layers the frozen head is most of the computation, and a language uses a part of the vocabulary. Here the head
-has only the rows of tokens that occur; they are counted while the texts are tokenized. What is computed differs from
-the whole loss by the softmax's terms of the other tokens: the loss in metrics.jsonl is lower by -log(1 - p), where p is
-the probability that the whole head gives to them. They never come next, and nothing teaches the layers so either.
+With two layers the frozen head is most of the computation, and a language uses only a part of the vocabulary. Here the
+head has only the rows of tokens that occur, which are counted while the texts are tokenized. The softmax lacks the
+terms of all other tokens: the loss in metrics.jsonl is lower by -log(1 - p), where p is the probability that the whole
+head gives to them, and the layers are not taught to avoid them.
 
 With `--active-vocabulary-coverage` the rarest of the tokens that occur share one row, the mean of theirs by count.
 
-Only the head is narrower, and only while training: inputs are embedded as ever, and the checkpoint that is written has
-the whole head of the base.
+Only the head is narrower, and only during training: inputs are embedded as always, and the checkpoint that is written
+has the whole head of the base.
 """
 
 import math
@@ -42,7 +42,7 @@ def add_arguments(parser: Parser) -> None:
 
 
 def is_wanted(arguments: Namespace) -> bool:
-    """Raises UserError for a method that has no frozen head, or many layers beside it."""
+    """Whether to narrow the head. Raises UserError for other methods: their head is trained, or a small part."""
     names = [name for name in ("active_vocabulary", "active_vocabulary_coverage") if getattr(arguments, name)]
     if names and arguments.method != "elo":
         raise UserError(f"--{names[0].replace('_', '-')} goes with --method elo, not with {arguments.method}")
@@ -51,7 +51,7 @@ def is_wanted(arguments: Namespace) -> bool:
 
 @dataclass(frozen=True)
 class ActiveVocabulary:
-    """Which row of the narrow head each token has."""
+    """The narrow head: which of its rows each token has."""
 
     row_of: Tensor  # (vocabulary,), -1 for a token that does not occur
     weight: Tensor  # (vocabulary,) fp64: the token's part of its row, 1 unless it shares it
@@ -61,7 +61,7 @@ class ActiveVocabulary:
 
     @staticmethod
     def of(shards: Sequence[TokenShard], vocab_size: int, coverage: float | None) -> "ActiveVocabulary":
-        """The tokens of the shards' texts, of which a run may take a part only; without `coverage` all are kept."""
+        """Of all tokens in the shards, even if the run takes only a part of them; without `coverage` all are kept."""
         # A tokenizer may have special tokens beyond the model's rows; no text has them.
         counts = np.zeros(max(vocab_size, *(len(shard.counts) for shard in shards)), np.int64)
         for shard in shards:
@@ -112,9 +112,9 @@ class ActiveVocabulary:
 
 
 def narrow(model: CausalLM, rows: int, keep: bool = False) -> None:
-    """Give a model that has no memory yet a frozen head of so many rows, not tied to its embedding.
+    """Give a model on the meta device a frozen head of so many rows, not tied to its embedding.
 
-    keep: the whole head stays beside it, for `whole_head`.
+    keep: keep the whole head beside it, for `whole_head`.
     """
     if keep:
         model.whole_head = model.lm_head
@@ -124,7 +124,7 @@ def narrow(model: CausalLM, rows: int, keep: bool = False) -> None:
 
 @contextmanager
 def whole_head(model: CausalLM) -> Iterator[None]:
-    """Meanwhile a model that was narrowed computes its loss over the whole vocabulary; any other is as it is."""
+    """Inside this context a narrowed model computes its loss over the whole vocabulary; no effect on other models."""
     head = model.lm_head
     model.lm_head = getattr(model, "whole_head", head)
     try:

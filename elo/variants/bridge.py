@@ -46,7 +46,7 @@ def fit(model: CausalLM, layers: tuple[int, ...], base: Checkpoint, windows: Win
 
 @torch.no_grad()
 def fit_all(layers: tuple[int, ...], base: Checkpoint, windows: Windows, dtype: torch.dtype, world: World) -> list:
-    """`least_squares` for each gap on the run's first windows; one layer of the base is in memory at a time."""
+    """`least_squares` for each gap, on the run's first windows, with one layer of the base in memory at a time."""
     length = windows.seq_len
     count = -(-16 * base.config.hidden_size // max(1, length - 1))  # with half as many the fit is worse
     if (windows.tokens - 1) // length < count or length == 1:
@@ -68,7 +68,7 @@ def fit_all(layers: tuple[int, ...], base: Checkpoint, windows: Windows, dtype: 
 
 
 def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
-    """The W and b that make |W x + b - y|^2 / |y|^2 smallest, and its mean then; x, y: (windows, tokens, hidden)."""
+    """The W and b that minimize |W x + b - y|^2 / |y|^2, and the mean of that; x, y: (windows, tokens, hidden)."""
     gram = cross = torch.zeros((), dtype=torch.float64, device=x.device)
     for lower, upper in zip(x, y, strict=True):
         size = upper.double().norm(dim=-1, keepdim=True)

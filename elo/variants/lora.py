@@ -1,8 +1,8 @@
-"""The LoRA baseline (arXiv 2106.09685): beside each frozen weight W a product of two thin trained matrices.
+"""The LoRA baseline (arXiv 2106.09685): two thin trained matrices beside each frozen weight W.
 
     y = W x + alpha / rank * B A x      A: (rank, in), B: (out, rank), B = 0 at first
 
-Names, initialization and files are those of peft, so that an adapter goes from one to the other.
+Names, initialization and files are those of peft, so adapters work in both.
 """
 
 import math
@@ -116,9 +116,9 @@ class LoraLinear(nn.Linear):
 
 
 def attach(model: CausalLM, options: LoraOptions) -> None:
-    """Freeze the model and give its blocks' linear layers adapters, the only thing that is trained then.
+    """Freeze the model and add trained adapters to the linear layers of its blocks.
 
-    To be called before `parallelize`; `initialize` fills the adapters. Raises UserError for a module of another name.
+    Call it before `parallelize`; `initialize` fills the adapters. Raises UserError for a target module that is unknown.
     """
     linears = {name: m for name, m in model.model.layers.named_modules() if isinstance(m, nn.Linear)}
     there = list(dict.fromkeys(name.rpartition(".")[2] for name in linears))
