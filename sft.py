@@ -9,6 +9,7 @@ loss of held-out conversations.
 """
 
 import math
+import os
 import time
 from argparse import Namespace
 from functools import partial
@@ -111,11 +112,12 @@ def load_validation(arguments: Namespace, chat: ChatFormat, world: World) -> Con
     if not arguments.validation:
         return None
     fitting = {"seq_len": arguments.seq_len, "skip_malformed": arguments.skip_malformed}
+    files = list({os.path.realpath(file): file for file in arguments.validation}.values())  # each once
     try:
-        held_out, report = load_conversations(arguments.validation, chat, **fitting)
+        held_out, report = load_conversations(files, chat, **fitting)
     except UserError as error:
         raise UserError(f"--validation: {error}") from None
-    for number, file in enumerate(arguments.validation):
+    for number, file in enumerate(files):
         if number not in held_out.table["file"]:
             raise UserError(f"--validation {file}: no conversation there has an answer that fits into --seq-len")
     world.say(*(f"held out: {line}" for line in report.lines()))

@@ -190,7 +190,8 @@ def test_the_loss_of_conversations_is_that_of_training(files_only, capfd):
     """Of each file, whatever micro-batches it is in; a conversation of several languages' files, as they come."""
     write_chats("a.jsonl", range(7))
     write_chats("b.jsonl", range(50, 53))
-    assert run_here("sft --validation a.jsonl b.jsonl --max-steps 1 --lr 1e-12 --validate-every 1") == 0
+    named = "./a.jsonl b.jsonl a.jsonl"  # one of them twice
+    assert run_here(f"sft --validation {named} --max-steps 1 --lr 1e-12 --validate-every 1") == 0
     assert f"the held-out one is {validations('out')[0]['validation_loss']:.4f}. The" in capfd.readouterr().out
     (found,) = validations("out")
     assert [line["file"] for line in found["validation"]] == ["a.jsonl", "b.jsonl"]

@@ -76,6 +76,9 @@ def least_squares(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, float]:
         gram, cross = gram + lower.T @ lower, cross + lower.T @ (upper / size)
     if not gram.isfinite().all():
         raise UserError("--bridge: the base has hidden states that are not finite, or 0")
-    solution = torch.linalg.pinv(gram, hermitian=True) @ cross  # the smallest one where several are as good
+    try:
+        solution = torch.linalg.pinv(gram, hermitian=True) @ cross  # the smallest one where several are as good
+    except torch.linalg.LinAlgError as error:
+        raise UserError(f"--bridge: no map can be fitted to the base's hidden states: {error}") from None
     missed = 1 - (solution * cross).sum().item() / x[..., 0].numel()
     return solution[:-1].T.float().cpu(), solution[-1].float().cpu(), missed

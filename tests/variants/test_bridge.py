@@ -153,6 +153,13 @@ def test_mistakes(options, message, capsys):
     assert message in error and error.count("\n") == 1
 
 
-def test_hidden_states_that_are_not_finite():
+def test_hidden_states_that_cannot_be_fitted(monkeypatch):
     with pytest.raises(UserError, match="not finite"):
         bridge.least_squares(torch.ones(1, 9, 4), torch.full((1, 9, 4), torch.nan))
+
+    def fail(*_, **__):  # as CUDA's solver may, where nearly all eigenvalues are equal
+        raise torch.linalg.LinAlgError("linalg.eigh: the algorithm failed to converge")
+
+    monkeypatch.setattr(torch.linalg, "pinv", fail)
+    with pytest.raises(UserError, match="--bridge: no map can be fitted .*: the algorithm failed to converge"):
+        bridge.least_squares(torch.ones(1, 9, 4), torch.ones(1, 9, 4))
