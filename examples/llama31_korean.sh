@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Llama-3.1-8B learns Korean on one node: README.md's pipeline, planned before and checked between.
+# Llama-3.1-8B learns Korean on one node: the pipeline of README.md, planned first, and measured on held-out text.
 #
 #     bash examples/llama31_korean.sh
 #
-# Again after an interruption, it goes on where it was. It needs data/target (Korean) and data/source (English), a
-# Korean and an English text that are in neither, data/heldout.ko.jsonl and data/heldout.en.jsonl, and conversations,
-# data/tagengo.parquet. Everything in capitals can be set from outside: GPUS=4 GPU=A100-80GB bash examples/...
+# After an interruption, run it again: it resumes where it stopped. It needs Korean texts in data/target, English ones in
+# data/source, a held-out text of each that is not among them (data/heldout.ko.jsonl, data/heldout.en.jsonl), and
+# conversations (data/tagengo.parquet). Set anything in capitals from outside: GPUS=4 GPU=A100-80GB bash examples/...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -14,7 +14,7 @@ cd "$(dirname "$0")/.."
 BASE=$MODELS/Llama-3.1-8B
 INSTRUCT=$MODELS/Llama-3.1-8B-Instruct
 TEXTS="--target $DATA/target --source $DATA/source"
-STAGE="--save-every 15m --resume $OPTIONS" # --resume: what is finished is passed over
+STAGE="--save-every 15m --resume $OPTIONS" # --resume: a finished stage is skipped
 
 run() { # print a command, then run it
     printf '\n$ %s\n' "$*"
@@ -25,17 +25,17 @@ for model in Llama-3.1-8B Llama-3.1-8B-Instruct; do
     [ -e "$MODELS/$model/config.json" ] || run hf download "meta-llama/$model" --local-dir "$MODELS/$model"
 done
 
-best() { # a stage's command with the fastest settings that fit; the planner ends in an error where none do
+best() { # a stage's command with the fastest settings that fit; if none do, the planner's error ends the script
     python -m elo.planning --model "$BASE" --gpu "$GPU" --gpus "$GPUS" --best --stage "$@" | tee /dev/stderr | tail -n 1
 }
 
-# All are planned before the first begins.
+# Plan all stages before the first begins.
 elo=$(best train --layers 1,32 --seq-len "$SEQ_LEN" -- --gb "$GB" $TEXTS --out "$RUNS/elo")
 alignment=$(best align --seq-len "$SEQ_LEN" -- --elo "$RUNS/elo" --gb "$ALIGNMENT_GB" $TEXTS --out "$RUNS/aligned")
 tuning=$(best sft -- --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en --samples "$SAMPLES" \
     --epochs "$EPOCHS" --out "$RUNS/sft")
 
-stage() { # print such a command, then run it
+stage() { # print a planned command, then run it
     eval "run ${1/#torchrun/torchrun --standalone} $STAGE"
 }
 

@@ -1,6 +1,6 @@
 """The loss over the tokens that the training data uses, instead of over the whole vocabulary (`--active-vocabulary`).
 
-With two layers the frozen head is most of the computation, and a language uses only a part of the vocabulary. Here the
+With two layers the frozen head is a large part of the work, and a language uses only some of the vocabulary. Here the
 head has only the rows of tokens that occur, which are counted while the texts are tokenized. The softmax lacks the
 terms of all other tokens: the loss in metrics.jsonl is lower by -log(1 - p), where p is the probability that the whole
 head gives to them, and the layers are not taught to avoid them.
