@@ -3,7 +3,9 @@
 The same command begins a run, goes on with one that was interrupted, and refuses to touch one that is finished.
 """
 
+import fcntl
 import json
+import os
 import platform
 import sys
 import time
@@ -137,6 +139,8 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
     try:
+        out.mkdir(parents=True, exist_ok=True)
+        lock(out, world)
         written = read_written(out)
         others = in_the_way(arguments, written)
         if goes_on:
@@ -150,7 +154,6 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
             others += [name for name in written.names if name.startswith(SAVING)]  # left by a kill
         else:
             run = {**call, "options": option_values(arguments), "data": data, "resumed": []}
-        out.mkdir(parents=True, exist_ok=True)
         written.names.update(others)
         if goes_on:
             written.remove(others)
@@ -160,6 +163,18 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
         written.add([CHECKPOINTS])
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
+
+
+def lock(out: Path, world: World) -> None:
+    """Until this process ends. Raises UserError where another one is at work, whose states this one would mix with its
+    own. The directory itself is locked: there is no file that a kill could leave."""
+    world.locked.append(os.open(out, os.O_RDONLY))
+    try:
+        fcntl.flock(world.locked[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"--out {out}: a run is at work there; stop it, or give another directory") from None
+    except OSError:  # a file system without locks
+        pass
 
 
 def clear(written: Written) -> None:

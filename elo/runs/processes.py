@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -32,6 +32,7 @@ class World:
     saving_group: dist.ProcessGroup  # another one, for the thread that writes states
     store: dist.Store
     stop: StopSignal
+    locked: list[int] = field(default_factory=list)  # directories, open as long as their locks are held
 
     def say(self, *lines: str) -> None:
         """Lines on stdout, once."""
@@ -128,6 +129,8 @@ def process_group() -> Iterator[World]:
         raise
     finally:
         stop.leaving = True
+        for directory in world.locked:
+            os.close(directory)
         if not is_lost:  # else it could wait for the process that is gone
             dist.destroy_process_group()
         stop.restore()

@@ -29,6 +29,7 @@ WORLD = SimpleNamespace(
     wait=lambda: None,
     say=str,
     on_rank_0=lambda function: function(),
+    locked=[],
     from_rank_0=lambda value: value,
 )
 TRAINING = {"resume": False, "restart": False, "overwrite": False, "lr": 0.1, "micro_batch": 4, "save_every": None}
@@ -90,6 +91,7 @@ def test_run_json(data, how):
         def begin():
             goes_on = check_out(arguments, WORLD)
             open_run(arguments, WORLD, goes_on, DATA)
+            os.close(WORLD.locked.pop())
 
         begin()
         run = json.loads((arguments.out / RUN).read_bytes())

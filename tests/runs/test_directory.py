@@ -1,6 +1,8 @@
 """Which commands go on with a run: with the same options and data, and not when it is finished."""
 
+import fcntl
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,19 @@ def test_other_options_are_refused_and_all_named(project, monkeypatch, capfd):
     free = "--save-every 30 --keep-checkpoints 1 --workers 1 --cache other --stop-on-spike --micro-batch 2"
     assert run_here(f"train {free}") == 0
     assert "--micro-batch was 4" in capfd.readouterr().out
+
+
+def test_one_run_at_a_time(project, monkeypatch, capfd):
+    """Not even one that begins anew: the first would go on among the files of the second."""
+    stopped_run(monkeypatch)
+    held = os.open("out", os.O_RDONLY)
+    fcntl.flock(held, fcntl.LOCK_EX)
+    for command in ("train", "train --restart --lr 1e-3"):
+        assert run_here(command) == 2
+        assert "--out out: a run is at work there; stop it" in capfd.readouterr().err
+        assert states(Path("out")) == ["step-3"]
+    os.close(held)
+    assert run_here("train --max-steps 4 --restart") == 0
 
 
 def test_an_option_that_did_not_exist_when_the_run_began(project, monkeypatch, capfd):
