@@ -27,7 +27,7 @@ from elo.runs.sharding import ParallelOptions, parallelize
 from elo.scaling import AUTO, load_best, scales
 from elo.slicing import Replaced
 from elo.training import planned_steps, train
-from elo.variants.adapted import open_checkpoint
+from elo.variants.adapted import Adapted, open_checkpoint
 
 
 def main() -> None:
@@ -74,7 +74,9 @@ def run(arguments: Namespace, world: World) -> None:
             load_best(replaced, parallelize(build(base.config), world, parallel), held_out, arguments.out, world)
         save(arguments.out, base.config, start.tensor, start.dtype, base.directory, notes(arguments, replaced))
         close_run(arguments, world)
-        world.say(f"The model is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
+        is_same = not replaced and not isinstance(base, Adapted)
+        what = "Without --elo nothing was put back: a copy of --model" if is_same else "The model"
+        world.say(f"{what} is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
         return
 
     after = arguments.after or arguments.elo

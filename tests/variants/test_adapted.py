@@ -79,7 +79,9 @@ def test_a_finished_adapter_is_merged(runs, monkeypatch, capfd):
     def align_with(*words):
         return status_of(monkeypatch, align.main, "align.py", *words)
 
-    assert align_with("--model", "adapter", "--gb", "0", "--out", "later") == 0
+    for model, said in (("base", "Without --elo nothing was put back: a copy of --model"), ("adapter", "The model")):
+        assert align_with("--model", model, "--gb", "0", "--out", "later", "--overwrite") == 0
+        assert f"{said} is in later.\n" in capfd.readouterr().out
     assert Path("later/model.safetensors").read_bytes() == Path("merged/model.safetensors").read_bytes()
     assert Path("later/tokenizer.json").read_bytes() == Path("base/tokenizer.json").read_bytes()
     text = ["--target", "ko.jsonl", "--source", "en.jsonl", "--seq-len", "32", "--out", "aligned"]
