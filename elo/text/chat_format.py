@@ -248,10 +248,11 @@ def _guess(files: TokenizerFiles, tokenizer: Tokenizer) -> str:
 
 
 def _generation_stops(files: TokenizerFiles) -> set[int]:
-    """eos_token_id of generation_config.json, one or several."""
-    eos = (files.json("generation_config.json") or {}).get("eos_token_id")
+    """eos_token_id, one or several, of generation_config.json, or without that file of config.json."""
+    name = "config.json" if files.json("generation_config.json") is None else "generation_config.json"
+    eos = (files.json(name) or {}).get("eos_token_id")
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for id in stops:
         if type(id) is not int or id < 0:
-            raise UserError(f"{files.path('generation_config.json')}: eos_token_id {eos!r:.60} is not ids of tokens")
+            raise UserError(f"{files.path(name)}: eos_token_id {eos!r:.60} is not ids of tokens")
     return set(stops)

@@ -106,9 +106,15 @@ def test_stop_ids(tmp_path):
             (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
             more = chat_format(directory, tokenizer, name).stop_ids - format.stop_ids
             assert more == ({7} if eos == 7 else {7, 8})
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": "</s>"}))
-    with pytest.raises(UserError, match="generation_config.json: eos_token_id '</s>'"):
-        chat_format(directory, tokenizer, name)
+    # As in transformers: config.json tells where there is no generation_config.json.
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": [9, 7]}))
+    assert chat_format(directory, tokenizer, name).stop_ids - format.stop_ids == {7, 8}
+    (directory / "generation_config.json").unlink()
+    assert chat_format(directory, tokenizer, name).stop_ids - format.stop_ids == {7, 9}
+    for file in ("config.json", "generation_config.json"):
+        (directory / file).write_text(json.dumps({"eos_token_id": "</s>"}))
+        with pytest.raises(UserError, match=f"/{file}: eos_token_id '</s>'"):
+            chat_format(directory, tokenizer, name)
 
 
 MISTAKES = [
