@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from elo.common.errors import UserError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -77,7 +79,9 @@ class Sampler:
         return seen
 
     def draw(self, logits: Tensor) -> Tensor:
-        """(batch,): a token a row."""
+        """(batch,): a token a row. UserError for logits that are not finite, among which no token is the likeliest."""
+        if not logits.amax(-1).isfinite().all():
+            raise UserError("the model's logits are not finite numbers")
         if self.seen is None and self.sampling.repetition_penalty != 1:
             self.seen = self._see_prompts(logits)
         logits = warp(logits.float(), self.sampling, self.seen)

@@ -115,9 +115,7 @@ def main(arguments: Namespace) -> None:
     with process_group() as world, JsonLines(path) if world.rank == 0 else nullcontext() as results:
         answered: dict[int | str, Record] = {}
         if results is not None:
-            if arguments.overwrite:
-                results.clear()
-            answered = answers_so_far(results, settings)
+            answered = {} if arguments.overwrite else answers_so_far(results, settings)
         done = world.from_rank_0(set(answered))
         groups = batches(questions, benchmark, arguments.batch_size)
         missing = [batch for batch in groups if any(question.id not in done for question in batch)]
@@ -135,7 +133,10 @@ def main(arguments: Namespace) -> None:
                     for question, given in zip(batch, answers, strict=True):
                         if question.id not in done:
                             records.append(to_record(question, name, given, settings[question.id]))
-                for record in chain.from_iterable(world.gather(records)):
+                records = world.gather(records)
+                if results is not None and arguments.overwrite and start == 0:
+                    results.clear()  # only now: what was there is not lost to a model that cannot answer
+                for record in chain.from_iterable(records):
                     if results is not None:
                         results.append(record)
                     answered[record["question_id"]] = record

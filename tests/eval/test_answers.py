@@ -9,6 +9,7 @@ import torch
 from bench_files import MT_CATEGORIES, read_jsonl, write_bench, write_jsonl, write_model
 from commands import status_of
 from forking import fork_group
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from eval import __main__ as evaluation
@@ -179,6 +180,16 @@ def test_a_run_asks_only_what_is_missing_and_forgives_a_torn_line(ask, tmp_path,
     assert not asked
     ask("mt_bench", "--batch-size", 2, "--overwrite")
     assert len(asked) == 8
+
+
+def test_a_model_that_cannot_answer_overwrites_nothing(ask, tmp_path):
+    before = ask()[2]
+    weights = load_file(write_model(tmp_path / "broken" / "tiny") / "model.safetensors")
+    weights["model.norm.weight"][:] = float("nan")
+    save_file(weights, tmp_path / "broken" / "tiny" / "model.safetensors", {"format": "pt"})
+    status, err, records = ask("mt_bench", "--overwrite", directory=tmp_path / "broken" / "tiny")
+    assert (status, records) == (2, before)
+    assert err.splitlines()[-1] == "error: the model's logits are not finite numbers"
 
 
 @pytest.mark.parametrize("kept", [1, 3, 4, 6])

@@ -11,8 +11,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from elo.common.errors import UserError
 from elo.generation.engine import generate
-from elo.generation.sampling import Sampler, Sampling, warp
+from elo.generation.sampling import GREEDY, Sampler, Sampling, warp
 
 
 @pytest.mark.parametrize("scale", [0.01, 1, 8], ids=["flat", "soft", "peaked"])
@@ -57,6 +58,16 @@ def test_tokens_are_drawn_with_their_probabilities():
     expected = warp(logits[None], sampling)[0].softmax(-1)
     assert (expected == 0).sum() == 4
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / draws).sqrt()).all()
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=2, repetition_penalty=1.1)], ids=str)
+def test_logits_that_are_not_finite_make_no_token(sampling):
+    logits = torch.tensor([[0.0, 1.0, -torch.inf], [0.0, 2.0, 1.0]])
+    assert Sampler(GREEDY, [[]] * 2, range(2)).draw(logits).tolist() == [1, 1]
+    for wrong in (torch.nan, torch.inf):
+        logits[1, 2] = wrong
+        with pytest.raises(UserError, match="logits are not finite numbers"):
+            Sampler(sampling, [[0]] * 2, range(2)).draw(logits)
 
 
 def test_a_row_is_sampled_as_if_it_were_alone(llama):
