@@ -4,6 +4,7 @@ Every complaint is one line that names the file and the line or row.
 """
 
 import csv
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -77,7 +78,11 @@ def find(data: Path, stems: Sequence[str]) -> list[Path]:
     for stem in stems:
         path = data / stem
         found += [[file] for ending in TABLE_ENDINGS if (file := path.with_name(path.name + ending)).is_file()]
-        found += [sorted(path.parent.glob(f"{path.name}-*-of-*.parquet")), sorted(path.glob("*.parquet"))]
+        shards = sorted(path.parent.glob(f"{path.name}-*-of-*.parquet"))
+        numbers = {int(of) for shard in shards for of in re.findall(r"-of-(\d{1,9})", shard.name)}
+        if shards and numbers != {len(shards)}:
+            raise UserError(f"{shards[0]}: {len(shards)} shards of {path.name} are there, not as many as it says")
+        found += [shards, sorted(path.glob("*.parquet"))]
     found = [files for files in found if files]
     if len(found) > 1 and not found[0][0].samefile(found[1][0]):  # the same where case does not count
         raise UserError(f"{found[0][0]} and {found[1][0]} are the same split twice; keep one of them")

@@ -8,6 +8,7 @@ import pyarrow.parquet
 import pytest
 from choice_runs import make_root, run
 
+from elo.common.errors import UserError
 from eval import tasks as benchmarks
 from examples import questions
 
@@ -83,6 +84,10 @@ def test_parquet_as_on_hugging_face(root, tmp_path, layout):
     for task in benchmarks.load()[0].values():
         if task.found(root / "data") and task.name != "marc_ja":
             assert task.questions(tmp_path, shots=2) == task.questions(root / "data", shots=2)
+    if "-of-" in layout:
+        (tmp_path / "kobest/wic/test-00000-of-00002.parquet").unlink()
+        with pytest.raises(UserError, match="test-00001-of-00002.parquet: 1 shards of test are there, not as many"):
+            benchmarks.load()[0]["kobest_wic"].questions(tmp_path)
 
 
 def replace(path, old, new):
