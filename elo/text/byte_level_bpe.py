@@ -145,7 +145,7 @@ class ByteLevelBPE:
 # fancy-regex (tiktoken) and, after `_to_python`, in Python's re. Properties are the general categories of Unicode.
 _PROPERTY = r"\\p\{[A-Z][a-z]?\}|\\[sS]"
 _BETWEEN = r"[\s\S])+"
-_ESCAPE = r"\\[rnt]|\\[!-/:-@\[-`{-~]"
+_ESCAPE = r"\\[rnt]|\\[!-/:;=?@\[-`{-~]"  # \< and \> are the ends of a word to tiktoken
 _PATTERN_PART = re.compile(
     rf"""
       (?P<set>\[\^?(?:{_PROPERTY}|{_ESCAPE}|(?!--|~~|&&)[^\\\[\]^])+\])
