@@ -63,3 +63,6 @@ def test_parquet_without_the_column(tmp_path):
     write_parquet(tmp_path / "a.parquet", TEXTS, "body")
     assert error_of(tmp_path / "a.parquet") == ": needs one column 'text', and has id, body"
     assert error_of(tmp_path / "a.parquet", text_field="id") == ": column 'id' holds int64, not strings"
+    for kind in (pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.string(), 1)):
+        write_parquet(tmp_path / "b.parquet", [["a"]], kind=kind)
+        assert error_of(tmp_path / "b.parquet").startswith(": column 'text' holds ")
