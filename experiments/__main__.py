@@ -39,6 +39,7 @@ NAMES = ("table1", "table2", "table3", "figure2", "figure3")
 METHODS = ("elo", "align", "full", "lora", "selective")
 # What all records of an experiment have in common; the rates are in the table.
 SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
+OWN = {"--model", "--target", "--source", "--data", "--gb", "--seed", "--out", "--elo", "--after", "--validation"}
 AMONG = 5000  # documents, from the beginning
 SIZES = range(200, 20_001)  # bytes of one that is held out
 PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
@@ -59,8 +60,10 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--processes", type=positive_int, default=1, help="GPUs of this machine (%(default)s)")
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--rates", nargs="+", default=[], type=rates, metavar="METHOD=LR,...", help="the best is taken")
-    parser.add_argument("--training", default=[], type=words, help="more options of train.py and align.py, in quotes")
-    parser.add_argument("--sft", default=[], type=words, help="more options of sft.py, in quotes")
+    parser.add_argument(
+        "--training", default=[], type=words, help='of train.py and align.py: --training="--dtype fp32"'
+    )
+    parser.add_argument("--sft", default=[], type=words, help="of sft.py, likewise")
     parser.add_argument("--held-out", type=positive_int, default=40, metavar="N", help="documents (%(default)s)")
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2: mean and spread (0)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name; the others' records stay")
@@ -79,6 +82,8 @@ def parse_arguments() -> Namespace:
     for name, needed in (("sft", "conversations"), ("judge_model", "benchmarks"), ("base_url", "judge_model")):
         if getattr(options, name) and not getattr(options, needed):
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needed.replace('_', '-')}")
+    for name in sorted(OWN & {*options.training, *options.sft}):
+        raise UserError(f"{name} in --training or --sft: the experiment sets it itself, by its rows and own options")
     if not (options.dry_run or options.report):
         check_inputs(options, benchmarks)
     if options.dry_run and not options.bytes_per_token:

@@ -38,7 +38,8 @@ class Run(NamedTuple):
     directory: Path
 
     def option(self, name: str) -> str | None:
-        return self.words[self.words.index(name) + 1] if name in self.words else None
+        """Its value; of one that is given twice the last, which counts."""
+        return dict(zip(self.words, self.words[1:], strict=False)).get(name)
 
     @property
     def is_done(self) -> bool:

@@ -198,6 +198,8 @@ def read(project):
         ("--dry-run", "--dry-run needs --bytes-per-token"),
         ("--seeds 0,x", "--seeds: 'x' is not a whole number"),
         ('--sft "\'"', '--sft: "\'": No closing quotation'),
+        ("--training '--gb 3 --lr 1'", "--gb in --training or --sft: the experiment sets it itself"),
+        ("--conversations c --sft '--seed 3'", "--seed in --training or --sft: the experiment sets it itself"),
         ("--sft '--epochs 3'", "--sft does nothing without --conversations"),
         ("--judge-model gpt", "--judge-model does nothing without --benchmarks"),
         ("--benchmarks . --base-url http://here", "--base-url does nothing without --judge-model"),

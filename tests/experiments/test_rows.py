@@ -14,6 +14,7 @@ from experiments.runs import Run, Runs
 def test_the_best_rate_is_that_of_the_first_seed(tmp_path, monkeypatch):
     done = pretending(monkeypatch, {"1e-1": 2.0, "1e-2": 1.5, "1e-3": float("nan")})
     runs = begun(options(tmp_path, rates={"full": ["1e-1", "1e-3", "1e-2"]}, seeds=[4, 5]))
+    runs.options.training = ["--lr", "7"]  # of which the rates tried take the place
     model = baseline("full")(Kit(runs, 5))
     assert [lr for _, lr, _ in done] == ["1e-1", "1e-3", "1e-2", "1e-2"]  # three of seed 4, then one of seed 5
     (chosen,) = runs.made_of[model]
