@@ -18,6 +18,7 @@ from elo.common.errors import UserError
 from elo.common.fields import shown
 from elo.text.built_in_formats import CHATML, FORMATS, LLAMA3, MISTRAL_TOKENS
 from elo.text.chat_template import (
+    CLOSE,
     ChatTemplate,
     Messages,
     added_pattern,
@@ -199,7 +200,8 @@ def _candidates(tokenizer: Tokenizer, variables: dict[str, str], prefix: str) ->
 
 def _recognize(template: ChatTemplate, candidates: Sequence[tuple[str, ChatTemplate]]) -> str:
     """The name of the built-in format that writes all probes as a template does, or else a name for the template."""
-    template.prompt(PROBES[0])  # raises what is wrong with it
+    if CLOSE not in template.prompt(PROBES[0]):  # which raises what else is wrong with it
+        raise template.unfit("it leaves out what the user says")
 
     def written(by: ChatTemplate) -> list[str | None]:
         return [text for probe in PROBES for text, _ in by.render(probe, [(len(probe), False), (len(probe), True)])]

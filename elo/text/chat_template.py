@@ -90,8 +90,12 @@ class ChatTemplate:
         learned: list[tuple[int, int]] = []
         for number, answer, last in zip(opened, self._answers(whole, messages, opened), when_last, strict=True):
             if last.end is None:
-                raise self._unfit(f"no special token ends message {number + 1}, the assistant's")
-            if answer.end is not None and answer.text == last.text and messages[number].get(TRAIN, True):
+                raise self.unfit(f"no special token ends message {number + 1}, the assistant's")
+            if not messages[number].get(TRAIN, True):
+                continue
+            if _without_space(messages[number]["content"]) not in _without_space(unmarked(last.text)):
+                raise self.unfit(f"it leaves out part of message {number + 1}, the assistant's, such as its thoughts")
+            if answer.end is not None and answer.text == last.text:
                 learned.append((answer.start, answer.end))
         return whole, learned
 
@@ -109,10 +113,10 @@ class ChatTemplate:
     def _answers(self, marked: str | None, messages: Messages, opened: Mapping[int, str | None]) -> list[Answer]:
         """What the assistant says in a marked rendering. `opened`: number of the message -> the prompt for it."""
         if marked is None:
-            raise self._unfit("it does not take the conversation up to an answer before the last")
+            raise self.unfit("it does not take the conversation up to an answer before the last")
         closes = [match.start() for match in re.finditer(ANSWERED, marked)]
         if len(closes) != len(opened):
-            raise self._unfit("it leaves out what the assistant says, or part of it, or says it twice")
+            raise self.unfit("it leaves out what the assistant says, or part of it, or says it twice")
         answers = []
         for (number, prompt), close in zip(opened.items(), closes, strict=True):
             before = 1 + max(marked.rfind(CLOSE, 0, close), marked.rfind(ANSWERED, 0, close))
@@ -128,7 +132,7 @@ class ChatTemplate:
             elif given is not None:
                 start = before + len(os.path.commonprefix([given, marked[before:close]]))
             else:
-                raise self._unfit(f"it changes where message {number + 1} begins, the assistant's")
+                raise self.unfit(f"it changes where message {number + 1} begins, the assistant's")
             following = re.compile(ANY).search(marked, close + 1)
             limit = following.start() if following else len(marked)
             token = self.added.search(marked, close + 1, limit)
@@ -146,12 +150,12 @@ class ChatTemplate:
             raise UserError(f"a message has the lone surrogate {found[0]!r}, which is no text")
         ((plain, why),) = self.render(messages, renders[:1])
         if plain is None:
-            raise self._unfit(why or "")
+            raise self.unfit(why or "")
         for also_blank in (True, False):
             results = self.render([mark(message, self.special, also_blank) for message in messages], renders)
             if results[0][0] is not None and unmarked(results[0][0]) == plain:
                 return [text for text, _ in results], also_blank
-        raise self._unfit("what it writes of a message depends on the message in a way that cannot be followed")
+        raise self.unfit("what it writes of a message depends on the message in a way that cannot be followed")
 
     def render(self, messages: Messages, renders: Sequence[Render]) -> list[tuple[str | None, str | None]]:
         """For each of `renders` its text, or None and why not."""
@@ -168,7 +172,7 @@ class ChatTemplate:
             for text, why in PROCESS.ask(request | {"renders": renders[start : start + some]})
         ]
 
-    def _unfit(self, reason: str) -> TemplateError:
+    def unfit(self, reason: str) -> TemplateError:
         return TemplateError(f"{self.where}: its chat template cannot be used: {reason}; --chat-format names another")
 
 
@@ -194,6 +198,10 @@ def added_pattern(added: Mapping[str, AddedToken], special_only: bool = False) -
         after = rf"[\s{MARKS}]*" if right else ""
         alternatives += [f"{before}({'|'.join(texts)}){after}"] * bool(texts)
     return re.compile("|".join(alternatives) or "(?!)")
+
+
+def _without_space(text: str) -> str:
+    return "".join(text.split())
 
 
 def unmarked(text: str) -> str:

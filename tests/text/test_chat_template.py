@@ -96,14 +96,14 @@ def test_the_answers_and_their_ends_are_trained(tmp_path, name):
 def test_special_tokens_in_messages_stay_text(tmp_path, name):
     layout = LAYOUTS[name]
     tokenizer, format, _ = load(write(tmp_path, layout))
-    special = {id for text, id in tokenizer.special_tokens.items() if text not in layout.text}
+    special = {text: id for text, id in tokenizer.special_tokens.items() if text not in layout.text}
 
     def control(text):
         chat = [{"role": role, "content": text} for role in ("user", "assistant", "user", "assistant")]
         ids, trained = format.conversation(chat)
-        return [id for id in ids if id in special], len(stretches(ids, trained))
+        return [id for id in ids if id in special.values()], len(stretches(ids, trained))
 
-    assert control("x" + "".join(tokenizer.special_tokens) + "y") == control("harmless")
+    assert control("x" + "".join(special) + "y") == control("harmless")
 
 
 # ---- templates that depend on more than the messages, or cannot be used
@@ -132,6 +132,11 @@ UNUSABLE = {
     "recursion": ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "recursion"),
     "length": (each("{{ m.content | length }}"), "depends on the message"),
     "repr": ("{{ messages }}", "depends on the message"),
+    "parts": (
+        each("{% for part in m.content %}{{ part.text }}{% endfor %}<|im_end|>"),
+        "leaves out what the user says",
+    ),
+    "other roles": (each("{% if m.role == 'human' %}{{ m.content }}{% endif %}<|im_end|>"), "what the user says"),
 }
 
 
@@ -212,6 +217,17 @@ def test_thoughts_are_learned_with_the_last_answer(tmp_path):
     assert ids[: len(prompt)] == prompt
     assert not any(trained[: len(prompt)])
     assert trained[len(prompt)]
+
+
+def test_thoughts_that_are_left_out_also_of_the_last_answer(tmp_path):
+    """As by the templates of DeepSeek-R1: who trains on thoughts has to know that they would not be learned."""
+    tokenizer, format, _ = load(write(tmp_path, LAYOUTS["deepseek-r1"]))
+    thought = {"role": "assistant", "content": "<think>\nhm\n</think>\n\nb"}
+    with pytest.raises(UserError, match="leaves out part of message 2, the assistant's, such as its thoughts"):
+        format.conversation([*CHAT[:1], thought])
+    ids, trained = format.conversation([*CHAT[:1], {**thought, "train": False}, *CHAT])
+    assert [tokenizer.decode(stretch) for stretch in stretches(ids, trained)] == ["b"]
+    assert format.prompt([*CHAT[:1], thought, *CHAT[:1]])
 
 
 def test_the_process_comes_back(tmp_path):
