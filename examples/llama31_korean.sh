@@ -5,12 +5,12 @@
 #
 # After an interruption, run it again: it resumes where it stopped. It needs Korean texts in data/target, English ones in
 # data/source, a held-out text of each that is not among them (data/heldout.ko.jsonl, data/heldout.en.jsonl), and
-# conversations (data/tagengo.parquet). Set anything in capitals from outside: GPUS=4 GPU=A100-80GB bash examples/...
+# conversations (data/tagengo.parquet). Set anything in capitals from outside: GPUS=4 SAMPLES=31000 bash examples/...
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 : "${GPUS:=8}" "${GPU:=H100}" "${MODELS:=models}" "${DATA:=data}" "${RUNS:=runs/llama31-korean}"
-: "${GB:=9}" "${ALIGNMENT_GB:=1}" "${SEQ_LEN:=4096}" "${SAMPLES:=31000}" "${EPOCHS:=10}" "${OPTIONS:=}"
+: "${GB:=9}" "${ALIGNMENT_GB:=1}" "${SEQ_LEN:=4096}" "${SAMPLES:=}" "${EPOCHS:=10}" "${OPTIONS:=}"
 BASE=$MODELS/Llama-3.1-8B
 INSTRUCT=$MODELS/Llama-3.1-8B-Instruct
 TEXTS="--target $DATA/target --source $DATA/source"
@@ -32,7 +32,7 @@ best() { # a stage's command with the fastest settings that fit; if none do, the
 # Plan all stages before the first begins.
 elo=$(best train --layers 1,32 --seq-len "$SEQ_LEN" -- --gb "$GB" $TEXTS --out "$RUNS/elo")
 alignment=$(best align --seq-len "$SEQ_LEN" -- --elo "$RUNS/elo" --gb "$ALIGNMENT_GB" $TEXTS --out "$RUNS/aligned")
-tuning=$(best sft -- --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en --samples "$SAMPLES" \
+tuning=$(best sft -- --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en ${SAMPLES:+--samples "$SAMPLES"} \
     --epochs "$EPOCHS" --out "$RUNS/sft")
 
 stage() { # print a planned command, then run it

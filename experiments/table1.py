@@ -21,7 +21,7 @@ def rows(options: Namespace) -> list[Row]:
     for name, more, scales in (("ELO", (), ("0.25", "0.5", "auto")), ("ELO, bridge", ("--bridge",), ("0.5", "1"))):
         chain = elo(DEFAULT_LAYERS, 9, *more)
         for scale in scales:
-            scaled = "--scale", found_scale(chain) if scale == "auto" else scale
+            scaled = ("--scale", found_scale(chain) if scale == "auto" else scale) if scale != "1" else ()
             rows.append(Row(f"{name}, scale {scale} + alignment", align(chain, 1, *scaled), control))
             rows.append(Row(f"{name}, scale {scale}, without alignment", align(chain, 0, *scaled)))
     rows += [Row("alignment only", control), Row("LoRA", baseline("lora"))]

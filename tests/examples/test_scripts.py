@@ -90,7 +90,6 @@ def test_the_pipeline_goes_on_after_what_stopped_it(place):
         "GB": "0.00002",
         "ALIGNMENT_GB": "0.000006",
         "SEQ_LEN": "64",
-        "SAMPLES": "12",
         "EPOCHS": "1",
         "OPTIONS": "--dtype fp32 --lr 1e-2 --max-steps 8",
     }
