@@ -41,9 +41,6 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--elo", type=Path, metavar="DIR", help="stage-1 result whose layers go into --model")
     parser.add_argument("--scale", type=scales, metavar="A[,A...]", help=(
         "of their update, for all or for each of them, or auto (default: 1)"))  # fmt: skip
-    parser.add_argument(
-        "--after", type=Path, metavar="DIR", help="take the documents after this run's (default: --elo)"
-    )
     parser.add_argument("--out", type=Path, default=Path("runs/aligned"), metavar="DIR", help="(%(default)s)")
     add_arguments(parser)
     pretraining.add_arguments(parser, gb=1.0)
@@ -79,8 +76,7 @@ def run(arguments: Namespace, world: World) -> None:
         world.say(f"{what} is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
         return
 
-    after = arguments.after or arguments.elo
-    windows = pretraining.open_windows(arguments, base.config, world, after, held_out)
+    windows = pretraining.open_windows(arguments, base.config, world, arguments.after or arguments.elo, held_out)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
     open_run(arguments, world, goes_on, pretraining.data_of(base, trained, windows))
 

@@ -67,7 +67,7 @@ def run(arguments: Namespace, world: World) -> None:
         return
 
     held_out = open_validation(arguments, base.config.vocab_size)
-    windows = pretraining.open_windows(arguments, base.config, world, held_out=held_out)
+    windows = pretraining.open_windows(arguments, base.config, world, arguments.after, held_out)
     active = None
     if narrows:
         coverage = arguments.active_vocabulary_coverage

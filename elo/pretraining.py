@@ -41,6 +41,7 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     group.add_argument("--target-fraction", type=share, default=0.9, help="of the bytes (%(default)s)")
     amount = "all at that ratio" if gb is None else f"{gb:g}"
     group.add_argument("--gb", type=not_negative, default=gb, help=f"10^9 bytes of text, both languages ({amount})")
+    group.add_argument("--after", type=Path, metavar="DIR", help="the documents after those of this run (align: --elo)")
     group.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet (%(default)s)")
     for option in ("--target-field", "--source-field"):
         group.add_argument(option, metavar="NAME", help="where that text's has another name")

@@ -76,11 +76,13 @@ def test_alignment_trains_everything_on_new_documents(project, monkeypatch):
     assert run(align, monkeypatch, *aligned) == 0
     control = [*text, "--after", directory / "elo", "--gb", "0.000003", "--out", directory / "control"]
     assert run(align, monkeypatch, *control) == 0
-    stage_1, stage_2, stage_2_control = seen
+    adapters = [*text, "--method=lora", "--after", directory / "elo", "--gb", "0.000003", "--out", directory / "lora"]
+    assert run(train, monkeypatch, *adapters) == 0
+    stage_1, stage_2, stage_2_control, stage_2_adapters = seen
     assert stage_1
     assert stage_2
     assert not stage_1 & stage_2
-    assert stage_2 == stage_2_control
+    assert stage_2 == stage_2_control == stage_2_adapters
 
     base, aligned, control = (load_file(directory / d / "model.safetensors") for d in ("base", "aligned", "control"))
     assert all(not torch.equal(aligned[name], base[name]) for name in base)
