@@ -8,6 +8,7 @@ is expected, ends the chat. Messages may also come through a pipe, one a line. W
 import sys
 from collections.abc import Collection, Iterator
 
+from elo.common.errors import UserError
 from elo.common.options import Parser, not_negative, not_negative_int, positive, positive_int, share
 from elo.common.terminal import note, show
 from elo.generation.engine import stream
@@ -17,7 +18,7 @@ from elo.model.checkpoint import load_model
 from elo.model.decoder import CausalLM
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES, inference_device
-from elo.text.chat_format import ChatFormat, chat_format
+from elo.text.chat_format import ChatFormat, Messages, chat_format
 from elo.text.tokenizer import Tokenizer, load_tokenizer
 from elo.variants.adapted import open_checkpoint
 
@@ -63,9 +64,9 @@ class Writer:
         return len(self.ids) >= self.model.config.context
 
 
-def chat(writer: Writer, format: ChatFormat, system: str | None) -> None:
-    """Answer messages until they end or the context is full."""
-    messages = [] if system is None else [{"role": "system", "content": system}]
+def chat(writer: Writer, format: ChatFormat, system: Messages) -> None:
+    """Answer messages until they end or the context is full. `system`: what stands before them, if anything."""
+    messages = [*system]
     context = writer.model.config.context
     for text in read_messages():
         messages.append({"role": "user", "content": text})
@@ -132,6 +133,10 @@ def main() -> None:
     checkpoint = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
     format = None if arguments.raw else chat_format(checkpoint.directory, tokenizer, arguments.chat_format)
+    system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
+    question = [{"role": "user", "content": arguments.prompt or "Hi"}]
+    if format and arguments.system and format.prompt([*system, *question]) == format.prompt(question):
+        raise UserError(f"--system: the chat format of {arguments.model} has no system message; leave it out")
     model = pack_weights(load_model(checkpoint, inference_device(), DTYPES[arguments.dtype]))
     sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
     writer = Writer(model, tokenizer, arguments.max_new_tokens, sampling)
@@ -140,9 +145,8 @@ def main() -> None:
         writer.answer([*bos, *tokenizer.encode(arguments.prompt)], {tokenizer.eos_id})
     elif arguments.prompt is None:
         try:
-            chat(writer, format, arguments.system)
+            chat(writer, format, system)
         except KeyboardInterrupt:  # where a message was expected; the writer sees to its own
             show("")
     else:
-        system = [] if arguments.system is None else [{"role": "system", "content": arguments.system}]
-        writer.answer(format.prompt([*system, {"role": "user", "content": arguments.prompt}]), format.stop_ids)
+        writer.answer(format.prompt([*system, *question]), format.stop_ids)

@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -121,7 +122,7 @@ def test_ctrl_c_stops_an_answer_and_keeps_what_was_said(writer, monkeypatch, cap
 def test_a_full_context_ends_the_chat_with_one_line(chat_model, writer, monkeypatch, capsys, more):
     writer.max_new_tokens = 2 if more else 10_000
     monkeypatch.setattr(generation, "read_messages", lambda: iter(["First", *more]))
-    generation.chat(writer, chat_format(chat_model, writer.tokenizer, "chatml"), None)
+    generation.chat(writer, chat_format(chat_model, writer.tokenizer, "chatml"), [])
     cut_off = "[cut off after 2 tokens: --max-new-tokens]\n" if more else ""
     full = "[the conversation has filled the model's context of 600 tokens; start a new one]\n"
     assert capsys.readouterr().err == cut_off + full
@@ -162,6 +163,17 @@ def test_raw_needs_a_prompt_and_nothing_of_a_chat(chat_model, options, monkeypat
     monkeypatch.setattr(sys, "argv", ["elo.generation", "--model", str(chat_model), *options])
     with pytest.raises(UserError, match="--raw needs --prompt and takes neither"):
         generation.main()
+
+
+def test_a_system_message_that_the_template_leaves_out(chat_model, tmp_path, monkeypatch):
+    directory = shutil.copytree(chat_model, tmp_path / "model")
+    template = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+    (directory / "chat_template.jinja").write_text(template)
+    for question in ([], ["--prompt", "글"]):
+        words = ["elo.generation", "--model", str(directory), "--system", "Be brief", *question]
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(UserError, match="--system: the chat format of .*model has no system message"):
+            generation.main()
 
 
 # Makes stdin the terminal whose Ctrl-C this process gets, and becomes the command.
