@@ -13,8 +13,11 @@ from torch import Tensor
 from elo.common.errors import UserError
 from elo.common.fields import Fields, read_json_object, shown
 from elo.common.files import is_file
+from elo.common.terminal import note
 from elo.model.checkpoint import CONFIG, INDEX, SINGLE, Checkpoint
 from elo.model.saving import ADAPTER, ADAPTER_CONFIG, ADAPTER_WEIGHTS, save
+from elo.text.chat_template import find_template
+from elo.text.tokenizer_files import TokenizerFiles
 from elo.variants.lora import PREFIX, THIN
 
 # Fields of peft's adapter_config.json that change what is computed: those that must be off, and the values of others.
@@ -64,6 +67,9 @@ class Adapted(Checkpoint):
         alpha = fields.number("lora_alpha")
         self.scaling = alpha / (math.sqrt(rank) if fields.boolean("use_rslora", default=False) else rank)
         self._pairs = self._read(adapter / ADAPTER_WEIGHTS, rank)
+        template = find_template(TokenizerFiles(adapter))
+        if template is not None and template != find_template(TokenizerFiles(self.directory)):
+            note(f"{adapter}: its own chat template is not read, but that of its base, {self.directory}")
         self._print = hashlib.sha256(path.read_bytes() + (adapter / ADAPTER_WEIGHTS).read_bytes()).hexdigest()[:32]
 
     def _read(self, path: Path, rank: int) -> dict[str, list[Tensor]]:

@@ -50,6 +50,20 @@ def test_an_adapter_of_peft(variant, settings, tmp_path):
     assert not torch.allclose(plain(TOKENS), ours(TOKENS), atol=1e-2)
 
 
+def test_its_own_chat_template_is_not_read_without_a_word(tmp_path, capsys):
+    base, adapter = families.write(families.ONE_EACH[0], tmp_path / "base"), tmp_path / "adapter"
+    peft_adapter(base, adapter, r=2, target_modules=["q_proj"])
+    capsys.readouterr()
+    said = []
+    for own in (None, "one", "two"):
+        if own:
+            (adapter / "chat_template.jinja").write_text(own)
+            (base / "chat_template.jinja").write_text("one")
+        open_checkpoint(adapter)
+        said.append(capsys.readouterr().err)
+    assert said == ["", "", f"{adapter}: its own chat template is not read, but that of its base, {base}\n"]
+
+
 @pytest.fixture
 def runs(tmp_path, monkeypatch):
     """The same run as an adapter and merged."""
