@@ -14,7 +14,6 @@ from typing import NoReturn
 from elo.common.terminal import printable, say, show
 
 LONGEST = 2000  # characters of a message; the values in it come from files, which may hold megabytes
-# Never a defect of the program, wherever they come from.
 MACHINE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.EMFILE}
 
 
@@ -32,6 +31,17 @@ class EarlyExit(BaseException):  # noqa: N818  not an error, so that nothing tha
     """There is nothing left to do, or a signal asks to do it later. The message says which."""
 
     at_once = False
+
+
+def is_machines(error: Exception) -> bool:
+    """Whether the machine fails: never a defect of the program, wherever it comes from."""
+    return error.errno in MACHINE if isinstance(error, OSError) else is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Also of torch, which is not imported for it: on a GPU it has a class for that, on a CPU only words."""
+    is_gpus = type(error).__name__ == "OutOfMemoryError"
+    return isinstance(error, MemoryError) or is_gpus or "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def message_line(error: Exception) -> str:
@@ -53,14 +63,14 @@ def exit_status(main: Callable[[], None]) -> NoReturn:
         if rank == 0:
             say(str(exit_))
         at_once = exit_.at_once
-    except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in MACHINE:
+    except Exception as error:
+        if not isinstance(error, UserError) and not is_machines(error):
             raise
         # Under torchrun every process finds the same mistake. Rank 0 reports it at once and torchrun then ends
         # the others; they speak only if the mistake was theirs alone.
         if rank and not isinstance(error, ProcessLostError):
             time.sleep(5)
-        show("error: " + message_line(error), file=sys.stderr)
+        show("error: " + (message_line(error) or "out of memory"), file=sys.stderr)
         status, at_once = 2, getattr(error, "at_once", False)
     if at_once:
         sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from elo.common.errors import EarlyExit, ProcessLostError, UserError
+from elo.common.errors import EarlyExit, ProcessLostError, UserError, is_out_of_memory, message_line
 from elo.common.terminal import say
 from elo.runs.devices import fix_collectives, take_device
 from elo.runs.signals import StopSignal, end_with_torchrun
@@ -122,11 +122,14 @@ def process_group() -> Iterator[World]:
         world.tell_why(STOPPED)
         raise
     except Exception as error:
-        is_lost = _is_lost_connection(error)
+        is_lost = is_lost_connection(error)
         if is_lost:
             raise _reason_of_loss(world) from error
+        if is_out_of_memory(error):
+            what = message_line(error) or "out of memory"
+            error = UserError(f"process {rank}: {what}; python -m elo.planning --best finds options that need less")
         world.tell_why(str(error) if isinstance(error, UserError) else f"process {rank} failed, see above: {error}")
-        raise
+        raise error
     finally:
         stop.leaving = True
         for directory in world.locked:
@@ -136,7 +139,7 @@ def process_group() -> Iterator[World]:
         stop.restore()
 
 
-def _is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: Exception) -> bool:
     """NCCL and the store raise `DistError`s; gloo has no exception class of its own."""
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 

@@ -26,7 +26,7 @@ from elo.common.errors import EarlyExit, UserError
 from elo.common.options import Interval
 from elo.model.decoder import CausalLM
 from elo.runs.devices import random_state, set_random_state
-from elo.runs.processes import World
+from elo.runs.processes import World, is_lost_connection
 from elo.runs.state_files import METADATA, StatePlanner, StateReader, SummingWriter, check_files, remove_state
 
 TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
@@ -61,7 +61,7 @@ class States:
 
     def __exit__(self, kind: type | None, exception: BaseException | None, trace: object) -> None:
         # Whatever ends the run, the state that is being written is worth the wait; but not for a process that is gone.
-        if self.saving is not None and not isinstance(exception, RuntimeError):
+        if self.saving is not None and not (isinstance(exception, Exception) and is_lost_connection(exception)):
             self.saving[1].exception()
             self._remove_all_but_newest()
 

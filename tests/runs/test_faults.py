@@ -3,14 +3,19 @@
 import os
 import random
 import signal
+import time
 from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from many_processes import SMALL_STEPS, load_bytes, same_within_rounding, steps_done, wait_for
 from small_runs import finish, go_on, losses, pausing, result, run_here, start, start_group, states
 
 from benchmarks import kill_table
+from elo import training
+from elo.common.errors import message_line
+from elo.runs.state_files import SummingWriter
 
 
 @pytest.fixture
@@ -28,6 +33,28 @@ def test_a_process_whose_fellow_dies_says_so(project):
     assert said.splitlines()[-1].startswith("error: process 0: another process of this run was killed")
     assert "Traceback" not in said
     finish(second, status=-signal.SIGKILL)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried."), MemoryError()], ids=repr)
+def test_out_of_memory(project, error, monkeypatch, capfd):
+    """One line; the state that is being written is waited for."""
+    accumulate, write_data = training.accumulate, SummingWriter.write_data
+    steps = iter(range(9))
+
+    def fail(*arguments):
+        if next(steps) == 3:
+            raise error
+        return accumulate(*arguments)
+
+    out = f"full-{type(error).__name__}"
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "accumulate", fail)
+        patch.setattr(SummingWriter, "write_data", lambda *plan: time.sleep(0.5) or write_data(*plan))
+        assert run_here("train --save-every 3 --max-steps 4", out) == 2
+    said = capfd.readouterr().err
+    (line,) = [line for line in said.splitlines() if line.startswith("error")]
+    assert line.startswith(f"error: process 0: {message_line(error) or 'out of memory'}; python -m elo.planning --best")
+    assert "Traceback" not in said and states(Path(out)) == ["step-3"]
 
 
 def test_sigterm_to_one_process_while_tokenizing(project):
