@@ -78,7 +78,9 @@ def parse_arguments() -> Namespace:
         make_small(options)
     benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
     options.benches = [name for name in benchmarks if Path(options.benchmarks or "/dev/null", name).is_dir()]
-    options.rates = dict(options.rates)
+    given, options.rates = options.rates, {}
+    for method, listed in given:  # of a method named twice all
+        options.rates[method] = [*options.rates.get(method, []), *listed]
     for name, needed in (("sft", "conversations"), ("judge_model", "benchmarks"), ("base_url", "judge_model")):
         if getattr(options, name) and not getattr(options, needed):
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needed.replace('_', '-')}")

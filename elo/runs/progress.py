@@ -116,7 +116,7 @@ def alignment_after(out: Path, batches: Any, steps: int) -> list[object]:
     size = min(max(used["bytes"] // 9, document), left)
     size = 0 if size < document else size  # 0: nothing is left, and the layers are only put back
     aligned = out.with_name(f"{out.name}-aligned")
-    return ["align.py", "--elo", out, *given(*OF_BOTH_STAGES), "--gb", f"{size / 1e9:.9g}", "--out", aligned]
+    return ["align.py", "--elo", out, *given(*OF_BOTH_STAGES), "--gb", f"{size / 1e9:.15g}", "--out", aligned]
 
 
 def shown_command(words: Sequence[object]) -> str:

@@ -119,6 +119,11 @@ def stop_when(file):
     os.kill(os.getpid(), signal.SIGTERM)
 
 
+def test_rates_of_a_method_that_is_named_twice(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["experiments", "table3", "--rates", "elo=1e-3", "align=1,2", "elo=1e-4"])
+    assert command.parse_arguments().rates == {"elo": ["1e-3", "1e-4"], "align": ["1", "2"]}
+
+
 def test_dry_run(project, monkeypatch, capsys):
     """Every command once, with the planner's figures and their sum; nothing is run or written."""
     monkeypatch.setattr(Runs, "begin", None)

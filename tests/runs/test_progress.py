@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from forking import Fork, fork_group
 from shown_commands import main_of
@@ -98,6 +99,17 @@ def test_the_next_command_works(project, amount, capfd):
     command = next_command(said)
     assert command == ["python", "-m", "elo.generation", "--model", "a run-aligned", "--raw", "--prompt", "Hello,"]
     assert run_next([*command, "--max-new-tokens", "3"])
+
+
+def test_the_next_command_asks_for_no_byte_more_than_is_left(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    used, left = 100 * 10**9, 1_234_567_896
+    shard = SimpleNamespace(documents={"bytes": np.array([1000])})
+    mixture = SimpleNamespace(shards=[shard], shares=[0.9], end=lambda gigabytes: used + left)
+    windows = SimpleNamespace(mixture=mixture)
+    batches = SimpleNamespace(windows=windows, consumed=lambda steps: {"position": used, "bytes": used})
+    command = progress.alignment_after(Path("out"), batches, 9)
+    assert round(float(command[command.index("--gb") + 1]) * 10**9) == left
 
 
 def test_the_next_command_of_several_processes(project, monkeypatch):
