@@ -27,12 +27,15 @@ typical_p encoder_repetition_penalty length_penalty num_beams num_beam_groups nu
 def sampling_options(benchmark: Benchmark, arguments: Namespace, model: Path) -> dict[str, Any]:
     """top_k, top_p, min_p and repetition_penalty: as told, or else as transformers' `generate` has them.
 
-    Of generation_config.json also names on stderr what would change an answer there and does not here, or is not known.
+    That is in generation_config.json, of which is named on stderr what would change an answer there and does not here,
+    or is not known; without it in config.json.
     """
     options = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
     path = model / "generation_config.json"
     if benchmark.by_generation_config:
-        fields = Fields(read_json_object(path) if path.is_file() else {}, str(path))
+        is_there = path.is_file()
+        path = path if is_there else model / "config.json"
+        fields = Fields(read_json_object(path), str(path))
         options["top_k"] = fields.integer("top_k", default=50, minimum=0)
         for name in ("top_p", "repetition_penalty"):
             options[name] = fields.number(name, default=1.0)
@@ -42,7 +45,7 @@ def sampling_options(benchmark: Benchmark, arguments: Namespace, model: Path) ->
             raise UserError(f"{path}: min_p must be a number from 0 to 1, not {options['min_p']}")
         told = {name: value for name, value in fields.fields.items() if name not in HARMLESS.split() and value}
         ignored = [name for name, value in told.items() if value != 1 or name not in NEUTRAL_AT_1.split()]
-        if ignored:
+        if ignored and is_there:
             note(f"{path}: {', '.join(ignored)}: not implemented, and without effect on these answers")
     told = {name: getattr(arguments, name) for name in options}
     return options | {name: value for name, value in told.items() if value is not None}

@@ -10,7 +10,7 @@ from bench_files import MT_CATEGORIES, read_jsonl, write_bench, write_jsonl, wri
 from commands import status_of
 from forking import fork_group
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast
 
 from eval import __main__ as evaluation
 from eval.jsonl import JsonLines
@@ -99,6 +99,12 @@ def test_sampling_is_by_the_models_generation_config_as_in_transformers(ask, tmp
     assert options() == (50, 1.0, 0.0, 1.0)
     directory = write_model(tmp_path / "tuned")
     fields = {"top_k": 20, "top_p": 0.8, "min_p": 0.02, "repetition_penalty": 1.05, "eos_token_id": None}
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | fields))
+    assert options(directory=directory, out=tmp_path / "old") == (20, 0.8, 0.02, 1.05)
+    theirs = GenerationConfig.from_pretrained(directory, "config.json", _from_model_config=True)
+    assert (theirs.top_k, theirs.top_p, theirs.min_p, theirs.repetition_penalty) == (20, 0.8, 0.02, 1.05)
+    (directory / "config.json").write_text(json.dumps(config))
     (directory / "generation_config.json").write_text(json.dumps(fields))
     assert options(directory=directory) == (20, 0.8, 0.02, 1.05)
     told = ["--top-k", 3, "--top-p", 0.5, "--min-p", 0, "--repetition-penalty", 1.1]
