@@ -9,6 +9,7 @@ built-in format for Mistral are mistral-common's.
 """
 
 import hashlib
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,10 +152,11 @@ def chat_format(
 ) -> ChatFormat:
     """The chat format of a checkpoint, or the one of `FORMATS` that `override` (--chat-format) names.
 
-    `now`, in seconds since 1970, is the time for templates that write the date. Raises UserError where the checkpoint
-    does not tell, where its tokenizer lacks a token of the format, and for a template that cannot be used.
+    `now`, in seconds since 1970, is the time for templates that write it (default: the present). Raises UserError
+    where the checkpoint does not tell, where its tokenizer lacks a token of the format, and for a template that cannot
+    be used.
     """
-    files = TokenizerFiles(Path(directory))
+    files, now = TokenizerFiles(Path(directory)), time.time() if now is None else now
     special = tokenizer.special_tokens
     text_of = {id: text for text, id in special.items()}
     bos = None if tokenizer.bos_id is None else text_of[tokenizer.bos_id]

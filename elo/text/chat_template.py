@@ -60,7 +60,7 @@ class ChatTemplate:
     where: str  # for errors
     added: re.Pattern[str]
     special: re.Pattern[str]
-    now: float | None = None
+    now: float
 
     def prompt(self, messages: Messages) -> str:
         """The marked rendering of messages up to where the assistant's text starts. Raises TemplateError."""

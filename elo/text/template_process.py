@@ -58,12 +58,12 @@ def tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def strftime(now: float | None, format: str) -> str:
-    return (datetime.now() if now is None else datetime.fromtimestamp(now)).strftime(format)
+def strftime(now: float, format: str) -> str:
+    return datetime.fromtimestamp(now).strftime(format)
 
 
 @lru_cache(16)
-def compiled(template: str, now: float | None) -> jinja2.Template:
+def compiled(template: str, now: float) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )

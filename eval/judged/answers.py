@@ -15,6 +15,7 @@ import uuid
 from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,11 @@ def main(arguments: Namespace) -> None:
         if results is not None:
             answered = {} if arguments.overwrite else answers_so_far(results, settings)
         done = world.from_rank_0(set(answered))
+        if format.needs_time:  # all answers have that of the first, or a run that goes on would ask in another way
+            times = [record["generate_params"].get("time") for record in answered.values()]
+            now = world.from_rank_0(next((at for at in times if isinstance(at, float)), format.template.now))
+            format = replace(format, template=replace(format.template, now=now))
+            settings = {id: {**made, "time": now} for id, made in settings.items()}
         groups = batches(questions, benchmark, arguments.batch_size)
         missing = [batch for batch in groups if any(question.id not in done for question in batch)]
         world.say(f"{path}: {len(done)} of {len(questions)} questions were answered before")

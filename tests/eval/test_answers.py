@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from bench_files import MT_CATEGORIES, read_jsonl, write_bench, write_jsonl, write_model
+from chat_checkpoints import user
 from commands import status_of
 from forking import fork_group
 from safetensors.torch import load_file, save_file
@@ -186,6 +187,23 @@ def test_a_run_asks_only_what_is_missing_and_forgives_a_torn_line(ask, tmp_path,
     assert not asked
     ask("mt_bench", "--batch-size", 2, "--overwrite")
     assert len(asked) == 8
+
+
+def test_a_run_that_goes_on_has_the_time_of_its_first_answers(ask, tmp_path, monkeypatch):
+    directory = write_model(tmp_path / "timed")
+    template = (directory / "chat_template.jinja").read_text()
+    (directory / "chat_template.jinja").write_text("{{ strftime_now('%f') }}" + template)
+    asked, original = [], answers.answer
+    monkeypatch.setattr(
+        answers, "answer", lambda m, f, *rest: asked.append(f.prompt([user("Hi")])) or original(m, f, *rest)
+    )
+    whole = ask(directory=directory)[2]
+    path = tmp_path / "out" / "model_answer" / "timed.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:3]))
+    assert turns_of(ask(directory=directory)[2]) == turns_of(whole)
+    assert len(asked) > 4 and all(prompt == asked[0] for prompt in asked)
+    ask("mt_bench", "--overwrite", directory=directory)
+    assert asked[-1] != asked[0]
 
 
 def test_a_model_that_cannot_answer_overwrites_nothing(ask, tmp_path):

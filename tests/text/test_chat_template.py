@@ -5,7 +5,7 @@ import random
 
 import pytest
 import tokenizers
-from chat_layouts import IM, LAYOUTS, Layout, each
+from chat_layouts import IM, LAYOUTS, Layout, S, each
 from small_tokenizer import llama_json, sentencepiece_model, write_tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -114,6 +114,13 @@ def test_the_date_is_the_one_of_the_run(tmp_path):
     tokenizer = load_tokenizer(directory)
     at_noon = chat_format(directory, tokenizer, now=1_700_000_000.0)
     assert "Today Date: 14 Nov 2023\n\n" in tokenizer.decode(at_noon.prompt([{"role": "user", "content": "Hi"}]))
+
+
+def test_the_time_does_not_pass(tmp_path):
+    """Or the rendering that is checked and the one that is checked against would differ."""
+    template = "{{ strftime_now('%f') }}" + LAYOUTS["zephyr"].template
+    _, format, _ = load(write(tmp_path, Layout(template, (), "</s>", **S)))
+    assert format.needs_time and format.prompt(CHAT[:1]) == format.prompt(CHAT[:1])
 
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
