@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from elo.model.config import ModelConfig
 from elo.planning.budget import Plan
 from elo.planning.plan import make_parser, make_plans, would_fit
 from elo.runs.directory import read_metrics
+from elo.runs.replacing import CHECKPOINTS
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = ("train.py", "align.py")
@@ -128,6 +130,7 @@ class Runs:
             self.failed[run] = f"{run.directory.name} ended with status {status}: {said[-1]}"
             note(f"{self.failed[run]} (all of it: {log})")
         elif plan:
+            shutil.rmtree(run.directory / CHECKPOINTS, ignore_errors=True)  # of all parameters, for each run of a table
             self.spent = [self.spent[0] + time.monotonic() - begun, self.spent[1] + plan.run.tokens * plan.flops.total]
 
     def remaining(self) -> str:

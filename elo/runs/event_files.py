@@ -30,13 +30,14 @@ class EventFiles:
         written.add(f"{FOLDER}/{name}" for name in set(os.listdir(self.directory)) - before)
 
     def write(self, line: dict[str, Any]) -> None:
-        """Every number of a line of metrics.jsonl, and of --validation those of each file."""
-        scalars = {name: value for name, value in line.items() if isinstance(value, int | float)}
+        """Every number of a line of metrics.jsonl, in the groups train and validation, and each validation file's."""
+        for name, value in line.items():
+            if isinstance(value, int | float):
+                group, _, rest = name.partition("_") if name.startswith("validation_") else ("train", "", name)
+                self.writer.add_scalar(f"{group}/{rest}", value, line["step"])
         for held_out in line.get("validation", ()):
             for name in held_out.keys() - {"file"}:
-                scalars[f"validation_{name}/{held_out['file']}"] = held_out[name]
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, line["step"])
+                self.writer.add_scalar(f"validation/{name}/{held_out['file']}", held_out[name], line["step"])
         self.writer.flush()
 
     def close(self) -> None:

@@ -24,10 +24,12 @@ def scalars(out, name):
 def test_they_say_what_the_metrics_say():
     assert run_here("train --max-steps 3 --tensorboard --validation held.txt --validate-every 2") == 0
     out = Path("out")
-    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes", "validation_bits_per_byte"):
-        assert scalars(out, name) == [(line["step"], line[name]) for line in lines(out) if name in line], name
+    for name in ("loss", "lr", "grad_norm", "tokens_per_second", "memory_bytes"):
+        assert scalars(out, f"train/{name}") == [(line["step"], line[name]) for line in lines(out)], name
+    measured = [(line["step"], line["validation_loss"]) for line in lines(out) if "validation" in line]
+    assert measured and scalars(out, "validation/loss") == measured
     held_out = [(line["step"], line["validation"][0]["loss"]) for line in lines(out) if "validation" in line]
-    assert scalars(out, "validation_loss/held.txt") == held_out
+    assert scalars(out, "validation/loss/held.txt") == held_out
     assert run_here("train --max-steps 3 --overwrite") == 0
     assert not (out / "tensorboard").exists()
 
@@ -42,7 +44,7 @@ def test_a_run_that_goes_on():
         file.unlink()
     (out / "checkpoints/step-4").rmdir()
     assert run_here("train --max-steps 4 --tensorboard --save-every 2") == 0
-    assert [step for step, _ in scalars(out, "loss")] == [1, 2, 3, 4]
+    assert [step for step, _ in scalars(out, "train/loss")] == [1, 2, 3, 4]
     assert len(os.listdir(out / "tensorboard")) == 2
 
 
