@@ -71,14 +71,9 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument("--seed", type=not_negative_int, default=0, help="of the random numbers (%(default)s)")
     group = parser.add_argument_group("LogicKor")
     group.add_argument("--setting", default="default", help="default, 1-shot or cot-1-shot (%(default)s)")
-    group.add_argument(
-        "--examples",
-        type=Path,
-        default=EXAMPLES,
-        metavar="FILE",
-        help='the messages in front of each question, {"1-shot": [{"role": ..., "content": ...}, ...], "cot-1-shot": '
-        "[...]} (default: this project's own; LogicKor's are in its templates.py)",
-    )
+    group.add_argument("--examples", type=Path, default=EXAMPLES, metavar="FILE", help=(
+        'the messages in front of each question, {"1-shot": [{"role": ..., "content": ...}, ...], "cot-1-shot": '
+        "[...]} (default: this project's own; LogicKor's are in its templates.py)"))  # fmt: skip
 
 
 def main(arguments: Namespace) -> None:
@@ -104,12 +99,8 @@ def main(arguments: Namespace) -> None:
         "model": digest(checkpoint.fingerprint(), tokenizer.fingerprint),
     }
     settings = {
-        question.id: {
-            "temperature": benchmark.temperature(question.category),
-            **parameters,
-            "questions": digest(examples, question.turns),
-        }
-        for question in questions
+        q.id: {"temperature": benchmark.temperature(q.category), **parameters, "questions": digest(examples, q.turns)}
+        for q in questions
     }
 
     # Rank 0 has the file; the others send it their answers.
