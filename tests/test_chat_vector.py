@@ -182,7 +182,6 @@ def test_a_value_too_large_for_the_dtype(tmp_path, monkeypatch):
         (families.llama, {"attention_bias": True}, "qkv_bias is True in .*, but False in"),
         (families.llama, {"tie_word_embeddings": True}, "is True in .*, but False in .*; --skip-embeddings"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("which", ["base", "instruct"])
 def test_other_models_are_refused(which, family, fields, expected, trio, tmp_path, monkeypatch):

@@ -140,7 +140,6 @@ def test_a_bad_request_is_one_line_and_not_repeated(judge):
         Body('{"error": {"message": "no credits", "code": 402}}'),
         Status(429, body='{"message": "top level", "code": "insufficient_quota"}'),
     ],
-    ids=str,
 )
 def test_what_every_question_would_hear_is_heard_once(bad, judge):
     with JudgeServer(lambda number, prompt: bad if number == 3 else Reply(RATED)) as server:
