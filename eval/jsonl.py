@@ -1,6 +1,5 @@
 """JSON lines that are written as results come, so that a killed run goes on where it was."""
 
-import fcntl
 import hashlib
 import json
 import os
@@ -11,7 +10,7 @@ from typing import Any, NamedTuple
 
 from elo.common.errors import UserError
 from elo.common.fields import Fields, check_depth
-from elo.common.files import open_file, read_file_lines
+from elo.common.files import lock, open_file, read_file_lines
 
 LARGEST = 2**28  # bytes of a file; what FastChat has published has up to 50 MB
 LONGEST_LINE = 2**22  # hostile JSON needs 30 times as much memory
@@ -93,10 +92,8 @@ class JsonLines:
             raise
 
     def _take_over(self) -> list[Line]:
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path}: another run is writing it") from None
+        if not lock(self._file.fileno(), self.path):
+            raise UserError(f"{self.path}: another run is writing it")
         raw = list(read_file_lines(self.path, LARGEST, LONGEST_LINE))
         lines = parse_lines(self.path, raw, torn=True)
         if raw and not raw[-1].endswith(b"\n"):

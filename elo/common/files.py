@@ -1,4 +1,4 @@
-"""Reading files that come from outside: regular files only, and never more of them than a limit.
+"""Files that come from outside: regular files only, and never more of them than a limit; and locks.
 
 A link to a file is as good as a file: the directories in Hugging Face's cache consist of links, and people keep models
 on other disks. But a name that is *written in* a file must not lead out of that file's directory: see
@@ -6,6 +6,7 @@ on other disks. But a name that is *written in* a file must not lead out of that
 is.
 """
 
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
@@ -13,6 +14,21 @@ from pathlib import Path
 from typing import BinaryIO
 
 from elo.common.errors import UserError
+from elo.common.terminal import note
+
+
+def lock(descriptor: int, path: str | Path) -> bool:
+    """Lock an open file or directory until it is closed: False if another process has. Notes where there are no locks.
+
+    The lock ends with the process, also with one that is killed.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        note(f"{path}: it cannot be locked ({error.strerror}), so nothing would stop a second run there")
+    return True
 
 
 def is_file(path: str | Path) -> bool:

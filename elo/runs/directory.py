@@ -3,7 +3,6 @@
 The same command begins a run, goes on with one that was interrupted, and refuses to touch one that is finished.
 """
 
-import fcntl
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ import torch
 
 from elo.common.errors import EarlyExit, UserError
 from elo.common.fields import is_number
-from elo.common.files import read_file_lines
+from elo.common.files import lock, read_file_lines
 from elo.common.options import Parser
 from elo.common.written import SAVING, Written
 from elo.model.saving import ADAPTER_CONFIG
@@ -140,7 +139,10 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
     }
     try:
         out.mkdir(parents=True, exist_ok=True)
-        lock(out, world)
+        # The directory itself: there is no lock file that a kill could leave, and two runs would mix their states.
+        world.locked.append(os.open(out, os.O_RDONLY))
+        if not lock(world.locked[-1], out):
+            raise UserError(f"--out {out}: a run is at work there; stop it, or give another directory")
         written = read_written(out)
         others = in_the_way(arguments, written)
         if goes_on:
@@ -163,18 +165,6 @@ def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any
         written.add([CHECKPOINTS])
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror or error}") from None
-
-
-def lock(out: Path, world: World) -> None:
-    """Until this process ends. Raises UserError where another one is at work, whose states this one would mix with its
-    own. The directory itself is locked: there is no file that a kill could leave."""
-    world.locked.append(os.open(out, os.O_RDONLY))
-    try:
-        fcntl.flock(world.locked[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"--out {out}: a run is at work there; stop it, or give another directory") from None
-    except OSError:  # a file system without locks
-        pass
 
 
 def clear(written: Written) -> None:

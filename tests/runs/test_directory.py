@@ -1,5 +1,6 @@
 """Which commands go on with a run: with the same options and data, and not when it is finished."""
 
+import errno
 import fcntl
 import json
 import os
@@ -39,6 +40,15 @@ def test_one_run_at_a_time(project, monkeypatch, capfd):
         assert states(Path("out")) == ["step-3"]
     os.close(held)
     assert run_here("train --max-steps 4 --restart") == 0
+
+
+def test_a_directory_that_cannot_be_locked_is_told(project, monkeypatch, capfd):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    assert run_here("train --max-steps 1") == 0
+    assert "out: it cannot be locked (No locks available)" in capfd.readouterr().err
 
 
 def test_an_option_that_did_not_exist_when_the_run_began(project, monkeypatch, capfd):
