@@ -9,7 +9,6 @@ import hashlib
 import math
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,12 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.common.errors import EarlyExit
+from elo.common.files import lock
 from elo.common.terminal import note, say
 from elo.model.config import ModelConfig
 from elo.planning.budget import Plan
 from elo.planning.plan import make_parser, make_plans, would_fit
 from elo.runs.directory import read_metrics
 from elo.runs.replacing import CHECKPOINTS
+from elo.runs.states import remove_states
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = ("train.py", "align.py")
@@ -77,9 +78,7 @@ class Runs:
         """The lock is held by the commands too: what a killed experiment leaves is waited for."""
         self.options.out.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.options.out / "lock", "w")  # noqa: SIM115  until the process ends
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not lock(self.lock.fileno(), self.options.out):
             note(f"{self.options.out}: waiting for the experiment that is at work there")
             fcntl.flock(self.lock, fcntl.LOCK_EX)
         self.left = [plan.run.tokens * plan.flops.total for run, plan in self.plans.items() if plan and not run.is_done]
@@ -130,7 +129,7 @@ class Runs:
             self.failed[run] = f"{run.directory.name} ended with status {status}: {said[-1]}"
             note(f"{self.failed[run]} (all of it: {log})")
         elif plan:
-            shutil.rmtree(run.directory / CHECKPOINTS, ignore_errors=True)  # of all parameters, for each run of a table
+            remove_states(run.directory / CHECKPOINTS)  # of all parameters: those of a whole table would fill the disk
             self.spent = [self.spent[0] + time.monotonic() - begun, self.spent[1] + plan.run.tokens * plan.flops.total]
 
     def remaining(self) -> str:
@@ -176,6 +175,9 @@ class Runs:
             sums = [total + part for total, part in zip(sums, spent, strict=True)]
             if plan and not plan.fits:
                 say(f"    does not fit on {gpus}; it would with: {would_fit(plan)}")
-        say("together {:,.0f} tokens, {:,.4g} GPU hours, {:,.1f} GB on disk".format(*sums))
+        # Weight and both moments in fp32; two states are kept while the next one is written.
+        states = 3 * 12 * max((plan.trained for plan in self.plans.values() if plan), default=0) / 1e9
+        say("together {:,.0f} tokens, {:,.4g} GPU hours, {:,.1f} GB on disk".format(*sums)
+            + f", and up to {states:,.1f} GB for the states of the run at work")  # fmt: skip
         say(f"on {gpus} at the planner's utilization and {self.options.bytes_per_token} bytes a token; tuning on "
             "conversations and evaluation are not counted")  # fmt: skip

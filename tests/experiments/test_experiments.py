@@ -139,7 +139,7 @@ def test_dry_run(project, monkeypatch, capsys):
         "align.py",
     ]
     assert [line.split()[0] for line in lines[1::2]] == ["0", "9,000", "1,000"]
-    assert total.startswith("together 10,000 tokens, ")
+    assert total.startswith("together 10,000 tokens, ") and "GB for the states of the run at work" in total
 
 
 def test_what_is_held_out_is_measured_alike(tmp_path):
