@@ -66,8 +66,9 @@ def largest(gpu: str, gpus: int, method: str, seq_len: int) -> str:
         words += ["--micro-batch", "1", "--activation-checkpointing", "--optimizer-in-backward"]
         fields = {**LLAMA, **sizes, "max_position_embeddings": 131072}
         ((model, run),) = planned(make_parser().parse_args(words), ModelConfig.from_json(fields))
-        if (needed := planned_memory(model, run.setup).total) <= run.usable:
-            found = f"{name}, {needed / GIB:.1f} GiB"
+        if (needed := planned_memory(model, run.setup).total) > run.usable:
+            break
+        found = f"{name}, {needed / GIB:.1f} GiB"
     return found
 
 

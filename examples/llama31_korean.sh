@@ -3,8 +3,8 @@
 #
 #     bash examples/llama31_korean.sh
 #
-# After an interruption, run it again: it resumes where it stopped. It needs Korean texts in data/target, English ones in
-# data/source, a held-out text of each that is not among them (data/heldout.ko.jsonl, data/heldout.en.jsonl), and
+# After an interruption, run it again: it resumes where it stopped. It needs Korean texts in data/target, English ones
+# in data/source, a held-out text of each that is not among them (data/heldout.ko.jsonl, data/heldout.en.jsonl), and
 # conversations (data/tagengo.parquet). Set anything in capitals from outside: GPUS=4 SAMPLES=31000 bash examples/...
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -32,8 +32,8 @@ best() { # a stage's command with the fastest settings that fit; if none do, the
 # Plan all stages before the first begins.
 elo=$(best train --layers 1,32 --seq-len "$SEQ_LEN" -- --gb "$GB" $TEXTS --out "$RUNS/elo")
 alignment=$(best align --seq-len "$SEQ_LEN" -- --elo "$RUNS/elo" --gb "$ALIGNMENT_GB" $TEXTS --out "$RUNS/aligned")
-tuning=$(best sft -- --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en ${SAMPLES:+--samples "$SAMPLES"} \
-    --epochs "$EPOCHS" --out "$RUNS/sft")
+tuning=$(best sft -- --model "$RUNS/chat" --data "$DATA/tagengo.parquet" --languages ko,en --epochs "$EPOCHS" \
+    ${SAMPLES:+--samples "$SAMPLES"} --out "$RUNS/sft")
 
 stage() { # print a planned command, then run it
     eval "run ${1/#torchrun/torchrun --standalone} $STAGE"

@@ -126,8 +126,8 @@ def process_group() -> Iterator[World]:
         if is_lost:
             raise _reason_of_loss(world) from error
         if is_out_of_memory(error):
-            what = message_line(error) or "out of memory"
-            error = UserError(f"process {rank}: {what}; python -m elo.planning --best finds options that need less")
+            less = "smaller batches need less, and python -m elo.planning --best finds a stage's options"
+            error = UserError(f"process {rank}: {message_line(error) or 'out of memory'}; {less}")
         world.tell_why(str(error) if isinstance(error, UserError) else f"process {rank} failed, see above: {error}")
         raise error
     finally:

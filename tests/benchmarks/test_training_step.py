@@ -93,6 +93,7 @@ def here(function, argument):
 def test_report(base, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenization, "EACH", 2000)
     monkeypatch.setattr(speed, "apart", here)  # in this process: the imports take the time of this test
+    monkeypatch.setattr(Memory, "peak", lambda _: 12345)  # of this process, in which other tests leave and free memory
     options = ["--batch", 2, "--seq-len", 16, "--rounds", 1, "--seconds", 0.001, "--dtype", "fp32"]
     options += ["--methods", "elo,full,lora", "--figure3", "--tokenization", "--data", tmp_path / "ko.jsonl"]
     files = ["--json", tmp_path / "speed.json", "--plot", tmp_path / "speed.png"]
@@ -105,7 +106,7 @@ def test_report(base, tmp_path, monkeypatch, capsys):
     for row in rows:
         assert row["dtype"] == "fp32"
         assert row["slowest"] == row["tokens_per_second"] == row["fastest"] > 0
-        assert row["memory_bytes"] > 0
+        assert row["memory_bytes"] == 12345
         assert sum(row["parts"].values()) == pytest.approx(1)
         assert all(share > 0 for share in row["parts"].values())
     for ours, theirs in zip(rows[::2], rows[1::2], strict=True):  # one batch, two implementations

@@ -53,7 +53,8 @@ def test_out_of_memory(project, error, monkeypatch, capfd):
         assert run_here("train --save-every 3 --max-steps 4", out) == 2
     said = capfd.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("error")]
-    assert line.startswith(f"error: process 0: {message_line(error) or 'out of memory'}; python -m elo.planning --best")
+    assert line.startswith(f"error: process 0: {message_line(error) or 'out of memory'}; smaller batches need less")
+    assert "python -m elo.planning --best" in line
     assert "Traceback" not in said and states(Path(out)) == ["step-3"]
 
 
