@@ -40,12 +40,13 @@ def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b by fp32 products, whatever the dtype of the factors: others round before they add."""
-    a, b = a.to(total.dtype, memory_format=torch.contiguous_format), b.to(total.dtype)
-    if ONEDNN:
-        total += matmul_t(a, b.T)
+    """total += a @ b in fp32, whatever the dtype of the factors: a product in bf16 would round before it adds."""
+    if a.dtype == b.dtype == torch.bfloat16 and onednn.HAS_BF16:
+        onednn.add_product_(total, a, b)
+    elif ONEDNN:
+        total += matmul_t(a.to(total.dtype, memory_format=torch.contiguous_format), b.to(total.dtype).T)
     else:
-        total.addmm_(a, b)
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class _Linear(torch.autograd.Function):

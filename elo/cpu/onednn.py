@@ -20,3 +20,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def packed(weight: Tensor, rows: int) -> Tensor:
     """A weight as the kernels for this CPU want it if x has about so many rows; only `linear` can use it."""
     return torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+
+
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, summed in fp32; the factors are bf16, and the CPU has instructions for it."""
+    matmul = torch.backends.mkldnn.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "bf16"  # of fp32 factors, which loses nothing of these
+    try:
+        total.addmm_(a.float(), b.float())
+    finally:
+        matmul.fp32_precision = before

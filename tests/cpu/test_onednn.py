@@ -35,3 +35,12 @@ def test_without_them_all_goes_on(tmp_path, monkeypatch):
     monkeypatch.setattr(linear, "ONEDNN", False)
     assert not any(isinstance(module, PackedLinear) for module in pack_weights(model).modules())
     assert torch.equal(model(tokens), before)
+
+
+def test_a_sum_of_bf16_products_is_fp32s_and_leaves_other_products_alone():
+    a, b = torch.randn(64, 300).bfloat16(), torch.randn(300, 96).bfloat16()
+    before = a.float() @ (b.float() * 1.001)
+    total = torch.full((64, 96), 1e4)
+    linear.add_matmul(total, a, b)
+    assert (total - (a.double() @ b.double() + 1e4)).abs().max() < 2e-3  # half of what fp32 resolves at 10,000
+    assert torch.equal(a.float() @ (b.float() * 1.001), before)
