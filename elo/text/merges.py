@@ -28,7 +28,8 @@ def mergeable_ranks(
     no other pair ever makes t. We keep the tokens that their own bytes merge into: for them that pair is listed. No
     text merges into the others, so they are left out, or, with `ignore_merges`, checked not to be such a pair.
     """
-    numbered = _numbered(vocab, merges, source)
+    numbered = numbered_merges(merges, vocab, source, "its id")
+    listed = {(x, y) for x, y, _ in numbered}
     bytes_of = {id: spelled for token, id in vocab.items() if (spelled := token_bytes(token))}
     single = {id for id, spelled in bytes_of.items() if len(spelled) == 1}
     if not single:
@@ -37,7 +38,7 @@ def mergeable_ranks(
     tokens = {spelled: id for id, spelled in bytes_of.items() if id in single or id in made}
     if ignore_merges:
         tokens |= {bytes_of[id]: id for token, id in vocab.items() if id in bytes_of and token not in not_text}
-        if _every_pair_is_listed(tokens, numbered):
+        if _every_pair_is_listed(tokens, listed):
             return tokens
 
     left = first_parts(numbered, single)
@@ -46,11 +47,11 @@ def mergeable_ranks(
     if rest:
         # Would the kept ones, after all, arrive at a pair that makes one of these?
         bpe = ByteLevelBPE(ranks, GPT2_PATTERN, source)
-        late = {(x, y) for x, y, id in numbered if id not in left}
         for spelled, id in rest.items():
             end = bpe.merge(spelled)
-            if len(end) == 2 and (ignore_merges or tuple(end) in late):
-                why = "from a part with a larger id" if tuple(end) in late else "which is not a listed pair"
+            is_listed = tuple(end) in listed
+            if len(end) == 2 and (ignore_merges or is_listed):
+                why = "from a part with a larger id" if is_listed else "which is not a listed pair"
                 raise UserError(
                     f"{source}: tiktoken cannot reproduce the merges: it would make token {id} ({spelled!r:.60}) of "
                     f"tokens {end[0]} and {end[1]}, {why}"
@@ -58,33 +59,35 @@ def mergeable_ranks(
     return ranks | rest if ignore_merges else ranks
 
 
-def _numbered(vocab: dict[str, int], merges: Iterable[tuple[str, str]], source: Path) -> list[tuple[int, int, int]]:
-    """The merges as ids (left, right, made), checked to be in the order of the made ids."""
+def numbered_merges(
+    merges: Iterable[tuple[str, str]], order: dict[str, int], source: Path, by: str
+) -> list[tuple[int, int, int]]:
+    """The merges as numbers (left, right, made), checked to make tokens in that order. `order`: of the vocabulary's
+    tokens, the rank by which an algorithm merges; `by`: what that rank is, for errors."""
     numbered = []
     last = -1
     for number, (x, y) in enumerate(merges, 1):
         try:
-            made = vocab[x + y]
-            numbered.append((vocab[x], vocab[y], made))
+            left, right, made = order[x], order[y], order[x + y]
         except KeyError as error:
             raise UserError(
-                f"{source}: merge {number} needs {error.args[0]!r}, which is not in the vocabulary"
+                f"{source}: merge {number} needs {error.args[0]!r:.60}, which is not in the vocabulary"
             ) from error
         if made < last:
             raise UserError(
-                f"{source}: merges out of id order: merge {number} makes token {made} after token {last}; tiktoken "
-                "merges in the order of the ids"
+                f"{source}: merges out of order: by {by} the token {x + y!r:.60}, which merge {number} makes, comes "
+                "before the one that the merge before it makes"
             )
+        numbered.append((left, right, made))
         last = made
     return numbered
 
 
-def _every_pair_is_listed(tokens: dict[bytes, int], merges: list[tuple[int, int, int]]) -> bool:
+def _every_pair_is_listed(tokens: dict[bytes, int], listed: set[tuple[int, int]]) -> bool:
     """Whether any two tokens that make a third are a listed merge, so that tiktoken's rule is no other one.
 
     So it is in Llama 3's tokenizer.json, which was converted from tiktoken: about two merges for each token.
     """
-    listed = {(x, y) for x, y, _ in merges}
     for spelled in tokens:
         for cut in range(1, len(spelled)):
             x = tokens.get(spelled[:cut])

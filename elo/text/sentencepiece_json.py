@@ -10,7 +10,7 @@ from pathlib import Path
 
 from elo.common.errors import UserError
 from elo.text.added_tokens import AddedToken
-from elo.text.merges import first_parts
+from elo.text.merges import first_parts, numbered_merges
 from elo.text.sentencepiece_bpe import SentencePieceModel
 from elo.text.tokenizer_json import SPACE, Prefix
 
@@ -32,12 +32,13 @@ def sentencepiece_of(
         raise UserError(f"{source}: {len(missing)} of the 256 tokens <0x00> to <0xFF> are missing, as {min(missing)}")
     if max(vocab.values()) >= len(vocab):
         raise UserError(f"{source}: {len(vocab)} tokens have ids up to {max(vocab.values())}; gaps are not supported")
-    rank = _ranks(vocab, merges, source)
+    rank = {made: number for number, made in enumerate(dict.fromkeys(x + y for x, y in merges))}
     single = {token: -1 - id for token, id in vocab.items() if len(token) == 1}
-    moment = rank | single
-    left = first_parts(
-        [(moment[x], moment[y], rank[x + y]) for x, y in merges if x in moment and y in moment], set(single.values())
-    )
+    order = {token: rank.get(token, -1 - id) for token, id in vocab.items()} | single
+    numbered = numbered_merges(merges, order, source, "an earlier merge")
+    if in_merges := _BYTES & {token for x, y in merges for token in (x, y, x + y)}:
+        raise UserError(f"{source}: merges of {min(in_merges)}, which stands for a byte, are not supported")
+    left = first_parts(numbered, set(single.values()))
     kept = single.keys() | {token for token, number in rank.items() if number in left}
     if unknown not in vocab or unknown in kept | _BYTES:
         raise UserError(f"{source}: the unk_token {unknown!r:.60} must be a token that no text becomes")
@@ -71,27 +72,6 @@ def sentencepiece_of(
         if len(end) == 2 and end in listed:
             raise UserError(f"{source}: SentencePiece cannot reproduce the merge of tokens {end[0]} and {end[1]}")
     return model
-
-
-def _ranks(vocab: dict[str, int], merges: list[tuple[str, str]], source: Path) -> dict[str, int]:
-    """The order in which the merges make tokens; several merges that make the same one must follow each other."""
-    rank: dict[str, int] = {}
-    last = None
-    for number, (x, y) in enumerate(merges, 1):
-        made = x + y
-        for token in (x, y, made):
-            if token not in vocab or not token:
-                raise UserError(f"{source}: merge {number} needs {token!r:.60}, which is not in the vocabulary")
-            if token in _BYTES:
-                raise UserError(f"{source}: merge {number} has {token}, which stands for a byte; it is not supported")
-        if made != last and made in rank:
-            raise UserError(
-                f"{source}: merges out of order: merge {number} makes {made!r:.60}, as an earlier one did, but "
-                "merges of other tokens stand between them; SentencePiece has one rank for each token"
-            )
-        rank.setdefault(made, len(rank))
-        last = made
-    return rank
 
 
 def _varint(value: int) -> bytes:

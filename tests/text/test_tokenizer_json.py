@@ -54,7 +54,9 @@ REFUSED = {
     "id True": {"model": {"vocab": {"a": True}}},
     "byte-level alphabet": {"model": {"vocab": {"한": 10}, "merges": []}},
     "merge 1 needs 'zz'": {"model": {"vocab": {"z": 10}, "merges": ["z z"]}},
-    "merges out of id order": {"model": {"vocab": dict(a=10, b=11, ab=13, ba=12), "merges": ["a b", "b a"]}},
+    "merges out of order: by its id the token 'ba', which merge 2 makes,": {
+        "model": {"vocab": dict(a=10, b=11, ab=13, ba=12), "merges": ["a b", "b a"]}
+    },
     "from a part with a larger id": {
         "model": {"vocab": dict(a=10, b=11, c=12, bc=19, abc=15), "merges": [["a", "bc"], ["b", "c"]]}
     },
