@@ -144,8 +144,8 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
         number = int(id) if id.isdecimal() and len(id) < 12 else id
         add(token_text(token), number, token if isinstance(token, dict) else {}, config)
     if not (is_newer := newer.given("added_tokens_decoder")):
-        special |= _named_special(files.json("special_tokens_map.json") or {})
-    for text, id in (files.json("added_tokens.json") or {}).items():
+        special |= _named_special(files.json("special_tokens_map.json"))
+    for text, id in files.json("added_tokens.json").items():
         if text not in added or added[text].id != id:
             add(text, id, {"special": is_newer}, files.path("added_tokens.json"))
     return added

@@ -87,10 +87,6 @@ class ByteLevelBPE:
         except ValueError as error:
             raise UserError(f"{source}: cannot use the pattern {pattern!r:.300}: {error}") from error
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        """The ids of `texts`, which must be valid Unicode (no lone surrogates), as uint32."""
-        return [self.encode_part(self.normalize(text)) for text in texts]
-
     def normalize(self, text: str) -> str:
         # Python's Unicode is newer than the 9.0 of Hugging Face's tokenizers. They differ only where one of some
         # 100 combining marks that are newer than that stands among other marks.
@@ -99,7 +95,7 @@ class ByteLevelBPE:
         return unicodedata.normalize("NFC", text)
 
     def encode_part(self, text: str, first: bool = True) -> np.ndarray:
-        """The ids of normalized text, which is encoded alike wherever it stands."""
+        """The ids, as uint32, of normalized text without lone surrogates, which is encoded alike wherever it stands."""
         data = text.encode() if self._missing else b""
         if len(data.translate(None, delete=self._missing)) == len(data):
             try:

@@ -240,7 +240,7 @@ def _guess(files: TokenizerFiles, tokenizer: Tokenizer) -> str:
     if families == [MISTRAL_TOKENS]:
         return "mistral"
     if families == [LLAMA3]:
-        config = files.json("config.json") or {}
+        config = files.json("config.json")
         rope: Any = config.get("rope_parameters") or config.get("rope_scaling")
         scaled = isinstance(rope, dict) and "llama3" in (rope.get("rope_type"), rope.get("type"))
         return "llama3.1" if scaled else "llama3"
@@ -253,8 +253,8 @@ def _guess(files: TokenizerFiles, tokenizer: Tokenizer) -> str:
 
 def _generation_stops(files: TokenizerFiles) -> set[int]:
     """eos_token_id, one or several, of generation_config.json, or without that file of config.json."""
-    name = "config.json" if files.json("generation_config.json") is None else "generation_config.json"
-    eos = (files.json(name) or {}).get("eos_token_id")
+    name = "config.json" if files.read("generation_config.json") is None else "generation_config.json"
+    eos = files.json(name).get("eos_token_id")
     stops = eos if isinstance(eos, list) else [] if eos is None else [eos]
     for id in stops:
         if type(id) is not int or id < 0:

@@ -216,7 +216,7 @@ def find_template(files: TokenizerFiles) -> str | None:
     if (data := files.read("chat_template.jinja")) is not None:
         return data.decode("utf-8", "replace")
     for name in ("tokenizer_config.json", "chat_template.json"):
-        template = (files.json(name) or {}).get("chat_template")
+        template = files.json(name).get("chat_template")
         if isinstance(template, list):  # several, by name
             entries = [entry for entry in template if isinstance(entry, dict)]
             template = {str(entry.get("name")): entry.get("template") for entry in entries}
@@ -236,7 +236,7 @@ def template_variables(files: TokenizerFiles, bos: str | None, eos: str) -> dict
     """The special tokens by the names that templates know; `bos` and `eos` where the files do not say."""
     named = {"bos_token": bos, "eos_token": eos} | files.config
     if "added_tokens_decoder" not in files.config:  # as transformers has it: the older file says the last word
-        named |= files.json("special_tokens_map.json") or {}
+        named |= files.json("special_tokens_map.json")
     return {name: text for name in NAMED if (text := token_text(named.get(name))) is not None}
 
 

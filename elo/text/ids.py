@@ -75,7 +75,7 @@ class Tokenizer:
                     f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
                 ) from error
         if self._splitter is None:
-            return self.model.encode_arrays(texts)
+            return [self.model.encode_part(self.model.normalize(text), first=True) for text in texts]
         return [np.concatenate([np.array([], np.uint32), *self._parts(text)]) for text in texts]
 
     def _parts(self, text: str) -> Iterator[np.ndarray]:

@@ -29,7 +29,7 @@ class SentencePieceModel:
         self._data = data
         self._source = source
         self._processor = self._load(data)
-        self._also_whole = False
+        self._plain: sentencepiece.SentencePieceProcessor | None = None
         try:
             self._read_pieces()
             self.forbid(self.control.values())
@@ -89,8 +89,8 @@ class SentencePieceModel:
             self._processor = self._load(data)
 
     def cut_at_added_tokens(self, also_whole: bool = False) -> None:
-        """Make `normalize` and `encode_part` usable; with `also_whole`, `encode_arrays` is these two. UserError where
-        the model itself normalizes texts."""
+        """From now on texts come in parts; with `also_whole`, the first part and a whole text get a space in front as
+        the other parts do, not as in SentencePiece. UserError where the model itself normalizes texts."""
         if self._normalizer.get(2) or self._normalizer.get(4, 1):  # precompiled_charsmap, remove_extra_whitespaces
             raise UserError(f"{self._source}: added tokens that are text are not supported beside its normalization")
         if (self.prefix.where != "never") != self.adds_prefix:
@@ -102,19 +102,16 @@ class SentencePieceModel:
         # Of a field that comes twice the last one counts: normalizer_spec = {add_dummy_prefix = false}.
         self._plain = self._load(self._data + b"\x1a\x02\x18\x00")
 
-    def encode_arrays(self, texts: list[str]) -> list[np.ndarray]:
-        if self._also_whole:
-            return [self.encode_part(self.normalize(text), True) for text in texts]
-        return [np.array(self._processor.encode(text), np.uint32) for text in texts]
-
     def normalize(self, text: str) -> str:
         """What is done to a text before the added tokens that are `normalized` are looked for."""
-        if not self.prefix.by_normalizer:
+        if self._plain is None or not self.prefix.by_normalizer:
             return text
         return (SPACE if text and self.prefix.where == "prepend" else "") + text.replace(" ", SPACE)
 
     def encode_part(self, text: str, first: bool) -> np.ndarray:
-        """The ids of normalized text that stands between added tokens; `first`: before all of them."""
+        """The ids, as uint32, of normalized text that stands between added tokens; `first`: before all of them."""
+        if self._plain is None:
+            return np.array(self._processor.encode(text), np.uint32)
         where = "never" if self.prefix.by_normalizer else self.prefix.where
         # SentencePiece itself puts a space before any text, also one that begins with a space.
         has_one = where != "prepend" and text.startswith((" ", SPACE)) and (self._also_whole or not first)

@@ -9,6 +9,7 @@ those of Hugging Face's tokenizer with `encode_special_tokens`, of `sp.encode` i
 `encode_ordinary` in tiktoken.
 """
 
+from itertools import count
 from pathlib import Path
 
 from elo.common.errors import UserError
@@ -67,7 +68,7 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Toke
         # A SentencePiece model starts with a protobuf tag that no line of base64 starts with.
         kind = _from_sentencepiece if files.read(name)[:1] == b"\n" else _from_llama3_model
         tokenizer = kind(files, name)
-    elif files.json("tokenizer.json") is not None:
+    elif files.read("tokenizer.json") is not None:
         tokenizer = _from_sentencepiece_json(files)
     elif files.read("vocab.json") is not None and files.read("merges.txt") is not None:
         tokenizer = _from_vocab_json(files)
@@ -123,7 +124,7 @@ def _from_tokenizer_json(files: TokenizerFiles) -> Tokenizer:
 def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
     source = files.path("vocab.json")
     # These two files do not tell how a text is cut.
-    kind = files.config.get("tokenizer_class") or (files.json("config.json") or {}).get("model_type")
+    kind = files.config.get("tokenizer_class") or files.json("config.json").get("model_type")
     match str(kind).lower().removesuffix("fast").removesuffix("tokenizer"):
         case "qwen2":
             pattern, nfc = QWEN2_PATTERN, True
@@ -134,7 +135,7 @@ def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
                 f"{source}: without a tokenizer.json, the tokenizer_class in tokenizer_config.json must be "
                 f"Qwen2Tokenizer or GPT2Tokenizer; it is {kind!r:.100}"
             )
-    vocab = read_vocabulary(files.json("vocab.json") or {}, source)
+    vocab = read_vocabulary(files.json("vocab.json"), source)
     merges = read_merges_txt(files.read("merges.txt") or b"", files.path("merges.txt"))
     tokenizer = _byte_level(vocab, merges, pattern, nfc, read_added_tokens(files, vocab), files.path("merges.txt"))
     return _with_document_ends(tokenizer, files, _config_bos(files))
@@ -168,20 +169,11 @@ def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
 
 def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
     """The 256 tokens that Llama 3.1 counts on from the last of its tokenizer.model, which does not name them."""
-    named = {
-        0: "begin_of_text",
-        1: "end_of_text",
-        4: "finetune_right_pad_id",
-        6: "start_header_id",
-        7: "end_header_id",
-        8: "eom_id",
-        9: "eot_id",
-        10: "python_tag",
-    }
-    reserved = (f"reserved_special_token_{number}" for number in range(256))
-    return {
-        f"<|{named.get(index) or next(reserved)}|>": AddedToken(first + index, special=True) for index in range(256)
-    }
+    named = {0: "begin_of_text", 1: "end_of_text", 4: "finetune_right_pad_id", 6: "start_header_id"}
+    named |= {7: "end_header_id", 8: "eom_id", 9: "eot_id", 10: "python_tag"}
+    reserved = count()
+    names = (named.get(index) or f"reserved_special_token_{next(reserved)}" for index in range(256))
+    return {f"<|{name}|>": AddedToken(first + index) for index, name in enumerate(names)}
 
 
 # ---- SentencePiece: Llama 2, Mistral
@@ -189,8 +181,8 @@ def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
 
 def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
     model = SentencePieceModel(files.read(name) or b"", files.path(name))
-    _check_restated(model, files, files.path(name))
     added = read_added_tokens(files, model.text)
+    _check_restated(model, added, files, files.path(name))
     model.forbid(token.id for token in added.values() if token.special)
     # A fine-tune may have renamed a control token ([control_8] -> <|im_start|>): then only the new name counts.
     renamed = {token.id for token in added.values()}
@@ -205,7 +197,7 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
 
 
 def _prefix(files: TokenizerFiles, model: SentencePieceModel) -> Prefix:
-    if files.json("tokenizer.json") is not None:
+    if files.read("tokenizer.json") is not None:
         return read_prefix(files.fields("tokenizer.json"), uncut=False)
     config = files.fields("tokenizer_config.json")
     if not config.boolean("add_prefix_space", model.adds_prefix):
@@ -232,7 +224,9 @@ def _from_sentencepiece_json(files: TokenizerFiles) -> Tokenizer:
     return _with_document_ends(tokenizer, files, read_template_bos(content) or _config_bos(files))
 
 
-def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Path) -> None:
+def _check_restated(
+    model: SentencePieceModel, added: dict[str, AddedToken], files: TokenizerFiles, source: Path
+) -> None:
     """UserError when tokenizer.json has another vocabulary, as when only that file was extended."""
     path = files.path("tokenizer.json")
     restated = files.fields("tokenizer.json").object("model", {})
@@ -241,7 +235,6 @@ def _check_restated(model: SentencePieceModel, files: TokenizerFiles, source: Pa
         vocab = {str(entry[0]): id for id, entry in pieces if isinstance(entry, list) and entry}
     else:
         vocab = read_vocabulary(restated.object("vocab", {}).fields, path)
-    added = read_added_tokens(files, {})
     piece_of = {id: piece for piece, id in model.text.items()}
     for token, id in vocab.items():
         extends = id >= model.size and token not in added

@@ -24,7 +24,7 @@ class TokenizerFiles:
         self.directory = directory
         self._data: dict[str, bytes] = {}
         self._parsed: dict[str, dict[str, Any]] = {}
-        self.config: dict[str, Any] = self.json("tokenizer_config.json") or {}
+        self.config = self.json("tokenizer_config.json")
 
     def path(self, name: str) -> Path:
         return self.directory / name
@@ -40,15 +40,15 @@ class TokenizerFiles:
                 raise UserError(f"{self.path(name)}: cannot be read: {error.strerror}") from error
         return self._data[name]
 
-    def json(self, name: str) -> dict[str, Any] | None:
-        """The content of a file that holds a JSON object, None where there is no such file."""
-        if name not in self._parsed and (data := self.read(name)) is not None:
-            self._parsed[name] = json_object(data, self.path(name))
-        return self._parsed.get(name)
+    def json(self, name: str) -> dict[str, Any]:
+        """The content of a file that holds a JSON object, empty where there is no such file."""
+        if name not in self._parsed:
+            data = self.read(name)
+            self._parsed[name] = {} if data is None else json_object(data, self.path(name))
+        return self._parsed[name]
 
     def fields(self, name: str) -> Fields:
-        """The same, empty where there is no such file."""
-        return Fields(self.json(name) or {}, self.path(name))
+        return Fields(self.json(name), self.path(name))
 
     def fingerprint(self) -> str:
         """SHA-256 over the names and contents of all files that were read."""
@@ -66,15 +66,13 @@ def token_text(token: Any, key: str = "content") -> str | None:
 
 def read_vocabulary(vocab: dict[str, Any], source: Path | str) -> dict[str, int]:
     """A vocabulary, token -> id, with ids that are whole numbers, in range and different."""
+    token_of: dict[int, str] = {}
     for token, id in vocab.items():
         check_id(token, id, source)
         if len(token) > LONGEST_TOKEN:
             raise UserError(f"{source}: a token of {len(token):,} characters; at most {LONGEST_TOKEN} are supported")
-    if len(set(vocab.values())) < len(vocab):
-        seen: dict[int, str] = {}
-        for token, id in vocab.items():
-            if seen.setdefault(id, token) != token:
-                raise UserError(f"{source}: the tokens {seen[id]!r:.60} and {token!r:.60} have the same id {id}")
+        if token_of.setdefault(id, token) != token:
+            raise UserError(f"{source}: the tokens {token_of[id]!r:.60} and {token!r:.60} have the same id {id}")
     return vocab
 
 

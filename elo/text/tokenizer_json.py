@@ -5,6 +5,7 @@ the tokenizer before it was saved, and transformers does not apply them either.
 """
 
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from elo.common.errors import UserError
@@ -12,7 +13,6 @@ from elo.common.fields import Fields
 from elo.text.byte_level_bpe import GPT2_PATTERN, split_pattern
 from elo.text.tokenizer_files import token_text
 
-MOST_STEPS = 64  # of a normalizer or pre_tokenizer
 # What a tokenizer.json has around its model, and what the steps are called if one is a Sequence.
 PARTS = {"normalizer": "normalizers", "pre_tokenizer": "pretokenizers", "post_processor": "processors"}
 PARTS |= {"decoder": "decoders"}
@@ -27,19 +27,16 @@ def has_byte_level(content: Fields) -> bool:
 
 def _steps(content: Fields, part: str) -> list[dict[str, Any]]:
     """The steps of one of `PARTS`, which may be null, one, or a Sequence (of ...)."""
-    key, steps = PARTS[part], []
-    pending = list(filter(None, [content.object(part, {}).fields]))
-    while pending:
-        step = pending.pop(0)
+
+    def flat(step: Any) -> list[dict[str, Any]]:
         if not isinstance(step, dict):
-            step = {"type": step}  # for the refusal
-        if step.get("type") == "Sequence" and isinstance(step.get(key), list):
-            pending = step[key] + pending
-        else:
-            steps.append(step)
-        if len(pending) + len(steps) > MOST_STEPS:
-            raise UserError(f"{content.where}: more than {MOST_STEPS} {key} are not supported")
-    return steps
+            return [{"type": step}]  # for the refusal
+        if step.get("type") == "Sequence" and isinstance(step.get(PARTS[part]), list):
+            return [inner for one in step[PARTS[part]] for inner in flat(one)]
+        return [step]
+
+    whole = content.object(part, {}).fields
+    return flat(whole) if whole else []
 
 
 def is_nfc(content: Fields) -> bool:
@@ -90,11 +87,9 @@ def read_template_bos(content: Fields) -> str | None:
             continue
         if step.get("type") != "TemplateProcessing":
             raise UserError(f"{content.where}: the post_processor {step.get('type')!r:.60} is not supported")
-        front = []
-        for part in Fields(step, content.where).array("single", []):
-            if not isinstance(part, dict) or "SpecialToken" not in part:
-                break
-            front.append(token_text(part["SpecialToken"], key="id"))
+        parts = Fields(step, content.where).array("single", [])
+        tokens = takewhile(lambda part: isinstance(part, dict) and "SpecialToken" in part, parts)
+        front = [token_text(token["SpecialToken"], key="id") for token in tokens]
         if len(front) > 1 or None in front:
             what = f"{len(front)} tokens" if len(front) > 1 else "None"
             raise UserError(f"{content.where}: its post_processor puts {what} before a text; one token is supported")
@@ -143,15 +138,15 @@ def read_prefix(content: Fields, uncut: bool = True) -> Prefix:
 def check_decoder(content: Fields, prefix: Prefix | None) -> None:
     """UserError unless the decoder undoes what the rest does: with a `prefix` that of Llama, else ByteLevel."""
     steps = _steps(content, "decoder")
-    known = [[], [{"type": "ByteLevel"}]]
-    if prefix is not None:
-        known = [[{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}, {"type": "ByteFallback"}]]
-        known[0] += [{"type": "Fuse"}]
-        if prefix.where != "never":
-            known[0] += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+    if prefix is None:
+        is_known = [step.get("type") for step in steps] in ([], ["ByteLevel"])  # its options are about offsets
     else:
-        steps = [{"type": step.get("type")} for step in steps]  # the others are about offsets
-    if steps not in known:
+        known: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
+        known += [{"type": "ByteFallback"}, {"type": "Fuse"}]
+        if prefix.where != "never":
+            known += [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]
+        is_known = steps == known
+    if not is_known:
         raise UserError(f"{content.where}: the decoder {content.fields.get('decoder')!r:.300} is not implemented")
 
 

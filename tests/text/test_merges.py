@@ -42,7 +42,7 @@ def test_a_tokenizer_json_converted_from_tiktoken(llama3_directory, tmp_path):
 def merged(ranks, texts):
     """The ids of texts that are not cut into pieces."""
     bpe = ByteLevelBPE(ranks, r"[\s\S]+", Path("tokenizer.json"))
-    return [ids.tolist() for ids in bpe.encode_arrays(texts)]
+    return [bpe.encode_part(text).tolist() for text in texts]
 
 
 def test_accepted_merges_are_exact_and_nothing_else_is_accepted():
