@@ -72,8 +72,9 @@ def open_windows(
     another stream: other texts, another seed or fraction.
     """
     config.check_seq_len(arguments.seq_len)
-    if arguments.target_fraction == 0:
-        raise UserError("--target-fraction 0: there would be nothing of the target language")
+    if arguments.target_fraction < 1e-5:
+        fraction = f"{arguments.target_fraction:g}"
+        raise UserError(f"--target-fraction {fraction}: there would be nothing of the target language")
     languages = [("--target", find_texts("--target", arguments.target, held_out), arguments.target_field)]
     if arguments.target_fraction < 1:
         languages.append(("--source", find_texts("--source", arguments.source, held_out), arguments.source_field))
@@ -100,9 +101,8 @@ def open_windows(
     for (option, *_), numbers in zip(languages, left_out, strict=False):
         if len(numbers):
             note(f"{option}: {len(numbers):,} documents are left out, which --validation has too")
-    target, source = [*opened, None][:2]
     start, stream = read_consumed(after) if after else (0, {})
-    mixture = Mixture(target, source, arguments.target_fraction, arguments.seed, arguments.gb, start, left_out)
+    mixture = Mixture(opened, arguments.target_fraction, arguments.seed, arguments.gb, start, left_out)
     for name in {**mixture.identity, **stream} if after else ():
         if mixture.identity.get(name) != stream.get(name):
             raise UserError(

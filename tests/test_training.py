@@ -223,6 +223,7 @@ MISTAKES = [
     (["--seed", "-1"], "--seed: '-1' is not a whole number below 4294967296"),
     (["--seed", str(2**32)], "--seed: '4294967296' is not a whole number below"),
     (["--target-fraction", "2"], "'2' is not a number from 0 to 1"),
+    (["--target-fraction", "0.000001"], "--target-fraction 1e-06: there would be nothing of the target language"),
     (["--learning-rate", "1"], "unrecognized arguments: --learning-rate 1"),
     (["--text-field", "body"], "ko.jsonl:1: no field 'body'"),
     (["--target-field", "body"], "ko.jsonl:1: no field 'body'"),

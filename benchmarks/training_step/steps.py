@@ -126,7 +126,7 @@ def open_windows(case: Case, base: Checkpoint) -> Windows:
         shard = tokenize(files, case.model, case.cache, text_field=case.text_field, progress=False)
     else:
         shard = random_shard(base.config.vocab_size, 16 * case.batch * case.seq_len + 1)
-    return Windows(Mixture(shard, None, 1.0, seed=0), case.seq_len)
+    return Windows(Mixture([shard], 1.0, seed=0), case.seq_len)
 
 
 def random_shard(vocab_size: int, count: int, length: int = 1000) -> TokenShard:

@@ -1,6 +1,6 @@
 """From token shards to training windows: both languages in one stream, 9:1 by bytes, packed end to end.
 
-    windows = Windows(Mixture(target, source, target_fraction=0.9, seed=0, gigabytes=9), seq_len=4096)
+    windows = Windows(Mixture([target, source], target_fraction=0.9, seed=0, gigabytes=9), seq_len=4096)
     tokens, labels = windows[0]
 
 The stream does not depend on `gigabytes`: a run takes a stretch of it, and a run that starts at the position that
@@ -26,7 +26,7 @@ BLOCK = 64  # documents of the stream for which there is one row of running tota
 
 
 class Mixture:
-    """A stretch of the stream of documents, which the shards, the fraction and the seed determine.
+    """A stretch of the stream of documents, which the shards (target, source), the fraction and the seed determine.
 
     Each language is shuffled on its own. A document with `before` bytes of its language ahead of it is then at byte
     before / share of the stream, where `share` is its language's part of all bytes. So at any point, each language has
@@ -41,8 +41,7 @@ class Mixture:
 
     def __init__(
         self,
-        target: TokenShard,
-        source: TokenShard | None,
+        shards: Sequence[TokenShard],
         target_fraction: float,
         seed: int,
         gigabytes: float | None = None,
@@ -51,12 +50,8 @@ class Mixture:
     ) -> None:
         # An exact fraction: with floats the documents at the border of two stages could be in both or in neither.
         fraction = Fraction(target_fraction).limit_denominator(100_000)
-        if not 0 < fraction <= 1:
-            raise UserError(f"--target-fraction {target_fraction} is not above 0 and at most 1")
-        if fraction < 1 and source is None:
-            raise UserError(f"--target-fraction {target_fraction} leaves a part for --source, which is not given")
-        self.shards = [target] if fraction == 1 else [target, source]
-        self.shares = [fraction, 1 - fraction][: len(self.shards)]
+        self.shares = [fraction, 1 - fraction] if fraction < 1 else [fraction]
+        self.shards = shards[: len(self.shares)]
         self.start = start
         # Two runs with the same identity have the same stream.
         self.identity: dict[str, Any] = {
