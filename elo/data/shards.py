@@ -27,7 +27,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elo.common.errors import UserError
-from elo.common.fields import read_json_object
+from elo.common.fields import read_json_object, write_json
 from elo.common.terminal import note
 from elo.data.encoding import (
     BATCH,
@@ -164,8 +164,7 @@ def _write(
     tokens = documents = text_bytes = 0
     skipped = Skipped()
     digests = hashlib.sha256(), hashlib.sha256()
-    with contextlib.ExitStack() as stack:
-        token_file, index, count_file = (stack.enter_context(open(directory / name, "wb")) for name in FILES)
+    with open(directory / FILES[0], "wb") as token_file, open(directory / FILES[1], "wb") as index:
         for batch in encoded:
             for number, error in batch.malformed:
                 skipped.add(error, files[number], error.line, skip_malformed)
@@ -178,13 +177,10 @@ def _write(
             documents += len(batch.documents)
             text_bytes += int(batch.documents["bytes"].sum(dtype=np.int64))
             bar.update(batch.read)
-        if not documents:
-            others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-            raise UserError(f"{files[0]}{others}: an empty corpus, there is no document in it")
-        count_file.write(counts.data)
-        for file in (token_file, index, count_file):
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure could leave meta.json beside less than it describes
+    if not documents:
+        others = f" and {len(files) - 1} more files" if len(files) > 1 else ""
+        raise UserError(f"{files[0]}{others}: an empty corpus, there is no document in it")
+    (directory / FILES[2]).write_bytes(counts.data)
     meta = {
         "token_type": token_type.str,
         "tokens": tokens,
@@ -194,10 +190,10 @@ def _write(
         "skipped": skipped,
         "sizes": {name: (directory / name).stat().st_size for name in FILES},
     }
-    with open(directory / "meta.json", "w") as file:
-        json.dump(meta, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
+    write_json(directory / "meta.json", meta)
+    for name in (*FILES, "meta.json"):
+        with open(directory / name, "rb") as file:
+            os.fsync(file.fileno())  # else a power failure could leave meta.json beside less than it describes
 
 
 # ---- the cache: a shard is there completely or not at all
