@@ -65,8 +65,7 @@ def read_conversation_records(path: str, unread: set[str] | None = None) -> Iter
 def _columns(path: str, unread: set[str] | None, names: list[str]) -> list[str]:
     if not set(LISTS) & set(names):
         raise UserError(f"{path}: needs a column {' or '.join(map(repr, LISTS))}, and has {', '.join(names)}")
-    if unread is not None:
-        remember(unread, (name for name in names if name not in OF_RECORD))
+    remember(unread, (name for name in names if name not in OF_RECORD))
     return [name for name in OF_RECORD if name in names]
 
 

@@ -52,14 +52,13 @@ def read_messages(record: dict[str, Any], unread: set[str] | None = None) -> Mes
     chats = [_read(record, name) for name in names]
     if chats[0] != chats[-1]:
         raise MalformedError(f"fields {' and '.join(map(repr, names))} differ")
-    if unread is not None:
-        remember(unread, record.keys() - OF_RECORD)
-        remember(unread, (f"{name} of messages" for turn in record[names[0]] for name in turn.keys() - OF_MESSAGE))
+    remember(unread, record.keys() - OF_RECORD)
+    remember(unread, (f"{name} of messages" for turn in record[names[0]] for name in turn.keys() - OF_MESSAGE))
     return chats[0]
 
 
-def remember(unread: set[str], names: Iterable[str]) -> None:
-    for name in names:
+def remember(unread: set[str] | None, names: Iterable[str]) -> None:
+    for name in names if unread is not None else ():
         if len(unread) < MOST_UNREAD:
             unread.add(name)
 
