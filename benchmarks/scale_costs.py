@@ -58,7 +58,7 @@ def tokenizing(model: str, languages: dict[str, list[str]], folder: Path) -> Non
     job, tokenizer = Job(model, "text"), load_tokenizer(model)
     files = {}
     for language, paths in languages.items():
-        texts = [document.text for document in read_documents(find_files(paths))]
+        texts = list(read_documents(find_files(paths)))
         block = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
         path = files[language] = folder / f"{language}.jsonl"
         path.write_bytes(block * (BYTES // len(block) + 1))
@@ -72,7 +72,7 @@ def tokenizing(model: str, languages: dict[str, list[str]], folder: Path) -> Non
     shards = [tokenize([files[name]], model, folder / "cache", progress=False) for name in files]
     text = sum(shard.bytes for shard in shards)
     report(sum(shard.tokens.nbytes for shard in shards) / text, "bytes", "tokens.bin for a byte of text")
-    windows = Windows(Mixture(*shards, 0.9, 0), 2048)
+    windows = Windows(Mixture(shards, 0.9, 0), 2048)
     picked = np.random.default_rng(0).integers(0, len(windows), 1000)
     spent = seconds(lambda: [windows[int(index)] for index in picked])
     report(spent / len(picked) * 1e6, "µs", "a window of 2048 tokens, its tokens in the page cache")
@@ -92,7 +92,7 @@ def shuffling() -> None:
         shards.append(TokenShard(np.zeros(0, np.uint16), documents, np.zeros(0, np.int64), [], total, str(count), {}))
     held = peak() - before
     mixture = []
-    spent = seconds(lambda: mixture.append(Mixture(*shards, 0.9, 0)))
+    spent = seconds(lambda: mixture.append(Mixture(shards, 0.9, 0)))
     report(DOCUMENT.itemsize, "bytes", "documents.bin on the disk, for a document")
     what = "memory while documents are shuffled, for one of the larger language"
     report((peak() - before - held) / DOCUMENTS, "bytes", what)

@@ -13,7 +13,7 @@ import numpy as np
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive, positive_int
 from elo.common.terminal import note
-from elo.data.documents import Document, read_documents
+from elo.data.documents import read_documents
 from elo.data.finding import find_files
 from elo.data.shards import TokenShard
 from elo.model.decoder import CausalLM
@@ -87,24 +87,23 @@ class HeldOutTexts(HeldOut):
         super().__init__(files)
         # Each document's tokens as a shard stores them, by its numbers of tokens and bytes, to find it there.
         self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
-        on_malformed = (lambda *_: None) if skip_malformed else None
         for number, file in enumerate(files):
-            documents = read_documents([file], text_field, on_malformed)
+            documents = read_documents([file], text_field, skip_malformed)
             encoded = self._beginning(documents, tokenizer, int(megabytes * 10**6) // len(files))
             self.add(number, windows(encoded, tokenizer.bos_id, seq_len, self.scores[number]))
             if not self.scores[number].tokens:
                 raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
 
-    def _beginning(self, documents: Iterable[Document], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
+    def _beginning(self, documents: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
         """Documents up to `size` bytes in all, the last of them perhaps cut."""
         for document in documents:
-            text = document.text.encode("utf-8")[:size].decode("utf-8", "ignore")
+            text = document.encode("utf-8")[:size].decode("utf-8", "ignore")
             if not text:
                 return
-            whole = encode(tokenizer, document.text)
+            whole = encode(tokenizer, document)
             ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *whole.ids, tokenizer.eos_id]
             self.documents[len(ids), whole.bytes].add(np.array(ids, "<u4").tobytes())
-            yield (part := whole if text == document.text else encode(tokenizer, text))
+            yield (part := whole if text == document else encode(tokenizer, text))
             size -= part.bytes
 
     def find(self, shard: TokenShard) -> np.ndarray:

@@ -19,7 +19,6 @@ from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
 from elo.data.conversation_table import Conversations
-from elo.data.documents import Document
 from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.processes import World
@@ -94,10 +93,10 @@ def check_seq_len(seq_len: int) -> None:
 
 
 @torch.inference_mode()
-def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterable[Document], seq_len: int) -> Score:
+def score_file(model: CausalLM, tokenizer: Tokenizer, documents: Iterable[str], seq_len: int) -> Score:
     """The score on documents of a model that is not sharded."""
     score, device = Score(), model.lm_head.weight.device
-    encoded = (encode(tokenizer, document.text) for document in documents)
+    encoded = (encode(tokenizer, document) for document in documents)
     for tokens, labels in make_batches(windows(encoded, tokenizer.bos_id, seq_len, score), score):
         score.nats += model(tokens.to(device), labels.to(device)).item()
     return score

@@ -210,7 +210,7 @@ def hold_out(options: Namespace) -> None:
     options.validation_mb = max(4.0, len(paths) * number * SIZES[-1] / 1e6)  # equal parts, each a whole file
     for name in languages if not options.dry_run else ():
         every = islice(read_documents(find_files(getattr(options, name))), AMONG)
-        documents = list(dict.fromkeys(text.text for text in every if len(text.text.encode()) in SIZES))
+        documents = list(dict.fromkeys(text for text in every if len(text.encode()) in SIZES))
         if len(documents) < 3 * number:
             raise UserError(f"--{name}: {len(documents)} documents of {SIZES[0]} to {SIZES[-1]} bytes; "
                             f"of {3 * number} and more --held-out {number} leaves enough")  # fmt: skip

@@ -13,8 +13,7 @@ records, and `Record.texts` makes documents of one record.
 
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -29,19 +28,10 @@ SUPPORTED = ".txt, .jsonl, .ndjson, .json (each also as .gz or .zst) and .parque
 MAX_DOCUMENT = 512 * 1024  # bytes of UTF-8
 
 
-@dataclass(frozen=True)
-class Document:
-    """A text and where it stands: its line (from 1), its row in a Parquet file, its number in an array of JSON."""
-
-    text: str
-    path: str
-    line: int
-
-
 class Record(NamedTuple):
     """A line, a row, an element or a piece of text as it stands in the file, not yet decoded."""
 
-    line: int
+    line: int  # from 1; the row in a Parquet file, the number in an array of JSON
     raw: bytes | MalformedError
     is_json: bool
     position: int  # bytes of the file read so far, for a progress bar
@@ -71,25 +61,20 @@ class Record(NamedTuple):
 
 
 def read_documents(
-    paths: Sequence[str | Path],
-    text_field: str = "text",
-    on_malformed: Callable[[str, MalformedError], None] | None = None,
-) -> Iterator[Document]:
+    paths: Sequence[str | Path], text_field: str = "text", skip_malformed: bool = False
+) -> Iterator[str]:
     """The documents of files, in order, in bounded memory.
 
-    A malformed record is a `UserError` with file and line, or goes to `on_malformed(path, error)` and is
-    passed over. A file that cannot be read, is damaged or ends too early is a `UserError` in any case.
+    A malformed record is a `UserError` with file and line unless `skip_malformed`. A file that cannot be read, is
+    damaged or ends too early is one in any case.
     """
     for path in paths:
         for record in read_records(path, text_field):
             try:
-                texts = record.texts(text_field)
+                yield from record.texts(text_field)
             except MalformedError as malformed:
-                if on_malformed is None:
+                if not skip_malformed:
                     raise UserError(f"{place(path, malformed.line)}: {malformed}") from None
-                on_malformed(str(path), malformed)
-            else:
-                yield from (Document(text, str(path), record.line) for text in texts)
 
 
 def read_records(path: str | Path, text_field: str) -> Iterator[Record]:

@@ -3,32 +3,30 @@
 import io
 
 import pytest
-from document_files import TEXTS, error_of, json_lines, texts_of, write_all_formats, write_parquet
+from document_files import TEXTS, error_of, json_lines, places_of, texts_of, write_all_formats, write_parquet
 from hypothesis import given
 from hypothesis import strategies as st
 
 from elo.data import documents
-from elo.data.documents import MAX_DOCUMENT, Document, read_documents
+from elo.data.documents import MAX_DOCUMENT
 from elo.data.json_records import LARGEST_RECORD
 
 
 def test_every_format_gives_the_same_documents(tmp_path):
     for name in write_all_formats(tmp_path):
-        path = tmp_path / name
-        expected = [Document(text, str(path), line) for line, text in enumerate(TEXTS, start=1)]
-        assert list(read_documents([path])) == expected, name
+        assert places_of(tmp_path / name) == list(enumerate(TEXTS, start=1)), name
 
 
 def test_a_text_file_is_one_document(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfFirst line.\r\nSecond\0 line.\rStill the second.\n")
-    assert list(read_documents([path])) == [Document("First line.\nSecond\0 line.\rStill the second.\n", str(path), 1)]
+    assert places_of(path) == [(1, "First line.\nSecond\0 line.\rStill the second.\n")]
 
 
 def test_json_lines_with_mark_blank_lines_and_windows_line_ends(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two", "more": [1, NaN]}\n{"text": "three"}')
-    assert [(found.text, found.line) for found in read_documents([path])] == [("one", 1), ("two", 4), ("three", 5)]
+    assert places_of(path) == [(1, "one"), (4, "two"), (5, "three")]
 
 
 def test_another_text_field(tmp_path):
@@ -42,13 +40,13 @@ def test_a_long_text_is_cut_after_line_ends(tmp_path):
     lines = [f"line {number} " + "글" * 50 + "\n" for number in range(10_000)]
     (tmp_path / "a.txt").write_text("".join(lines))
     (tmp_path / "b.jsonl").write_bytes(json_lines(["".join(lines)]))
-    from_text = list(read_documents([tmp_path / "a.txt"]))
-    assert len(from_text) > 2
-    assert "".join(found.text for found in from_text) == "".join(lines)
-    for found in from_text:
-        assert len(found.text.encode()) <= MAX_DOCUMENT
-        assert found.text.startswith(f"line {found.line - 1} ")
-    assert texts_of(tmp_path / "b.jsonl") == [found.text for found in from_text]
+    pieces = places_of(tmp_path / "a.txt")
+    assert len(pieces) > 2
+    assert "".join(text for _, text in pieces) == "".join(lines)
+    for line, text in pieces:
+        assert len(text.encode()) <= MAX_DOCUMENT
+        assert text.startswith(f"line {line - 1} ")
+    assert texts_of(tmp_path / "b.jsonl") == [text for _, text in pieces]
 
 
 @given(st.text(alphabet="a글😀\n \u3000", max_size=60), st.integers(4, 12))
@@ -100,9 +98,8 @@ def test_a_malformed_line_is_named_or_passed_over(tmp_path, line, message):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'{"text": "one"}\n\n' + line + b'\n{"text": "two"}\n')
     assert error_of(path).startswith(message)
-    passed_over = []
-    texts = texts_of(path, on_malformed=lambda path, error: passed_over.append((path, error.line)))
-    assert (texts, passed_over) == (["one", "two"], [(str(path), 3)])
+    assert texts_of(path, skip_malformed=True) == ["one", "two"]
+    assert [line for line, _ in places_of(path)] == [1, 3, 4]
 
 
 def test_malformed_text_files(tmp_path):

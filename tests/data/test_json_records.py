@@ -7,12 +7,11 @@ import tracemalloc
 
 import pytest
 import zstandard
+from document_files import error_of, places_of, texts_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from elo.common.errors import UserError
 from elo.data import json_records
-from elo.data.documents import read_documents
 from elo.data.json_records import LARGEST_RECORD, place, read_json_records
 
 # As published: allenai/c4 (en/c4-train.00000-of-01024.json.gz) and allenai/dolma (v1_6).
@@ -30,20 +29,10 @@ def write(path, data):
     return path
 
 
-def texts_of(path):
-    return [(document.text, document.line) for document in read_documents([path])]
-
-
-def error_of(path):
-    with pytest.raises(UserError) as caught:
-        list(read_documents([path]))
-    return str(caught.value).removeprefix(str(path))
-
-
 @pytest.mark.parametrize("ending", [".json", ".ndjson", ".jsonl"])
 @pytest.mark.parametrize("packing", PACK)
 def test_lines_and_arrays(tmp_path, ending, packing):
-    expected = [(record["text"], number) for number, record in enumerate(RECORDS, start=1)]
+    expected = [(number, record["text"]) for number, record in enumerate(RECORDS, start=1)]
     layouts = {
         "lines": "".join(json.dumps(record) + "\n" for record in RECORDS),
         "unescaped": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS),
@@ -55,7 +44,7 @@ def test_lines_and_arrays(tmp_path, ending, packing):
     }
     for name, text in layouts.items():
         path = write(tmp_path / f"{name}{ending}{packing}", text.encode())
-        assert texts_of(path) == expected, name
+        assert places_of(path) == expected, name
 
 
 def test_an_array_without_elements(tmp_path):
@@ -90,14 +79,12 @@ def test_malformed_elements_are_passed_over(tmp_path):
     """Also one whose brackets do not match, and one that would not fit into memory."""
     long = b'{"text": "' + b"\\\\, ]" * (LARGEST_RECORD // 2) + b'\\""}'
     path = write(tmp_path / "a.json.gz", b'[{"text": "a"}, {"text": ["b"}, 1}, ' + long + b', {"text": "c"}]')
-    found = []
     tracemalloc.start()
-    texts = [document.text for document in read_documents([path], on_malformed=lambda _, error: found.append(error))]
+    first, (second, _), third, last = places_of(path)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert texts == ["a", "c"]
-    assert [error.line for error in found] == [2, 3]
-    assert str(found[1]) == f"a record of more than {LARGEST_RECORD} bytes"
+    assert (first, second, last) == ((1, "a"), 2, (4, "c"))
+    assert third == (3, f"a record of more than {LARGEST_RECORD} bytes")
     assert peak < 120e6
 
 

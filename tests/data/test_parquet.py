@@ -5,9 +5,7 @@ import base64
 import pyarrow
 import pyarrow.parquet
 import pytest
-from document_files import TEXTS, error_of, texts_of, write_parquet
-
-from elo.data.documents import MalformedError
+from document_files import TEXTS, error_of, places_of, texts_of, write_parquet
 
 KINDS = [
     f"{size}{kind}{view}" for kind in ("string", "binary") for size, view in (("", ""), ("large_", ""), ("", "_view"))
@@ -50,13 +48,8 @@ def test_malformed_parquet_rows(tmp_path):
     not_utf8 = pyarrow.array([b"one", None, b"", b"\xff", b"two"]).view(pyarrow.string())
     pyarrow.parquet.write_table(pyarrow.table({"text": not_utf8}), path)
     assert error_of(path) == ":2: field 'text' is null"
-    found: list[MalformedError] = []
-    assert texts_of(path, on_malformed=lambda _, error: found.append(error)) == ["one", "two"]
-    assert [f"{error.line}: {error}" for error in found] == [
-        "2: field 'text' is null",
-        "3: empty document",
-        "4: invalid UTF-8 (byte 0xff)",
-    ]
+    wrong = [(2, "field 'text' is null"), (3, "empty document"), (4, "invalid UTF-8 (byte 0xff)")]
+    assert places_of(path) == [(1, "one"), *wrong, (5, "two")]
 
 
 def test_parquet_without_the_column(tmp_path):

@@ -24,11 +24,8 @@ ENCODINGS = ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-32", "cp949", "la
 
 def read(path, skip):
     """All documents of a file; their text is text."""
-    malformed = []
-    found = read_documents(find_files([path]), on_malformed=(lambda *error: malformed.append(error)) if skip else None)
-    for document in found:
-        assert document.text.encode("utf-8").strip() and document.line > 0
-    return malformed
+    for text in read_documents(find_files([path]), skip_malformed=skip):
+        assert text.encode("utf-8").strip()
 
 
 @st.composite

@@ -9,7 +9,7 @@ import pytest
 import zstandard
 
 from elo.common.errors import UserError
-from elo.data.documents import read_documents
+from elo.data.documents import MalformedError, read_documents, read_records
 
 TEXTS = ["첫째 문서.\n둘째 줄.", "A second one, with \r\n and \0 and 😀.", "\ufeffthird"]
 
@@ -34,7 +34,18 @@ def write_all_formats(directory):
 
 
 def texts_of(path, **options):
-    return [document.text for document in read_documents([path], **options)]
+    return list(read_documents([path], **options))
+
+
+def places_of(path):
+    """(line, text) of every document, and (line, what is wrong) of every malformed record."""
+    found = []
+    for record in read_records(path, "text"):
+        try:
+            found += [(record.line, text) for text in record.texts("text")]
+        except MalformedError as error:
+            found.append((error.line, str(error)))
+    return found
 
 
 def error_of(path, **options):
