@@ -1,6 +1,7 @@
 """SentencePiece, the tokenizer of Llama 2 and Mistral."""
 
 import re
+import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -8,10 +9,12 @@ import numpy as np
 import sentencepiece
 
 from elo.common.errors import UserError
+from elo.text.added_tokens import AddedToken
+from elo.text.merges import first_parts, numbered_merges
 from elo.text.tokenizer_json import SPACE, Prefix
 
-# The last field of a piece in sentencepiece_model.proto, `Type type = 3`, with the values 4 and 3.
-_USER_DEFINED, _CONTROL = b"\x18\x04", b"\x18\x03"
+# `Type` of a piece in sentencepiece_model.proto
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 
 class SentencePieceModel:
@@ -80,9 +83,10 @@ class SentencePieceModel:
         data = self._data
         for symbol, message in self._user_defined.items():
             if all_pieces[symbol] in ids:
-                if not message.endswith(_USER_DEFINED):
+                kind = _number(3, _USER_DEFINED)  # the last field of a piece
+                if not message.endswith(kind):
                     raise UserError(f"{self._source}: the piece {symbol!r} is not as SentencePiece writes it")
-                data = data.replace(message, message.removesuffix(_USER_DEFINED) + _CONTROL)
+                data = data.replace(message, message.removesuffix(kind) + _number(3, _CONTROL))
                 self.bytes_of.pop(all_pieces[symbol], None)
         if data != self._data:
             self._data = data
@@ -100,7 +104,7 @@ class SentencePieceModel:
             )
         self._also_whole = also_whole
         # Of a field that comes twice the last one counts: normalizer_spec = {add_dummy_prefix = false}.
-        self._plain = self._load(self._data + b"\x1a\x02\x18\x00")
+        self._plain = self._load(self._data + _bytes(3, _number(3, 0)))
 
     def normalize(self, text: str) -> str:
         """What is done to a text before the added tokens that are `normalized` are looked for."""
@@ -129,13 +133,82 @@ class SentencePieceModel:
         return token.replace(SPACE, " ")
 
 
+# ---- a model written from a tokenizer.json, all that transformers 5 saves of Llama 2 or Mistral
+
+
+_BYTES = frozenset(f"<0x{byte:02X}>" for byte in range(256))
+
+
+def sentencepiece_of(
+    vocab: dict[str, int],
+    merges: list[tuple[str, str]],
+    unknown: str,
+    prefix: Prefix,
+    added: dict[str, AddedToken],
+    source: Path,
+) -> SentencePieceModel:
+    """The model that gives each text the ids of a BPE with byte fallback. UserError where no such model exists.
+
+    SentencePiece merges any two neighbours that are a piece together, the highest score first, the leftmost of equals.
+    With the rank of a token's merges as its score, and without the tokens that listed merges do not make, these are the
+    merges of the file, in its order: `merges.first_parts` says why, and which tokens these are.
+    """
+    if missing := _BYTES - vocab.keys():
+        raise UserError(f"{source}: {len(missing)} of the 256 tokens <0x00> to <0xFF> are missing, as {min(missing)}")
+    if max(vocab.values()) >= len(vocab):
+        raise UserError(f"{source}: {len(vocab)} tokens have ids up to {max(vocab.values())}; gaps are not supported")
+    rank = {made: number for number, made in enumerate(dict.fromkeys(x + y for x, y in merges))}
+    single = {token: -1 - id for token, id in vocab.items() if len(token) == 1}
+    order = {token: rank.get(token, -1 - id) for token, id in vocab.items()} | single
+    numbered = numbered_merges(merges, order, source, "an earlier merge")
+    if in_merges := _BYTES & {token for x, y in merges for token in (x, y, x + y)}:
+        raise UserError(f"{source}: merges of {min(in_merges)}, which stands for a byte, are not supported")
+    left = first_parts(numbered, set(single.values()))
+    kept = single.keys() | {token for token, number in rank.items() if number in left}
+    if unknown not in vocab or unknown in kept | _BYTES:
+        raise UserError(f"{source}: the unk_token {unknown!r:.60} must be a token that no text becomes")
+
+    pieces = {}
+    for token, id in vocab.items():
+        kind = _NORMAL if token in kept else _BYTE if token in _BYTES else _UNKNOWN if token == unknown else _CONTROL
+        score = struct.pack("<f", -1.0 - rank.get(token, 0))
+        pieces[id] = _bytes(1, _bytes(1, token.encode(errors="replace")) + b"\x15" + score + _number(3, kind))
+    bpe, dummy_prefix = 2, int(prefix.where != "never")
+    trainer = _number(3, bpe) + _number(35, 1) + _number(40, vocab[unknown])  # model_type, byte_fallback, unk_id
+    trainer += b"".join(_number(id, -1) for id in (41, 42, 43)) + _bytes(45, unknown.encode())  # no BOS, EOS, PAD
+    normalizer = _number(3, dummy_prefix) + _number(4, 0)  # remove_extra_whitespaces
+    data = b"".join(pieces[id] for id in range(len(pieces))) + _bytes(2, trainer) + _bytes(3, normalizer)
+    model = SentencePieceModel(data, source)
+    model.prefix = prefix
+    model.cut_at_added_tokens(also_whole=True)
+
+    # No text becomes the others, but a model might say them.
+    model.control = {}
+    model.bytes_of.pop(vocab[unknown])
+    said = {token: id for token, id in vocab.items() if token not in model.text and token not in added}
+    model.bytes_of |= {id: token.replace(SPACE, " ").encode(errors="replace") for token, id in said.items()}
+    spaced = (id for id, spelled in model.bytes_of.items() if spelled[:1] == b" ")
+    model.starts_with_space = frozenset(spaced if dummy_prefix else ())
+
+    # Would the kept ones, after all, arrive at a pair that makes one of the others?
+    listed = {(vocab[x], vocab[y]) for x, y in merges}
+    for token in rank.keys() - kept:
+        end = tuple(model.encode_plain(token))
+        if len(end) == 2 and end in listed:
+            raise UserError(f"{source}: SentencePiece cannot reproduce the merge of tokens {end[0]} and {end[1]}")
+    return model
+
+
+# ---- sentencepiece_model.proto
+
+
 def _user_defined_symbols(model: bytes) -> Iterator[tuple[str, bytes]]:
     """Text and message of the user-defined symbols in a ModelProto, whose field 1 are the pieces:
     message SentencePiece { string piece = 1; float score = 2; Type type = 3; }"""
     for number, message in _protobuf_fields(model):
         if number == 1:
             fields = dict(_protobuf_fields(message))
-            if fields.get(3) == _USER_DEFINED[1]:
+            if fields.get(3) == _USER_DEFINED:
                 yield fields.get(1, b"").decode(), message
 
 
@@ -161,3 +234,20 @@ def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
         length = {1: 8, 5: 4}.get(wire_type) or varint()
         yield number, message[at : at + length]
         at += length
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # a negative number as protobuf writes it
+    data = bytearray()
+    while value >= 0x80:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*data, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value

@@ -26,8 +26,7 @@ from elo.text.byte_level_bpe import (
 )
 from elo.text.ids import Tokenizer
 from elo.text.merges import mergeable_ranks
-from elo.text.sentencepiece_bpe import SentencePieceModel
-from elo.text.sentencepiece_json import sentencepiece_of
+from elo.text.sentencepiece_bpe import SentencePieceModel, sentencepiece_of
 from elo.text.tokenizer_files import TokenizerFiles, read_merges_txt, read_pair, read_vocabulary, token_text
 from elo.text.tokenizer_json import (
     Prefix,
