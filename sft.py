@@ -20,9 +20,8 @@ from elo.common.errors import UserError, exit_status
 from elo.common.options import Parser
 from elo.common.written import Written
 from elo.data import conversations
-from elo.data.conversation_batches import ConversationBatches
-from elo.data.conversation_files import message_digests
-from elo.data.conversation_table import Conversations
+from elo.data.conversation_batches import ConversationBatches, Conversations
+from elo.data.conversation_records import message_digests
 from elo.data.conversations import load_conversations
 from elo.model.checkpoint import CONFIG, Checkpoint
 from elo.model.decoder import CausalLM, build

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from elo.common.errors import UserError
-from elo.data.conversation_table import Conversations
+from elo.data.conversation_batches import Conversations
 from elo.model.decoder import CausalLM
 from elo.model.loss import IGNORE
 from elo.runs.processes import World

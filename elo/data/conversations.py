@@ -6,28 +6,32 @@ training, held_out = conversations.split(0.01, seed=0)
 batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world)  # of elo.data.conversation_batches
 """
 
+import heapq
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from elo.common.errors import UserError
 from elo.common.options import Parser, positive_int, seed, share
 from elo.common.terminal import note
-from elo.data.conversation_files import (
+from elo.data.conversation_batches import Conversations, Example, random_numbers, store
+from elo.data.conversation_records import (
     LANGUAGE,
     SUPPORTED,
+    is_blank,
     language_list,
+    message_digest,
     read_conversation_records,
     read_language,
+    read_messages,
+    text_bytes,
 )
-from elo.data.conversation_records import is_blank, message_digest, read_messages, text_bytes
-from elo.data.conversation_table import Conversations, Example, store
-from elo.data.drawing import Pool, random_numbers
 from elo.data.json_records import MalformedError, Skipped, place
 from elo.text.chat_format import ChatFormat
 from elo.text.chat_template import TRAIN, Messages, TemplateError
@@ -181,6 +185,38 @@ def make_example(
     is_unanswered = not is_cut and messages[-1]["role"] == "user"
     row = (*head, is_cut, is_unanswered, sum(trained), text_bytes(messages[:kept]), len(ids))
     return Example(np.array(ids, np.uint32), np.array(trained), row)
+
+
+class Pool:
+    """Draws `size` examples in one pass, or all: those with the smallest of random numbers.
+
+    An example is made only if it is among the smallest so far, so that of a large file little is tokenized. None: it
+    cannot be made.
+    """
+
+    def __init__(self, size: int | None, random: np.random.RandomState) -> None:
+        self.size, self.random = size, random
+        self.heap: list[tuple[float, int, Any]] = []  # the largest number first, as its negative
+        self.offered = self.refused = 0
+
+    def offer(self, make: Callable[[], Any]) -> None:
+        key = -self.random.random_sample()
+        self.offered += 1
+        is_full = self.size is not None and len(self.heap) >= self.size
+        if is_full and key < self.heap[0][0]:
+            return
+        self.refused += 1  # unless it can be made
+        example = make()
+        if example is None:
+            return
+        self.refused -= 1
+        heapq.heappush(self.heap, (key, self.offered, example))
+        if is_full:
+            heapq.heappop(self.heap)
+
+    def draw(self, size: int) -> list[Any]:
+        """The `size` examples with the smallest numbers."""
+        return [example for *_, example in heapq.nlargest(size, self.heap)]
 
 
 def _pools(languages: Sequence[str] | None, samples: int | None, seed: int) -> dict[str | None, Pool]:

@@ -1,5 +1,6 @@
-"""What of conversations is trained, where long ones end, what is held out."""
+"""Which conversations are drawn, what of them is trained, where long ones end, what is held out."""
 
+import math
 import shutil
 from itertools import pairwise
 
@@ -36,24 +37,14 @@ def pairwise_labels(ids, trained):
     return [next_pair for _, next_pair in pairwise(zip(ids, trained, strict=True))]
 
 
-@pytest.mark.parametrize("off", [0, False, 0.0])
-@pytest.mark.parametrize("name", ["weight", "loss_mask"])
-def test_a_switch_leaves_an_answer_as_context(tmp_path, format, name, off):
+def test_a_conversation_ends_with_an_answer_that_is_trained(tmp_path, format):
     messages = chat("one", "first", "two", "second", "three", "third")
-    plain = write_lines(tmp_path / "plain.jsonl", [{"messages": messages}])
-    messages[1][name], messages[3][name], messages[5][name] = off, not off, None
-    messages[0][name] = off  # as it is anyway
-    path = write_lines(tmp_path / "x.jsonl", [{"messages": messages, "tools": [], "images": None}])
-    conversations, _ = load_conversations([path], format, 1000)
-    whole, _ = load_conversations([plain], format, 1000)
-    assert all_ids(conversations, 0) == all_ids(whole, 0)
-    _, labels = conversations[0]
-    assert format.tokenizer.decode(labels[labels != IGNORE]) == "secondthird"
-    assert conversations.table["labels"][0] == int((labels != IGNORE).sum())
-    # The conversation ends with an answer that is trained.
-    messages[5][name] = off
-    conversations, report = load_conversations([write_lines(path, [{"messages": messages}])], format, 1000)
+    messages[1]["weight"] = messages[5]["weight"] = 0
+    path = write_lines(tmp_path / "x.jsonl", [{"messages": messages}])
+    conversations, report = load_conversations([path], format, 1000)
     assert texts_of(conversations, format)[0].count("third") == 0
+    _, labels = conversations[0]
+    assert format.tokenizer.decode(labels[labels != IGNORE]) == "second"
     assert report.unanswered == 0
 
 
@@ -132,3 +123,64 @@ def test_one_conversation_cannot_be_split(tmp_path, format):
     conversations, _ = load_conversations([write_lines(tmp_path / "x.jsonl", [sharegpt(CHATS[0])])], format, 1000)
     with pytest.raises(UserError, match=r"--validation-fraction 0.5: 1 conversations cannot be split"):
         conversations.split(0.5, seed=0)
+
+
+# ---- which are drawn: of each language the same number, and always the same ones
+
+
+def drawn(path, format, **options):
+    conversations, report = load_conversations([path], format, seq_len=1000, **options)
+    return texts_of(conversations, format), report
+
+
+def test_the_same_number_of_each_language(tmp_path, format):
+    path = tagengo(tmp_path / "t.jsonl", {"Korean": 40, "ENGLISH": 70, "ja": 50})
+    both = ["Korean", "English"]
+    texts, report = drawn(path, format, languages=both, samples=31)
+    assert report.drawn == {"Korean": 16, "English": 15}
+    assert sum("Korean" in text for text in texts) == 16
+    assert sum("ENGLISH" in text for text in texts) == 15
+    assert len(set(texts)) == 31
+    assert report.lines() == ["31 conversations: 16 of 40 Korean, 15 of 70 English"]
+
+    assert drawn(path, format, languages=both, samples=31)[0] == texts
+    assert drawn(path, format, languages=both, samples=31, seed=1)[0] != texts
+    # The same ones whatever the order and the number.
+    assert set(drawn(path, format, languages=both[::-1], samples=30)[0]) < set(texts)
+
+    assert drawn(path, format, languages=both)[1].drawn == {"Korean": 40, "English": 40}
+    assert drawn(path, format)[1].drawn == {"Korean": 40, "English": 70, "Japanese": 50}
+    assert sum(drawn(path, format, samples=50)[1].drawn.values()) == 50
+
+
+def test_a_draw_is_uniform(tmp_path, format):
+    path = tagengo(tmp_path / "t.jsonl", {"Korean": 24})
+    texts = [text for seed in range(50) for text in drawn(path, format, samples=12, seed=seed)[0]]
+    counts = [texts.count(text) for text in set(texts)]
+    assert len(counts) == 24
+    assert max(abs(count - 25) for count in counts) < 5 * math.sqrt(50 * 0.5 * 0.5)
+
+
+def test_too_few_is_an_error_with_the_counts(tmp_path, format):
+    path = tagengo(tmp_path / "t.jsonl", {"Korean": 4, "English": 10, "Thai": 2})
+    cases = {
+        (("Korean", "English"), 12): "6 Korean and 6 English needed, 4 Korean and 10 English usable; "
+        "in the files there are 10 English, 4 Korean, 2 Thai",
+        (("Korean", "Lao"), None): "1 Korean and 1 Lao needed, 4 Korean and 0 Lao usable; in the files",
+        (("Korean", "English"), 1): "--samples 1 are fewer than the 2 languages",
+        (None, 17): "17 needed, 16 usable; in the files there are 10 English",
+    }
+    for (languages, samples), mistake in cases.items():
+        with pytest.raises(UserError) as error:
+            drawn(path, format, languages=languages, samples=samples)
+        assert mistake in str(error.value)
+
+
+def test_dropped_conversations_are_not_drawn(tmp_path, format):
+    """The numbers stay equal: another one of that language is drawn instead."""
+    path = tagengo(tmp_path / "t.jsonl", {"Korean": 90, "English": 90})
+    fits = len(format.conversation(chat("Korean 80", "답 " + "x " * 4))[0])
+    conversations, report = load_conversations([path], format, fits, ["Korean", "English"], samples=60)
+    assert report.drawn == {"Korean": 30, "English": 30}
+    assert report.dropped["no answer fits into --seq-len"] > 0
+    assert conversations.table["tokens"].max() <= fits

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 from mutations import changed_bytes, changed_json, changed_json_file, dumped
 from small_tokenizer import write_tokenizer
 
-from elo.data.conversation_files import read_conversation_records, read_language
-from elo.data.conversation_records import read_messages
+from elo.data.conversation_records import read_conversation_records, read_language, read_messages
 from elo.data.documents import MalformedError, read_documents
 from elo.data.finding import find_files
 from elo.data.shards import TokenShard, tokenize
