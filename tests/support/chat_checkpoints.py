@@ -122,3 +122,14 @@ def assistant(text):
 
 def system(text):
     return {"role": "system", "content": text}
+
+
+def stretches(ids, trained):
+    """The ids of each stretch that is trained."""
+    found = [[]]
+    for id, counts in zip(ids, trained, strict=True):
+        if counts:
+            found[-1].append(id)
+        elif found[-1]:
+            found.append([])
+    return [stretch for stretch in found if stretch]

@@ -13,6 +13,7 @@ from chat_checkpoints import (
     open_format,
     random_chat,
     specials_of,
+    stretches,
     system,
     user,
 )
@@ -151,16 +152,9 @@ def test_the_answers_and_their_ends_are_trained(named, name):
     ids, trained = format.conversation(chat)
     assert len(ids) == len(trained)
 
-    # The ids of each stretch that is trained.
-    stretches = [[]]
-    for id, counts in zip(ids, trained, strict=True):
-        if counts:
-            stretches[-1].append(id)
-        elif stretches[-1]:
-            stretches.append([])
-    stretches = [stretch for stretch in stretches if stretch]
-    assert [tokenizer.decode(stretch) for stretch in stretches] == answers
-    assert [names[stretch[-1]] for stretch in stretches] == [end] * 3
+    found = stretches(ids, trained)
+    assert [tokenizer.decode(stretch) for stretch in found] == answers
+    assert [names[stretch[-1]] for stretch in found] == [end] * 3
 
     # What is trained follows exactly the ids of the prompt, or the model would not meet it when it answers. For
     # Mistral that holds without a system message, which moves from turn to turn.

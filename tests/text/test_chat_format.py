@@ -42,15 +42,6 @@ def test_the_format_is_recognized(tmp_path, name, specials, template, config):
     assert format.name == name
 
 
-@pytest.mark.parametrize("named", [False, True])
-def test_a_template_in_tokenizer_config(tmp_path, named):
-    template = TEMPLATES["smollm2"]
-    if named:
-        template = [{"name": "tool_use", "template": LLAMA3_TEMPLATE}, {"name": "default", "template": template}]
-    config = {"eos_token": "<|endoftext|>", "chat_template": template}
-    assert open_format(checkpoint(tmp_path, CHATML, tokenizer_config=config))[1].name == "smollm2"
-
-
 REFUSED = [
     (CHATML, None, "without a chat template it cannot be told"),
     (CHATML, "{{ messages }}", "its chat template cannot be used"),

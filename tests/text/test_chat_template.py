@@ -5,6 +5,7 @@ import random
 
 import pytest
 import tokenizers
+from chat_checkpoints import stretches
 from chat_layouts import IM, LAYOUTS, Layout, S, each
 from small_tokenizer import llama_json, sentencepiece_model, write_tokenizer
 from transformers import PreTrainedTokenizerFast
@@ -51,17 +52,6 @@ def conversations(layout, count=25):
             if layout.alternate or rng.random() < 0.85:
                 role = "assistant" if role == "user" else "user"
         yield messages
-
-
-def stretches(ids, trained):
-    """The ids of each stretch that is trained."""
-    found = [[]]
-    for id, counts in zip(ids, trained, strict=True):
-        if counts:
-            found[-1].append(id)
-        elif found[-1]:
-            found.append([])
-    return [stretch for stretch in found if stretch]
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
