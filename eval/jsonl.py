@@ -71,12 +71,13 @@ def digest(*values: object) -> str:
 class JsonLines:
     """A file of results that belongs to this run alone: what it has already, and a way to add to it.
 
-    Opening removes a last line that was cut short. `append` returns when the line is on the disk; any thread may call
-    it. UserError if another run has the file open, or if it cannot be written.
+    Opening removes a last line that was cut short, if it begins with the field `first` as each line does. `append`
+    returns when the lines are on the disk; any thread may call it. UserError if another run has the file open, if it
+    cannot be written, or if its end is none of a line of results.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, first: str = "question_id") -> None:
+        self.path, self.first = path, first
         self._lock = threading.Lock()
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,6 +98,9 @@ class JsonLines:
         raw = list(read_file_lines(self.path, LARGEST, LONGEST_LINE))
         lines = parse_lines(self.path, raw, torn=True)
         if raw and not raw[-1].endswith(b"\n"):
+            start = f'{{"{self.first}": '.encode()
+            if not (raw[-1].startswith(start) or start.startswith(raw[-1])):
+                raise UserError(f"{self.path}:{len(raw)}: not a line of results; give another name")
             if parse_lines(self.path, raw[-1:], torn=True):
                 self._file.write(b"\n")  # complete but for its end
             else:
@@ -114,8 +118,9 @@ class JsonLines:
         self._file.truncate(0)
         self.lines = []
 
-    def append(self, record: dict[str, Any]) -> None:
-        rest = (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+    def append(self, *records: dict[str, Any]) -> None:
+        lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+        rest = "".join(lines).encode("utf-8", "replace")
         with self._lock:
             end = self._file.seek(0, os.SEEK_END)
             try:

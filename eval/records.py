@@ -45,10 +45,6 @@ class Record(Fields):
     def _checked(self, value: Any, name: str) -> str:
         if not isinstance(value, str):
             raise UserError(f"{self.where}: {name!r} must be text, not {shown(value)}")
-        try:
-            value.encode()
-        except UnicodeEncodeError:  # JSON can write "\ud800", which no UTF-8 can hold
-            raise UserError(f"{self.where}: {name!r} has a lone surrogate, which is not text") from None
         return value
 
     def label(self, labels: Sequence[str], *names: str) -> int:
@@ -94,12 +90,7 @@ def read(paths: Sequence[Path], columns: Sequence[str] = ()) -> list[Record]:
     records = []
     for path in paths:
         reader = {".parquet": _parquet, ".csv": _table, ".tsv": _table}.get(path.suffix, _json_lines)
-        try:
-            records += reader(path, columns)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}") from None
+        records += reader(path, columns)
     if not records:
         raise UserError(f"{paths[0]}: it has no records")
     return records
@@ -132,6 +123,8 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
             yield Record(dict(zip(names, row, strict=True)), where)
     except csv.Error as error:
         raise UserError(f"{path}:{rows.line_num}: {error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{rows.line_num + 1}: not UTF-8 text: {error}") from None
 
 
 def _parquet(path: Path, columns: Sequence[str]) -> Iterator[Record]:

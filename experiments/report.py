@@ -23,7 +23,7 @@ def write(experiment: ModuleType, records: Records, table: Path, picture: Path) 
     title, figures = experiment.__doc__, records[-1]["figures"]
     if "figure3" in figures:
         text = "\n".join([title, "", *(f"    {line}" for line in figure3_text(figures["figure3"]).splitlines()), ""])
-        charts.draw({"kind": "speed", **plot.speed([picture], [figures])}, picture, None)
+        charts.draw({"kind": "speed", **plot.speed({picture: figures})}, picture, None)
     else:
         along = getattr(experiment, "ALONG", None)
         text = markdown(title, records, getattr(experiment, "PAPER", {}))

@@ -124,7 +124,7 @@ CASES = [
     (PERPLEXITY, "base/model.safetensors", cut, "base/model.safetensors"),
     (CHOICE, "choices/kobest/copa/test.jsonl", put(b'{"premise": "x"}\n'), "copa/test.jsonl:1: no column"),
     (CHOICE, "choices/mmlu/dev/sociology_dev.csv", put(b'"a,b'), "sociology_dev.csv:1: 1 columns instead of 6"),
-    (CHOICE, "out", put(b"precious\n"), "out:1: not a result of this command"),
+    (CHOICE, "out", put(b"precious\n"), "out:1: not a line of JSON"),
     (
         ANSWERS,
         "logickor/question.jsonl",

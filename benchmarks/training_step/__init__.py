@@ -110,7 +110,7 @@ def main() -> None:
         # Only here is matplotlib needed.
         from eval.figures import charts
 
-        charts.draw({"kind": "speed", **plot.speed([arguments.plot], [result])}, arguments.plot, None)
+        charts.draw({"kind": "speed", **plot.speed({arguments.plot: result})}, arguments.plot, None)
 
 
 def check(arguments: Namespace) -> tuple[Checkpoint, list[str]]:

@@ -137,8 +137,11 @@ def legend(figure: Figure, handles: dict[str, Any], text: Labels) -> None:
 
 # ---- runs
 
-CURVES = (("loss", "loss (nats a token)", 1.0), ("tokens_per_second", "tokens a second", 1.0))
-MEMORY = ("memory_bytes", "memory (GB)", 1e-9)
+CURVES = {
+    "loss": ("loss (nats a token)", 1.0),
+    "tokens_per_second": ("tokens a second", 1.0),
+    "memory_bytes": ("memory (GB)", 1e-9),
+}
 
 
 def draw_runs(data: dict[str, Any], text: Labels) -> Figure:
@@ -146,7 +149,7 @@ def draw_runs(data: dict[str, Any], text: Labels) -> Figure:
     style_of = styles(runs)
     figure = Figure(figsize=(14, 4.4), layout="constrained")
     handles: dict[str, Any] = {}
-    for axes, (field, label, unit) in zip(figure.subplots(1, 3), (*CURVES, MEMORY), strict=True):
+    for axes, (field, (label, unit)) in zip(figure.subplots(1, 3), CURVES.items(), strict=True):
         for name, run in runs.items():
             tokens, values = np.array(run["tokens"]), unit * missing_as_nan(run[field])
             if len(tokens) == 1:

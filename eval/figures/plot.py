@@ -13,7 +13,7 @@ What a PATH is shows in its content, and all of one call must be of one kind:
 
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -86,13 +86,13 @@ def check_figure(option: str, path: Path, inputs: Sequence[str | Path]) -> None:
 
 def collect(paths: Sequence[Path]) -> Data:
     """What is to be drawn: {"kind": "scores", "runs" or "speed", and the series}."""
-    found = [_recognize(path) for path in paths]
-    kinds = dict.fromkeys(kind for kind, _ in found)
+    found = {path: _recognize(path) for path in paths}
+    kinds = dict.fromkeys(kind for kind, _ in found.values())
     if len(kinds) > 1:
         raise UserError(f"{paths[0]}, ...: one figure shows one kind of results, not {' and '.join(kinds)}")
     (kind,) = kinds
-    join: Callable[[Sequence[Path], Sequence[Data]], Data] = {"scores": scores, "runs": runs, "speed": speed}[kind]
-    return {"kind": kind, **join(paths, [content for _, content in found])}
+    join = {"scores": scores, "runs": runs, "speed": speed}[kind]
+    return {"kind": kind, **join({path: content for path, (_, content) in found.items()})}
 
 
 def _recognize(path: Path) -> tuple[str, Data]:
@@ -116,14 +116,14 @@ def _number(value: object, where: str) -> float | None:
     return float(value) if -1e300 < value < 1e300 else None
 
 
-def scores(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
+def scores(contents: Mapping[Path, Data]) -> Data:
     """{"benchmarks": {title: {"categories": [...], "models": {name: {"first", ..., "categories": [mean, ...]}}}}}.
 
     Files of one benchmark share a panel.
     """
     benchmarks: dict[str, Data] = {}
     file_of: dict[tuple[str, str], Path] = {}
-    for path, content in zip(paths, contents, strict=True):
+    for path, content in contents.items():
         bench = content.get("bench")
         title = TITLES.get(bench, bench) if isinstance(bench, str) else path.stem
         models = benchmarks.setdefault(title, {})
@@ -154,15 +154,14 @@ def distinct(names: dict[Path, str]) -> dict[Path, str]:
     return {path: name if list(names.values()).count(name) == 1 else str(path) for path, name in names.items()}
 
 
-def runs(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
+def runs(contents: Mapping[Path, Data]) -> Data:
     """{"runs": {name: {"tokens", "loss", "validation_loss", ...: a list each}}}, null where a step has none."""
     series: dict[str, Data] = {}
-    names = distinct({path: path.resolve().name for path in paths})
-    for path, content in zip(paths, contents, strict=True):
-        lines = content["lines"]
+    names = distinct({path: path.resolve().name for path in contents})
+    for path, content in contents.items():
+        lines, name = content["lines"], names[path]
         if not lines:
             raise UserError(f"{path / 'metrics.jsonl'}: no step was written yet")
-        name = names[path]
         series[name] = {
             field: [_number(line.record.get(field), f"{line.where}: {field}") for line in lines]
             for field in ("tokens", "loss", "validation_loss", "tokens_per_second", "memory_bytes")
@@ -172,12 +171,12 @@ def runs(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
     return {"runs": series}
 
 
-def speed(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
+def speed(contents: Mapping[Path, Data]) -> Data:
     """{"bars": {implementation: {dtype: {figure: value}}}, "figure3": hours over gigabytes, or null}."""
     bars: dict[str, dict[str, Data]] = {}
     figure3 = None
-    names = distinct({path: path.stem for path in paths})
-    for path, content in zip(paths, contents, strict=True):
+    names = distinct({path: path.stem for path in contents})
+    for path, content in contents.items():
         for number, row in enumerate(content["rows"]):
             where = f"{path}: rows[{number}]"
             if not isinstance(row, dict):
@@ -188,22 +187,19 @@ def speed(paths: Sequence[Path], contents: Sequence[Data]) -> Data:
             figures = {field: _number(row.get(field), f"{where}.{field}") for field in fields}
             if figures["tokens_per_second"] is None:
                 raise UserError(f"{where}: no tokens_per_second")
-            label = f"{label}, {names[path]}" if len(paths) > 1 else label
+            label = f"{label}, {names[path]}" if len(contents) > 1 else label
             bars.setdefault(label, {})[str(row.get("dtype", ""))] = figures
         if content.get("figure3") is not None:
             if figure3 is not None:
                 raise UserError(f"{path}: another file has a figure3 too; draw one at a time")
             figure3 = hours(content["figure3"], f"{path}: figure3")
     if not bars and figure3 is None:
-        raise UserError(f"{paths[0]}: no rows")
+        raise UserError(f"{next(iter(contents))}: no rows")
     return {"bars": bars, "figure3": figure3}
 
 
 def hours(content: object, where: str) -> Data:
-    """{"gigabytes": [...], "hours": {method: [...]}, "paper": {method: [hours or null, ...]}}, checked.
-
-    The paper's hours may be fewer: null, or a shorter list, where it gives none.
-    """
+    """{"gigabytes": [...], "hours": {method: [...]}, "paper": {method: [hours or null, ...]}}, checked."""
     if not isinstance(content, dict) or not isinstance(content.get("gigabytes"), list):
         raise UserError(f"{where}: gigabytes must be a list")
     gigabytes = [_number(value, f"{where}.gigabytes") for value in content["gigabytes"]]
@@ -214,8 +210,7 @@ def hours(content: object, where: str) -> Data:
             raise UserError(f"{where}.{name} must be an object of lists")
         checked[name] = {}
         for method, values in lines.items():
-            if len(values) > len(gigabytes) or (name == "hours" and len(values) < len(gigabytes)):
+            if len(values) != len(gigabytes):
                 raise UserError(f"{where}.{name}.{method}: {len(values)} hours for {len(gigabytes)} gigabytes")
-            numbers = [_number(value, f"{where}.{name}.{method}") for value in values]
-            checked[name][method] = numbers + [None] * (len(gigabytes) - len(numbers))
+            checked[name][method] = [_number(value, f"{where}.{name}.{method}") for value in values]
     return checked

@@ -65,16 +65,8 @@ FASTCHAT = {
     "question_files": ("question.jsonl",),
     "max_new_tokens": 1024,
     "other_temperature": 0.7,
-    "temperatures": {
-        "writing": 0.7,
-        "roleplay": 0.7,
-        "extraction": 0.0,
-        "math": 0.0,
-        "coding": 0.0,
-        "reasoning": 0.0,
-        "stem": 0.1,
-        "humanities": 0.1,
-    },
+    "temperatures": dict.fromkeys(("extraction", "math", "coding", "reasoning"), 0.0)
+    | dict.fromkeys(("stem", "humanities"), 0.1),
     "with_reference": frozenset({"math", "reasoning", "coding"}),
     "by_generation_config": True,
 }

@@ -47,21 +47,16 @@ def add_arguments(parser: Parser) -> None:
     parser.add_argument("--bench-dir", required=True, type=Path, metavar="DIR", help="has its question.jsonl")
     parser.add_argument("--judge-model", required=True, metavar="NAME", help="as the endpoint calls it")
     parser.add_argument("--base-url", default=OPENAI, metavar="URL", help="of the endpoint (%(default)s)")
-    parser.add_argument(
-        "--answers", nargs="+", type=Path, metavar="FILE", help="to judge (default: all in OUT/model_answer)"
-    )
+    parser.add_argument("--answers", nargs="+", type=Path, metavar="FILE", help="(default: all in OUT/model_answer)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="gets model_judgment (default: --bench-dir)")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="only the first N questions of each category")
     parser.add_argument(
         "--judge-prompts", type=Path, metavar="FILE", help="(default: judge_prompts.jsonl in --bench-dir, if there)"
     )
     parser.add_argument(
-        "--references",
-        type=Path,
-        metavar="FILE",
-        help="answers to compare with (default: reference_answer.jsonl in --bench-dir, or "
-        "reference_answer/JUDGE.jsonl, or the only file there)",
-    )
+        "--references", type=Path, metavar="FILE", help="answers to compare with (default: reference_answer.jsonl in "
+        "--bench-dir, or reference_answer/JUDGE.jsonl, or the only file there)"
+    )  # fmt: skip
     parser.add_argument("--retry-unparsed", action="store_true", help="ask again where no rating is")
     group = parser.add_argument_group("requests")
     group.add_argument("--concurrency", type=positive_int, default=8, metavar="N", help="at a time (%(default)s)")
@@ -70,13 +65,8 @@ def add_arguments(parser: Parser) -> None:
     group.add_argument(
         "--retry-wait", type=not_negative, default=1.0, metavar="S", help="before the first retry (%(default)g s)"
     )
-    group.add_argument(
-        "--request",
-        type=request_fields,
-        default={},
-        metavar="JSON",
-        help=f"fields to add to {json.dumps(REQUEST)}, or with null to leave out",
-    )
+    fields = f"fields to add to {json.dumps(REQUEST)}, or with null to leave out"
+    group.add_argument("--request", type=request_fields, default={}, metavar="JSON", help=fields)
 
 
 def request_fields(text: str) -> Record:
@@ -103,24 +93,15 @@ def main(arguments: Namespace) -> None:
     matches = plan(benchmark, questions, answers, prompts, references)
 
     # First of all what can be wrong with it, before the file is made.
-    endpoint = Endpoint(
-        arguments.judge_model,
-        arguments.base_url,
-        REQUEST | arguments.request,
-        arguments.timeout,
-        arguments.retries,
-        arguments.retry_wait,
-    )
+    request, retries = REQUEST | arguments.request, (arguments.retries, arguments.retry_wait)
+    endpoint = Endpoint(arguments.judge_model, arguments.base_url, request, arguments.timeout, *retries)
     judge = re.sub(r"[^\w.-]", "_", arguments.judge_model)
     file = out / "model_judgment" / f"{judge}_single.jsonl"
     check_output("--json", arguments.json, [file, *answer_files])
     with JsonLines(file) as results, closing(endpoint):
         judged = judgments_so_far(results, matches, arguments.judge_model)
-        asked = [
-            match
-            for match in matches
-            if match not in judged or (arguments.retry_unparsed and not is_rated(judged[match]))
-        ]
+        done = {match for match in judged if is_rated(judged[match]) or not arguments.retry_unparsed}
+        asked = [match for match in matches if match not in done]
         say(f"{file}: {len(matches) - len(asked)} of {len(matches)} judgments are there")
         failure = run(asked, endpoint, arguments, results, judged)
     report(matches, judged, len(asked), arguments, file)
@@ -234,14 +215,10 @@ def report(
     matches: Sequence[Match], judged: Mapping[Match, Record], asked: int, arguments: Namespace, file: Path
 ) -> None:
     unparsed = [match for match in matches if match in judged and not is_rated(judged[match])]
-    counts = Counter(match.model for match in matches), Counter(match.model for match in judged)
-    without = Counter(match.model for match in unparsed)
+    answers, had, without = (Counter(match.model for match in some) for some in (matches, judged, unparsed))
+    models = {name: {"answers": n, "judged": had[name], "unparsed": without[name]} for name, n in answers.items()}
     rows = [["model", "answers", "judged", "without a rating"]]
-    models = {}
-    for model, answers in counts[0].items():
-        models[model] = {"answers": answers, "judged": counts[1][model], "unparsed": without[model]}
-        rows.append([model, *map(str, models[model].values())])
-    show(table(rows))
+    show(table([*rows, *([name, *map(str, counts.values())] for name, counts in models.items())]))
     if unparsed:
         named = "; ".join(map(str, unparsed[:5])) + ("; ..." if len(unparsed) > 5 else "")
         reasons = Counter(judged[match].get("finish_reason", "stop") for match in unparsed)

@@ -56,10 +56,13 @@ class JudgePrompt:
     where: str
 
     def fill(self, question: Question, answers: Sequence[str], references: Sequence[str] | None) -> str:
-        """The text for the judge. references: of the answer file that goes with this kind of prompt, a turn each."""
+        """The text for the judge, of as many turns as there are answers.
+
+        references: of the answer file that goes with this kind of prompt, a turn each.
+        """
         texts = {"question": question.turns[0], "answer": answers[0]}
-        for turn, (asked, given) in enumerate(zip(question.turns, answers, strict=True), start=1):
-            own = question.references[turn - 1]
+        turns = zip(question.turns, answers, question.references, strict=False)
+        for turn, (asked, given, own) in enumerate(turns, start=1):
             texts[f"question_{turn}"], texts[f"answer_{turn}"] = asked, given
             texts[f"reference_{turn}"] = self.reference_template.format(reference=own) if own else ""
         for turn, text in enumerate(references or [], start=1):

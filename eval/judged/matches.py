@@ -42,8 +42,7 @@ def read_answers(paths: Sequence[Path], questions: Sequence[Question]) -> dict[s
         answers[name] = dict(map(_answer, lines))
         missing = [str(question.id) for question in questions if question.id not in answers[name]]
         if missing:
-            more = " ..." if len(missing) > 10 else ""
-            named = ", ".join(missing[:10]) + more
+            named = ", ".join(missing[:10]) + (" ..." if len(missing) > 10 else "")
             note(f"{path}: no answers to {len(missing)} of {len(questions)} questions: {named}")
     return answers
 
@@ -112,7 +111,6 @@ def plan(
                 if name not in prompts:
                     raise UserError(f"no judge prompt {name!r}; the prompts are {', '.join(prompts) or 'none'}")
                 reference = references[question.id] if question.category in benchmark.with_reference else None
-                first = Question(question.id, question.category, question.turns[:turn], question.references)
-                user_prompt = prompts[name].fill(first, texts[:turn], reference)
+                user_prompt = prompts[name].fill(question, texts[:turn], reference)
                 matches.append(Match(question, model, turn, prompts[name], user_prompt))
     return matches

@@ -8,6 +8,7 @@ and counted.
 
 import math
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,15 +24,8 @@ from eval.tables import table
 
 
 def add_arguments(parser: Parser) -> None:
-    parser.add_argument(
-        "files", nargs="+", type=Path, metavar="PATH", help="files of judgments, or directories of them"
-    )
-    parser.add_argument(
-        "--bench-dir",
-        type=Path,
-        metavar="DIR",
-        help="its question.jsonl tells the categories, as FastChat's files do not",
-    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="PATH", help="judgments, or directories of them")
+    parser.add_argument("--bench-dir", type=Path, metavar="DIR", help="for categories, which FastChat's files lack")
 
 
 def main(arguments: Namespace) -> None:
@@ -40,7 +34,9 @@ def main(arguments: Namespace) -> None:
     if arguments.bench_dir is not None:
         benchmark = BENCHMARKS.get(bench, BENCHMARKS["mt_bench"])
         categories = {question.id: question.category for question in read_questions(benchmark, arguments.bench_dir)}
-        judgments = [with_category(judgment, categories, arguments.bench_dir) for judgment in judgments]
+        if absent := [judgment.question for judgment in judgments if judgment.question not in categories]:
+            raise UserError(f"{arguments.bench_dir}: question {absent[0]}, which is judged, is not here")
+        judgments = [judgment._replace(category=categories[judgment.question]) for judgment in judgments]
     models = score(judgments)
     show(score_table(models))
     for name, figures in models.items():
@@ -140,26 +136,18 @@ def _score(fields: Fields, name: str) -> float | None:
     return value
 
 
-def with_category(judgment: Judgment, categories: Mapping[int | str, str], directory: Path) -> Judgment:
-    if judgment.question not in categories:
-        raise UserError(f"{directory}: question {judgment.question}, which is judged, is not here")
-    return judgment._replace(category=categories[judgment.question])
-
-
 # ---- counting
 
 
 def score(judgments: Sequence[Judgment]) -> dict[str, dict[str, Any]]:
     """Figures by model, the best first; the judge is part of the name where there are several."""
     several = len({judgment.judge for judgment in judgments}) > 1
-    groups: dict[str, list[Judgment]] = {}
-    for judgment in judgments:
-        name = f"{judgment.model} ({judgment.judge})" if several else judgment.model
-        groups.setdefault(name, []).append(judgment)
+    groups: dict[str, list[Judgment]] = defaultdict(list)
+    # In the order of the questions; that of the judgments is by chance.
+    for judgment in sorted(judgments, key=lambda j: (isinstance(j.question, str), j.question)):
+        groups[f"{judgment.model} ({judgment.judge})" if several else judgment.model].append(judgment)
     models = {}
     for name, group in groups.items():
-        # In the order of the questions; that of the judgments is by chance.
-        group.sort(key=lambda judgment: (isinstance(judgment.question, str), judgment.question))
         named = dict.fromkeys(judgment.category for judgment in group if judgment.category is not None)
         categories = {category: figures([j for j in group if j.category == category]) for category in named}
         models[name] = {**figures(group), "categories": categories}

@@ -15,7 +15,8 @@ import math
 from argparse import Namespace
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from pathlib import Path
 
 from tqdm import tqdm
@@ -31,13 +32,12 @@ from elo.runs.processes import World, process_group
 from elo.text.tokenizer import Tokenizer, load_tokenizer
 from elo.variants.adapted import open_checkpoint
 from eval import tasks as benchmarks
-from eval.jsonl import digest
-from eval.likelihood.loglikelihood import Batch, ContextError, Scorer, encode, make_batches
-from eval.likelihood.metrics import METRICS, Sample, figures, weighted
-from eval.likelihood.samples import SamplesFile
+from eval.jsonl import JsonLines, digest
+from eval.likelihood.loglikelihood import Batch, Scorer, encode, make_batches
+from eval.likelihood.metrics import METRICS, figures, weighted
+from eval.likelihood.samples import FIRST, Scores, scores_so_far, to_record
+from eval.tables import table
 from eval.tasks import Group, Question, Task
-
-Scores = dict[tuple[str, int], list[float]]  # task and index of a question to the log-likelihoods of its choices
 
 
 def add_arguments(parser: Parser) -> None:
@@ -61,37 +61,34 @@ def main(arguments: Namespace) -> None:
     questions = {task.name: task.questions(arguments.data, arguments.shots, arguments.limit) for task in tasks}
     checkpoint = open_checkpoint(arguments.model)
     tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
-    with process_group() as world, ExitStack() as stack:
-        model = load_model(checkpoint, world.device, DTYPES[arguments.dtype])
-        done: Scores = {}
-        samples = None
-        if arguments.samples:
-            how = arguments.dtype, arguments.batch_tokens
-            made_with = digest(checkpoint.fingerprint(), tokenizer.fingerprint, *how)
-            samples = SamplesFile(arguments.samples, made_with, questions)
-            done = world.from_rank_0(samples.read() if world.rank == 0 else None)
-        scorer = Scorer(pack_weights(model))
-        out = stack.enter_context(samples.open()) if samples and world.rank == 0 else None
+    made_with = digest(checkpoint.fingerprint(), tokenizer.fingerprint, arguments.dtype, arguments.batch_tokens)
+    with process_group() as world, samples_of(arguments, world) as samples:
+        done = world.from_rank_0(scores_so_far(samples, made_with, questions) if samples else {})
+        scorer = Scorer(pack_weights(load_model(checkpoint, world.device, DTYPES[arguments.dtype])))
         total = sum(map(len, questions.values()))
-        bar = stack.enter_context(tqdm(total=total, initial=len(done), unit="question", disable=world.rank > 0))
-        for task in tasks:
-            bar.set_description(task.name)
-            finished = {index for name, index in done if name == task.name}
-            batches = prepare(task, questions[task.name], finished, tokenizer, scorer, arguments.batch_tokens)
-            for index, values in score(batches, scorer, task, questions[task.name], world):
-                if index in finished:
-                    continue  # its batch was cut short in the middle of writing
-                done[task.name, index] = values
-                if out:
-                    out.write(samples.line(task.name, index, values))
-                    out.flush()
-                bar.update()
-        bar.close()
+        with tqdm(total=total, initial=len(done), unit="question", disable=world.rank > 0) as bar:
+            for task in tasks:
+                bar.set_description(task.name)
+                asked, finished = questions[task.name], {index for name, index in done if name == task.name}
+                batches = prepare(task, asked, finished, tokenizer, scorer, arguments.batch_tokens)
+                for found in score(batches, scorer, task, asked, world):
+                    # Of a batch that was cut short in the middle of writing some are there.
+                    new = {index: values for index, values in found.items() if index not in finished}
+                    done |= {(task.name, index): values for index, values in new.items()}
+                    if samples:
+                        samples.append(*(to_record(made_with, task.name, n, asked[n], new[n]) for n in new))
+                    bar.update(len(new))
         if world.rank == 0:
             results = summarize(tasks, groups, questions, done)
             report(results, {entry.name: entry.metrics for entry in (*tasks, *groups)})
             if arguments.json:
                 write_json(Path(arguments.json), {"results": results})
+
+
+def samples_of(arguments: Namespace, world: World) -> AbstractContextManager[JsonLines | None]:
+    """The file of --samples, which rank 0 has; None without it."""
+    has_it = arguments.samples and world.rank == 0
+    return JsonLines(arguments.samples, FIRST) if has_it else nullcontext()
 
 
 def select(names: str, data: Path) -> tuple[list[Task], list[Group]]:
@@ -110,7 +107,7 @@ def select(names: str, data: Path) -> tuple[list[Task], list[Group]]:
         raise UserError(f"--data {data}: no such directory")
     selected: dict[str, Task] = {}
     for name in chosen:
-        members = [tasks[leaf] for leaf in benchmarks.leaves(name, groups)]
+        members = [tasks[name]] if name in tasks else [tasks[member] for member in groups[name].tasks]
         found = members if name in tasks else [task for task in members if task.found(data)]
         if not found:
             raise UserError(f"--data {data}: no file of {name}, such as {data / members[0].test[0]}.*")
@@ -118,12 +115,9 @@ def select(names: str, data: Path) -> tuple[list[Task], list[Group]]:
             shown = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
             note(f"{name}: {len(found)} of {len(members)} tasks; no files of {shown}")
         selected |= {task.name: task for task in found}
-    reported = {
-        group.name: group
-        for group in benchmarks.within(chosen, groups)
-        if any(leaf in selected for leaf in benchmarks.leaves(group.name, groups))
-    }
-    return list(selected.values()), list(reported.values())
+    asked = [set(groups[name].tasks) for name in chosen if name in groups]
+    inside = [group for group in groups.values() if any(members.issuperset(group.tasks) for members in asked)]
+    return list(selected.values()), [group for group in inside if selected.keys() & set(group.tasks)]
 
 
 def prepare(
@@ -135,7 +129,7 @@ def prepare(
     texts = [(question.context, [task.delimiter + choice for choice in question.choices]) for question in questions]
     try:
         encoded = encode(tokenizer, texts, scorer.model.config.max_position_embeddings)
-    except ContextError as error:
+    except UserError as error:
         raise UserError(f"{task.name}, {error}") from None
     rope = scorer.model.config.rope
     if rope.varies:  # a row's beginning, which it may share with others, is turned before its length is known
@@ -151,18 +145,20 @@ def prepare(
 
 def score(
     batches: Sequence[Batch], scorer: Scorer, task: Task, questions: Sequence[Question], world: World
-) -> Iterator[tuple[int, list[float]]]:
-    """The index of each question and its choices' log-likelihoods, as soon as all of them are there."""
+) -> Iterator[dict[int, list[float]]]:
+    """Questions' indices and their choices' log-likelihoods, as soon as all of them are there."""
     parts: dict[int, dict[int, float]] = defaultdict(dict)
     for start in range(0, len(batches), world.size):
-        mine = batches[start + world.rank : start + world.rank + 1] if start + world.rank < len(batches) else []
-        for scored in world.gather([result for batch in mine for result in scorer.score(batch)]):
-            for index, choice, value in scored:
-                if not math.isfinite(value):
-                    raise UserError(f"{task.name}, question {index}: the model's logits are not finite numbers")
-                parts[index][choice] = value
-                if len(parts[index]) == len(questions[index].choices):
-                    yield index, [value for _, value in sorted(parts.pop(index).items())]
+        mine = batches[start + world.rank : start + world.rank + 1]
+        scored = world.gather([result for batch in mine for result in scorer.score(batch)])
+        found = {}
+        for index, choice, value in chain.from_iterable(scored):
+            if not math.isfinite(value):
+                raise UserError(f"{task.name}, question {index}: the model's logits are not finite numbers")
+            parts[index][choice] = value
+            if len(parts[index]) == len(questions[index].choices):
+                found[index] = [value for _, value in sorted(parts.pop(index).items())]
+        yield found
 
 
 def summarize(
@@ -171,16 +167,10 @@ def summarize(
     """The figures of every task, then of every group, whose figures are of the tasks for which a metric counts."""
     results: dict[str, dict[str, float]] = {}
     for task in tasks:
-        results[task.name] = figures(
-            [
-                Sample(question.gold, done[task.name, index], [len(choice) for choice in question.choices])
-                for index, question in enumerate(questions[task.name])
-            ]
-        )
-    all_groups = benchmarks.load()[1]
+        asked = questions[task.name]
+        results[task.name] = figures(asked, [done[task.name, index] for index in range(len(asked))])
     for group in groups:
-        members = set(benchmarks.leaves(group.name, all_groups))
-        inside = [task for task in tasks if task.name in members]
+        inside = [task for task in tasks if task.name in group.tasks]
         counted = {
             metric: [results[task.name] for task in inside if metric in task.metrics] for metric in group.metrics
         }
@@ -193,8 +183,8 @@ def summarize(
 
 def report(results: dict[str, dict[str, float]], metrics: dict[str, tuple[str, ...]]) -> None:
     """The table of what counts."""
-    width = max(map(len, results))
-    show(f"{'task':<{width}} {'n':>6} " + " ".join(f"{metric:>8}" for metric in METRICS))
-    for name, figures_ in results.items():
-        cells = (f"{figures_[m]:8.4f}" if m in metrics[name] and m in figures_ else " " * 8 for m in METRICS)
-        show(f"{name:<{width}} {figures_['n']:6} " + " ".join(cells))
+    rows = [["task", "n", *METRICS]]
+    for name, found in results.items():
+        cells = (f"{found[metric]:.4f}" if metric in metrics[name] and metric in found else "" for metric in METRICS)
+        rows.append([name, str(found["n"]), *cells])
+    show(table(rows))

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from elo.common.errors import UserError
 from elo.model.cache import KVCache
 from elo.model.decoder import CausalLM
 from elo.model.loss import TILE_BYTES
@@ -68,46 +69,41 @@ class Batch:
     rows: list[Row]
 
 
-class ContextError(ValueError):
-    """A context and choice that have no log-likelihood."""
-
-
 # ---- text to rows
 
 
 def encode(
     tokenizer: Tokenizer, questions: Sequence[tuple[str, Sequence[str]]], max_length: int
 ) -> list[list[Continuation]]:
-    """The continuations of (context, choices) pairs. ContextError naming the pair's index where one is impossible."""
+    """The continuations of (context, choices) pairs. UserError naming the pair's index where one is impossible."""
+
+    def encode_one(index: int) -> list[Continuation]:
+        return _encode(tokenizer, f"question {index}", *questions[index], max_length)
+
     with ThreadPoolExecutor() as threads:  # tiktoken lets other threads run while it works
-        encoded = threads.map(lambda question: _encode(tokenizer, *question, max_length), questions)
-        continuations = []
-        for index, question in enumerate(encoded):
-            if isinstance(question, str):
-                raise ContextError(f"question {index}: {question}")
-            continuations.append(question)
-    return continuations
+        return list(threads.map(encode_one, range(len(questions))))
 
 
-def _encode(tokenizer: Tokenizer, context: str, choices: Sequence[str], max_length: int) -> list[Continuation] | str:
-    """The continuations, or what is wrong.
-
-    Spaces at the end of a context belong to the choices, since most tokenizers join a space with the word behind it.
+def _encode(
+    tokenizer: Tokenizer, where: str, context: str, choices: Sequence[str], max_length: int
+) -> list[Continuation]:
+    """Spaces at the end of a context belong to the choices, since most tokenizers join a space with the word behind it.
     A choice's tokens are those of both texts together, from where those of the context alone end.
     """
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     stripped = context.rstrip()
     if not stripped:
-        return "its context is empty"
+        raise UserError(f"{where}: its context is empty")
     texts = [stripped, *(context + choice for choice in choices)]
     context_ids, *whole = ([*bos, *ids] for ids in tokenizer.encode_batch(texts))
     continuations = []
     for text, ids in zip(choices, whole, strict=True):
         scored = len(ids) - len(context_ids)
         if scored < 1:
-            return f"the tokenizer leaves no tokens to its choice {text!r:.50}"
+            raise UserError(f"{where}: the tokenizer leaves no tokens to its choice {text!r:.50}")
         if scored > max_length:
-            return f"its choice {text!r:.50} is longer than the model's context of {max_length} tokens"
+            what = f"its choice {text!r:.50} is longer than the model's context of {max_length} tokens"
+            raise UserError(f"{where}: {what}")
         cut = max(0, len(ids) - max_length - 1)  # the last token is never an input
         continuations.append(Continuation([*context_ids, *ids[len(context_ids) :]][cut:], scored, cut))
     return continuations

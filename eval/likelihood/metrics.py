@@ -5,43 +5,29 @@ Unicode code points, without the delimiter in front of a choice; lm-eval calls t
 f1: the unweighted mean of the classes' F1 scores (`macro_f1_score` in `tasks/kobest/utils.py`).
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+
+from eval.tasks import Question
 
 METRICS = ("acc", "acc_norm", "f1")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One question's result."""
-
-    gold: int
-    loglikelihoods: list[float]  # in nats, of each choice
-    lengths: list[int]  # characters of each choice
-
-    @property
-    def prediction(self) -> int:
-        return best(self.loglikelihoods)
-
-    @property
-    def prediction_norm(self) -> int:
-        return best([value / length for value, length in zip(self.loglikelihoods, self.lengths, strict=True)])
-
-
-def best(values: Sequence[float]) -> int:
+def best(values: Iterable[float]) -> int:
     """The index of the largest, the first of equals."""
-    return max(range(len(values)), key=values.__getitem__)
+    values = list(values)
+    return values.index(max(values))
 
 
-def figures(samples: Sequence[Sample]) -> dict[str, float]:
-    """A task's figures from its samples, and their number `n`."""
-    n = len(samples)
-    return {
-        "acc": sum(sample.prediction == sample.gold for sample in samples) / n,
-        "acc_norm": sum(sample.prediction_norm == sample.gold for sample in samples) / n,
-        "f1": macro_f1([sample.gold for sample in samples], [sample.prediction for sample in samples]),
-        "n": n,
-    }
+def figures(questions: Sequence[Question], loglikelihoods: Sequence[Sequence[float]]) -> dict[str, float]:
+    """A task's figures, and the number `n` of its questions. loglikelihoods: in nats, of each question's choices."""
+    gold, n = [question.gold for question in questions], len(questions)
+    predicted = list(map(best, loglikelihoods))
+    normed = [
+        best(value / len(choice) for value, choice in zip(values, question.choices, strict=True))
+        for question, values in zip(questions, loglikelihoods, strict=True)
+    ]
+    acc, acc_norm = (sum(g == c for g, c in zip(gold, chosen, strict=True)) / n for chosen in (predicted, normed))
+    return {"acc": acc, "acc_norm": acc_norm, "f1": macro_f1(gold, predicted), "n": n}
 
 
 def macro_f1(gold: Sequence[int], predicted: Sequence[int]) -> float:

@@ -1,90 +1,60 @@
-"""The file of --samples: a line of JSON for each question, written as results come, read when a run is continued."""
+"""The lines of --samples: one for each question, written as results come, read when a run is continued.
 
-import json
+Besides what a line says, `prompt` is a fingerprint of the question as the model saw it and `model` one of the model,
+the dtype and the size of a batch. A file with any other is refused: its results would be taken for this run's.
+"""
+
 import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import IO, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.files import read_file_lines
-from eval.jsonl import LARGEST, LONGEST_LINE, digest
+from eval.jsonl import JsonLines, Line, digest
 from eval.likelihood.metrics import best
 from eval.tasks import Question
 
-
-class SamplesFile:
-    """Results of one model, in any order; a last line that a kill cut short is taken away.
-
-    Besides what the line says, `prompt` is a fingerprint of the question as the model saw it and `model` one of the
-    model, the dtype and the size of a batch. A file with any other is refused: its results would be taken for this
-    run's.
-    """
-
-    def __init__(self, path: Path, model: str, questions: dict[str, Sequence[Question]]) -> None:
-        self.path, self.model, self.questions = path, model, questions
-
-    def read(self) -> dict[tuple[str, int], list[float]]:
-        """The log-likelihoods of the choices by task and index, of this run's tasks only."""
-        try:
-            done, complete = {}, 0
-            lines = read_file_lines(self.path, LARGEST, LONGEST_LINE) if self.path.exists() else ()
-            for number, line in enumerate(lines, start=1):
-                if line.endswith(b"\n"):
-                    complete += len(line)
-                    done |= self._parse(line, f"{self.path}:{number}") if line.strip() else {}
-                    continue
-                start = b'{"task": '
-                if not (line.startswith(start) or start.startswith(line)):
-                    raise UserError(f"{self.path}:{number}: not a file of results; give --samples another name")
-                with open(self.path, "r+b") as file:
-                    file.truncate(complete)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "ab"):
-                pass
-        except OSError as error:
-            raise UserError(f"--samples {self.path}: {error.strerror or error}") from None
-        return done
-
-    def _parse(self, line: bytes, where: str) -> dict[tuple[str, int], list[float]]:
-        try:
-            result = json.loads(line)
-            task, index, values = result["task"], result["index"], result["loglikelihoods"]
-            model, prompt = result["model"], result["prompt"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{where}: not a result of this command; give --samples another name") from None
-        if model != self.model:
-            raise UserError(
-                f"{where}: a result of another model, --dtype or --batch-tokens; give --samples another name"
-            )
-        if not isinstance(task, str) or task not in self.questions:
-            return {}
-        questions = self.questions[task]
-        if not isinstance(index, int) or index < 0:
-            raise UserError(f"{where}: there is no question {index!r}")
-        if index >= len(questions):
-            return {}  # of a run with a higher --limit
-        numbers = isinstance(values, list) and all(isinstance(v, float) and math.isfinite(v) for v in values)
-        if prompt != fingerprint(questions[index]) or not numbers or len(values) != len(questions[index].choices):
-            raise UserError(f"{where}: a result of other data or another --shots; give --samples another name")
-        return {(task, index): values}
-
-    def open(self) -> IO[str]:
-        return open(self.path, "a", encoding="utf-8", newline="\n")
-
-    def line(self, task: str, index: int, loglikelihoods: list[float]) -> str:
-        question = self.questions[task][index]
-        result: dict[str, Any] = {
-            "task": task,
-            "index": index,
-            "gold": question.gold,
-            "loglikelihoods": loglikelihoods,
-            "prediction": best(loglikelihoods),
-            "prompt": fingerprint(question),
-            "model": self.model,
-        }
-        return json.dumps(result) + "\n"
+FIRST = "task"
+Scores = dict[tuple[str, int], list[float]]  # task and index of a question to the log-likelihoods of its choices
 
 
-def fingerprint(question: Question) -> str:
-    return digest(question)
+def to_record(model: str, task: str, index: int, question: Question, loglikelihoods: list[float]) -> dict[str, Any]:
+    return {
+        FIRST: task,
+        "index": index,
+        "gold": question.gold,
+        "loglikelihoods": loglikelihoods,
+        "prediction": best(loglikelihoods),
+        "prompt": digest(question),
+        "model": model,
+    }
+
+
+def scores_so_far(results: JsonLines, model: str, questions: Mapping[str, Sequence[Question]]) -> Scores:
+    """Of this run's tasks only; UserError for a line that is no result, or one of something else."""
+    done = {}
+    for line in results.lines:
+        done |= _score(line, model, questions)
+    return done
+
+
+def _score(line: Line, model: str, questions: Mapping[str, Sequence[Question]]) -> Scores:
+    try:
+        task, index, values, made_with, prompt = (
+            line.record[name] for name in (FIRST, "index", "loglikelihoods", "model", "prompt")
+        )
+    except KeyError:
+        raise UserError(f"{line.where}: not a result of this command; give --samples another name") from None
+    if made_with != model:
+        what = "a result of another model, --dtype or --batch-tokens; give --samples another name"
+        raise UserError(f"{line.where}: {what}")
+    if not isinstance(task, str) or task not in questions:
+        return {}
+    if not isinstance(index, int) or index < 0:
+        raise UserError(f"{line.where}: there is no question {index!r}")
+    if index >= len(questions[task]):
+        return {}  # of a run with a higher --limit
+    question = questions[task][index]
+    numbers = isinstance(values, list) and all(isinstance(v, float) and math.isfinite(v) for v in values)
+    if prompt != digest(question) or not numbers or len(values) != len(question.choices):
+        raise UserError(f"{line.where}: a result of other data or another --shots; give --samples another name")
+    return {(task, index): values}

@@ -8,7 +8,7 @@ question, delimiter, right choice and an empty line; the choices that are scored
 import importlib
 import pkgutil
 import random
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -77,10 +77,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Group:
-    """Tasks, or groups of them, that are averaged, each task by its size as in lm-eval's groups."""
+    """Tasks that are averaged, each by its size as in lm-eval's groups."""
 
     name: str
-    members: tuple[str, ...]
+    tasks: tuple[str, ...]
     metrics: tuple[str, ...] = ("acc",)
 
 
@@ -93,20 +93,3 @@ def load() -> tuple[dict[str, Task], dict[str, Group]]:
         tasks |= {task.name: task for task in content.TASKS}
         groups |= {group.name: group for group in getattr(content, "GROUPS", [])}
     return tasks, groups
-
-
-def leaves(name: str, groups: dict[str, Group]) -> Iterator[str]:
-    """The names of the tasks that a name stands for."""
-    if name in groups:
-        for member in groups[name].members:
-            yield from leaves(member, groups)
-    else:
-        yield name
-
-
-def within(names: Iterable[str], groups: dict[str, Group]) -> Iterator[Group]:
-    """The groups among names, each before those in it."""
-    for name in names:
-        if name in groups:
-            yield groups[name]
-            yield from within(groups[name].members, groups)

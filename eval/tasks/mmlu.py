@@ -54,7 +54,7 @@ def task(subject: str) -> Task:
 
 TASKS = [task(subject) for subjects in CATEGORIES.values() for subject in sorted(subjects.split())]
 GROUPS = [
-    Group("mmlu", tuple(f"mmlu_{category}" for category in CATEGORIES)),
+    Group("mmlu", tuple(task.name for task in TASKS)),
     *(
         Group(f"mmlu_{category}", tuple(f"mmlu_{subject}" for subject in subjects.split()))
         for category, subjects in CATEGORIES.items()

@@ -165,7 +165,7 @@ def test_the_categories_of_mmlu_are_those_of_lm_eval():
     files = [yaml.safe_load(path.read_text()) for path in folder.glob("mmlu_*.yaml")]
     tasks, groups = benchmarks.load()
     assert {name for name in tasks if name.startswith("mmlu_")} == {file["task"] for file in files}
-    assert sum(len(group.members) for group in groups.values() if group.name.startswith("mmlu_")) == len(files) == 57
+    assert sum(len(group.tasks) for group in groups.values() if group.name.startswith("mmlu_")) == len(files) == 57
     for file in files:
-        assert file["task"] in groups[file["tag"].removesuffix("_tasks")].members
+        assert file["task"] in groups[file["tag"].removesuffix("_tasks")].tasks
         assert tasks[file["task"]].description == file["description"]

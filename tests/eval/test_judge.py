@@ -135,6 +135,7 @@ def test_mistakes_are_one_line(judge, bench, tmp_path):
     for change, message in (
         (("{question}", "{quest}"), "unknown slot {quest}; there are question, answer"),
         (("Q {question}", "Q {question"), "not a template"),
+        (("Q {question}", "Q {question_2}"), "question 81 has nothing for the slot {question_2}"),
         (("[[rating]]", "[[A,B]]"), "output_format '[[A,B]]'"),
         (('"system_prompt": "You judge by single-v1."', '"system_prompt": 1'), "system_prompt must be a text, not 1"),
         (("single-math-v1-multi-turn", "single-other"), "no judge prompt 'single-math-v1-multi-turn'; the prompts are"),

@@ -226,7 +226,7 @@ ROWS = [
 FIGURE3 = {
     "gigabytes": [10, 50, 200],
     "hours": {"ELO": [1.0, 5.0, 20.0], "FFT": [19.0, 90.0, 380.0]},
-    "paper": {"ELO": [1.5], "FFT": [19.8, None, 300.0]},
+    "paper": {"ELO": [1.5, None, None], "FFT": [19.8, None, 300.0]},
 }
 
 

@@ -1,7 +1,5 @@
 """Hostile files of benchmarks of choices, and hostile samples of a run that goes on."""
 
-import json
-
 import pytest
 from artifacts import parquet
 from harness import case_directory, cases, make_what_is_no_file, result_or_user_error
@@ -10,7 +8,8 @@ from hypothesis import strategies as st
 from mutations import changed_bytes, changed_lines
 
 from eval import tasks
-from eval.likelihood.samples import SamplesFile
+from eval.jsonl import JsonLines
+from eval.likelihood.samples import FIRST, scores_so_far, to_record
 from examples import questions
 
 KOBEST = {name: records for name, split, records in questions.kobest_rows() if split == "test"}
@@ -95,9 +94,15 @@ QUESTION = {"kobest_copa": [tasks.Question("context", ["a", "b"], 0)] * 2}
 @given(st.data())
 def test_samples(data):
     with case_directory() as directory:
-        samples = SamplesFile(directory / "samples.jsonl", "model", QUESTION)
-        lines = [json.loads(samples.line("kobest_copa", index, [-1.5, -2.0])) for index in (0, 1)]
-        samples.path.write_bytes(data.draw(changed_lines(lines)))
-        found = result_or_user_error(samples.read, writes=directory)
+        path = directory / "samples.jsonl"
+        (name, asked), *_ = QUESTION.items()
+        lines = [to_record("model", name, index, asked[index], [-1.5, -2.0]) for index in (0, 1)]
+        path.write_bytes(data.draw(changed_lines(lines)))
+
+        def read():
+            with JsonLines(path, FIRST) as results:
+                return scores_so_far(results, "model", QUESTION)
+
+        found = result_or_user_error(read, writes=directory)
         for values in (found or {}).values():
             assert [type(value) for value in values] == [float, float]
