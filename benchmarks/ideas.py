@@ -8,7 +8,7 @@ says otherwise. docs/performance.md has these, and what was tried beside them an
 
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -21,9 +21,12 @@ from benchmarks.training_step.steps import Case
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive, positive_int
 from elo.cpu import attention, linear, loss
+from elo.methods import DEFAULT_LAYERS
 from elo.model import decoder
+from elo.model.checkpoint import Checkpoint
 from elo.model.loss import LinearCrossEntropy
 from elo.runs import devices, sharding
+from elo.slicing import parse_layers
 
 BOTH = ("fp32", "bf16")
 
@@ -102,17 +105,14 @@ def arguments() -> Namespace:
 
 def main() -> None:
     options = arguments()
-    plain = Case(
-        model=options.model, method="elo", implementation="elo", dtype="fp32", layers=(), batch=options.batch,
-        seq_len=options.seq_len, seconds=options.seconds, lora_rank=8, lora_alpha=16.0, data=(), text_field="text",
-        cache="",
-    )  # fmt: skip
+    layers = parse_layers(DEFAULT_LAYERS, Checkpoint(options.model).config.num_hidden_layers)
+    steps_of = {"batch": options.batch, "seq_len": options.seq_len, "seconds": options.seconds}
     ideas = [idea for idea in IDEAS if not options.only or any(word in idea.name for word in options.only)]
     print("| idea | dtype | tokens/s, with over without | memory, with over without |\n|---|---|---|---|")
     for idea in ideas:
         for dtype in idea.dtypes:
-            layers = (1, layer_count(options.model)) if idea.method == "elo" else ()
-            case = replace(plain, method=idea.method, dtype=dtype, layers=layers)
+            trained = layers if idea.method == "elo" else ()
+            case = Case(options.model, idea.method, "elo", dtype, trained, **steps_of)
             pairs = [(apart(measure, case), apart(measure, case, idea.switch)) for _ in range(options.rounds)]
             switched = {
                 field: median(after[field] for _, after in pairs) / median(before[field] for before, _ in pairs)
@@ -120,10 +120,6 @@ def main() -> None:
             }
             speed, memory = switched["seconds"], 1 / switched["memory_bytes"]
             print(f"| {idea.name} | {dtype} | {speed:.3f} | {memory:.3f} |", flush=True)
-
-
-def layer_count(directory: str) -> int:
-    return steps.Checkpoint(directory).config.num_hidden_layers
 
 
 def measure(case: Case, switch: Callable[[], None] = lambda: None) -> dict[str, Any]:

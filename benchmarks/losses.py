@@ -8,14 +8,13 @@ Each form has a process of its own; they take turns. The shapes are SmolLM2-135M
 from argparse import Namespace
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.planning_checks import resident
 from benchmarks.sides import Side, take_turns
+from benchmarks.training_step.machine import Memory
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive_int
 from elo.model.loss import LinearCrossEntropy
@@ -40,13 +39,12 @@ def make(form: str, tokens: int, vocabulary: int, width: int, dtype: str, traine
     labels = torch.randint(vocabulary, (tokens,))
     loss = FORMS[form]()
     set_for_training(torch.device("cpu"))  # from now on freed memory is kept
-    before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes the present use (man 5 proc)
+    memory = Memory(hidden.device)
 
     def measure(_: None) -> int:
         hidden.grad = weight.grad = None
         loss(hidden, weight, labels).backward()
-        return resident("VmHWM") - before
+        return memory.peak()
 
     return measure
 

@@ -2,13 +2,11 @@
 
     python -m benchmarks.planning_checks [--model models/SmolLM2-135M-Instruct]
 
-Every case runs in a fresh process on the CPU. What is measured is the highest resident memory of a process (VmHWM of
-Linux's /proc) while it builds a model and takes two steps, above what it had after the same with a tiny model.
+Every case runs in a fresh process on the CPU. What is measured is the highest resident memory of a process while it
+builds a model and takes two steps, above what it had after the same with a tiny model.
 """
 
 import argparse
-import ctypes
-import gc
 import json
 import os
 import re
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from benchmarks.training_step.machine import Memory
 from elo.common.errors import exit_status
 from elo.common.options import Parser
 from elo.data.feed import in_order
@@ -79,20 +78,12 @@ def train(config: ModelConfig, method: str, setup: Setup, world: World) -> None:
         optimizer.step()
 
 
-def resident(field: str) -> int:
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(rf"^{field}:\s+(\d+) kB", status, re.MULTILINE)[1]) * 1024
-
-
 def measure_here(config: ModelConfig, method: str, setup: Setup, world: World) -> int:
     tiny = ModelConfig.from_json({**config.json, **TINY, "num_hidden_layers": 2})
     train(tiny, method, replace(setup, tokens=SEQ_LEN), world)
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes the present use (man 5 proc)
-    before = resident("VmRSS")
+    memory = Memory(world.device)
     train(config, method, setup, world)
-    return resident("VmHWM") - before
+    return memory.peak()
 
 
 def measure(fields: dict[str, Any], method: str, setup: Setup) -> int:

@@ -9,7 +9,7 @@ windows were, nor whether blocks were recomputed; here they are not, but for the
 
 from typing import Any
 
-from benchmarks.published import LLAMA, LLAMA_8B, LLAMA_70B, LLAMA_SIZES
+from benchmarks.published import FIGURE_3, LLAMA, LLAMA_8B, LLAMA_70B, LLAMA_SIZES, TABLE_1
 from elo.common.errors import exit_status
 from elo.common.options import Parser, positive_int
 from elo.methods import make
@@ -35,18 +35,6 @@ PUBLIC: dict[str, tuple[dict[str, Any], int]] = {
     ),
     "Llama-3-70B": ({**LLAMA, **LLAMA_70B, "max_position_embeddings": 8192}, 70_553_706_496),
 }
-# Table 1: what was run, by which method here, 10^9 tokens, hours.
-TABLE_1 = {
-    "Llama-3.1-8B": (
-        ("FFT, 10 GB", "full", 2.8, 19.8),
-        ("ELO, 9 GB", "elo", 2.5, 1.5),
-        ("alignment", "full", 0.3, 2.0),
-    ),
-    "Mistral-7B-v0.3": (("FFT, 10 GB", "full", 4.7, 31.0), ("ELO, 9 GB", "elo", 4.2, 1.7))
-    + (("alignment", "full", 0.6, 3.1),),
-    "Qwen2-7B": (("FFT, 10 GB", "full", 3.1, 20.5), ("ELO, 9 GB", "elo", 2.8, 1.8), ("alignment", "full", 0.3, 2.1)),
-}
-FIGURE_3 = {50: {"lora": 5.29, "full": 6.04}, 200: {"lora": 10.72, "full": 12.23}}  # GB: times as fast as the method
 
 
 def config(model: str) -> ModelConfig:
@@ -89,12 +77,12 @@ def main() -> None:
     llama = config("Llama-3.1-8B")
     costs = {method: flops_per_token(llama, method, seq_len) for method in ("elo", "full", "lora")}
     (_, _, _, full), (_, _, _, elo), (_, _, _, alignment) = TABLE_1["Llama-3.1-8B"]
-    for gigabytes, ratios in FIGURE_3.items():
-        for method, ratio in ratios.items():
+    for gigabytes in (50, 200):
+        for method, ratios in FIGURE_3.items():
             by_flops = gigabytes * costs[method] / ((gigabytes - 1) * costs["elo"] + costs["full"])
             by_hours = gigabytes * full / 10 / ((gigabytes - 1) * elo / 9 + alignment)
             shown = f"{by_hours:.2f}" if method == "full" else "-"
-            print(f"| {gigabytes} | {method} | {ratio} | {by_flops:.2f} | {shown} |")
+            print(f"| {gigabytes} | {method} | {ratios[gigabytes]} | {by_flops:.2f} | {shown} |")
 
     ways = ("elo", "lora", "selective", "full")
     print(f"\n| GPUs | {' | '.join(ways)} |\n{'|---' * (len(ways) + 1)}|")

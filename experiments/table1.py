@@ -2,7 +2,7 @@
 
 from argparse import Namespace
 
-from benchmarks.planning_paper import TABLE_1
+from benchmarks.published import TABLE_1
 from elo.methods import DEFAULT_LAYERS
 from experiments.rows import Row, align, alignment_only, base, baseline, elo, found_scale, in_time_of, instruct
 

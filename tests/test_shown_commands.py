@@ -38,7 +38,6 @@ ADDED = {
     "benchmarks.training_step": "--dtype fp32 --batch 1 --seconds 0.001",
     "benchmarks.ideas": "--only oneDNN's --batch 1 --seq-len 32",
     "benchmarks.losses": "--tokens 32 --vocabulary 1000 --width 64",
-    "benchmarks.training_memory": "--batch 1 --seq-len 32 --steps 1",
     "benchmarks.generation_speed": "--dtype fp32 --batch 1 --prompt-tokens 4 --new-tokens 2 --rounds 1",
     "benchmarks.lm_eval_speed": "--tasks kobest_copa",
 }

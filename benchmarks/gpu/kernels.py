@@ -11,9 +11,10 @@ from torch.nn.attention import SDPBackend
 
 from benchmarks.gpu import candidates
 from benchmarks.gpu.candidates import Attend, Loss, by_autograd, scaled_mm, to_fp8
-from benchmarks.gpu.measuring import Row, added_memory, attempt, call_seconds, need_gpu, relative_error, seconds
+from benchmarks.gpu.measuring import Row, attempt, call_seconds, need_gpu, relative_error, seconds
 from benchmarks.gpu.rules import FLASH, FP8, PRESENT, WHOLE
 from benchmarks.gpu.shapes import Shape
+from benchmarks.training_step.machine import Memory
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM, build
 from elo.runs.devices import inference_device, set_for_training
@@ -109,9 +110,9 @@ def measured_loss(make: Callable[[], Loss], hidden: Tensor, labels: Tensor, trut
         equal &= all(map(torch.equal, kept[0], kept[-1]))
         del kept[1:]
     row = {"calls_ms": calls, "equal_bits": equal, "relative_error": relative_error(kept.pop()[1][: len(truth)], truth)}
-    with added_memory(hidden.device) as memory:
-        row["ms"] = 1e3 * seconds(lambda: compute(hidden, labels), hidden.device)
-    return row | memory
+    memory = Memory(hidden.device)
+    row["ms"] = 1e3 * seconds(lambda: compute(hidden, labels), hidden.device)
+    return row | {"memory_gb": memory.peak() / 1e9}
 
 
 # ---- attention

@@ -3,8 +3,7 @@
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -75,18 +74,6 @@ def seconds(function: Callable[[], object], device: torch.device) -> float:
     function()
     calls = ceil(SAMPLE_SECONDS[device.type] / max(1e-5, call_seconds(function, device)))
     return median(call_seconds(function, device, min(calls, 100)) for _ in range(SAMPLES))
-
-
-@contextmanager
-def added_memory(device: torch.device) -> Iterator[Row]:
-    """{"memory_gb"} at the highest point beyond what was there before; nothing on a CPU."""
-    found: Row = {}
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-    yield found
-    if device.type == "cuda":
-        found["memory_gb"] = (torch.cuda.max_memory_allocated(device) - before) / 1e9
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

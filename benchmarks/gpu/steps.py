@@ -10,17 +10,16 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import train
-from benchmarks.gpu.measuring import Row, added_memory, attempt, need_gpu, profiled
+from benchmarks.gpu.measuring import Row, attempt, need_gpu, profiled
 from benchmarks.gpu.shapes import Shape
 from benchmarks.sides import apart
 from benchmarks.training_step import steps
-from benchmarks.training_step.machine import Stopwatch, synchronize
+from benchmarks.training_step.machine import Memory, Stopwatch, synchronize
 from benchmarks.training_step.steps import Case, TimedBatches
 from elo.common.errors import EarlyExit
 from elo.model.checkpoint import Checkpoint
@@ -32,18 +31,10 @@ PROFILED = 3  # steps
 STEPS, STOPPED = 6, 3  # of `train.py`
 
 
-class NoWatch(Stopwatch):
-    """Parts of a step are not timed: the device would have to wait at their borders."""
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        yield
-
-
 def measure(case: Case) -> Row:
     base = Checkpoint(case.model)
-    with process_group() as world, added_memory(world.device) as memory:
-        watch, windows = NoWatch(world.device), steps.open_windows(case, base)
+    with process_group() as world:
+        memory, watch, windows = Memory(world.device), Stopwatch(None), steps.open_windows(case, base)
         batches = TimedBatches(windows, case.batch, world, watch, case.micro_batches)
         make = steps.elo_step if case.implementation == "elo" else steps.transformers_step
         _, step = make(case, base, batches, world, watch)
@@ -57,17 +48,17 @@ def measure(case: Case) -> Row:
             spent.append(time.perf_counter() - started)
         work = lambda: [step(number) for number in range(PROFILED)]  # noqa: E731
         shares = attempt("profiler", lambda: {"split": profiled(work, world.device)})
-    del shares["case"]
-    rate = round(case.batch * case.seq_len / median(spent))
-    return {"ms": 1e3 * median(spent), "tokens_per_second": rate, "loss": loss} | memory | shares
+        del shares["case"]
+        rate = round(case.batch * case.seq_len / median(spent))
+        row = {"ms": 1e3 * median(spent), "tokens_per_second": rate, "loss": loss}
+        return row | {"memory_gb": memory.peak() / 1e9} | shares
 
 
 def rows(shape: Shape, folder: Path, method: str, windows: int, choices: dict[str, dict[str, Any]]) -> Iterator[Row]:
     for name, choice in choices.items():
         case = Case(
             model=str(folder / "base"), method=method, dtype="bf16", batch=windows, seq_len=shape.seq_len,
-            layers=(1, shape.config.num_hidden_layers) if method == "elo" else (), seconds=shape.seconds, lora_rank=8,
-            lora_alpha=16.0, data=(), text_field="text", cache="", **choice,
+            layers=(1, shape.config.num_hidden_layers) if method == "elo" else (), seconds=shape.seconds, **choice,
         )  # fmt: skip
 
         def measured(case: Case = case) -> Row:

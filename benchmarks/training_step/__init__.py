@@ -164,8 +164,7 @@ def make_cases(
             batch=arguments.batch,
             seq_len=arguments.seq_len,
             seconds=arguments.seconds,
-            lora_rank=arguments.lora_rank,
-            lora_alpha=arguments.lora_alpha,
+            adapters=LoraOptions(arguments.lora_rank, arguments.lora_alpha),
             data=tuple(arguments.data or ()),
             text_field=arguments.text_field,
             cache=cache,
@@ -198,8 +197,8 @@ def make_row(case: Case, measured: list[dict[str, Any]], base: Checkpoint, peak:
     """Median, slowest and fastest of the processes; memory and shares of the time are medians too."""
     tokens = case.batch * case.seq_len
     rates = [tokens / reply["seconds"] for reply in measured]
-    options = LoraOptions(lora_rank=case.lora_rank)
-    flops = count_flops(make(base.config, case.method, case.layers or None, options).model, case.seq_len).total
+    model = make(base.config, case.method, case.layers or None, case.adapters).model
+    flops = count_flops(model, case.seq_len).total
     return {
         "method": case.method,
         "implementation": case.implementation,

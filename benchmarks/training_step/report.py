@@ -3,23 +3,19 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from benchmarks.published import FIGURE_3, TABLE_1
 from eval.tables import table
 
 Row = dict[str, Any]
 
-# Of the paper: hours on 8 H100 for Llama-3.1-8B and 10 GB (Table 1, ELO: 9 GB and 1 GB of alignment), and how many
-# times faster than the others ELO is (Figure 3).
-PAPER_HOURS_10_GB = {"elo": 1.5 + 2.0, "full": 19.8}
-PAPER_FASTER_THAN = {"lora": {50: 5.29, 200: 10.72}, "full": {50: 6.04, 200: 12.23}}
 GIGABYTES = (10, 50, 100, 150, 200)
 ALIGNMENT_GIGABYTES = 1
 
 
-def find(rows: Iterable[Row], method: str, dtype: str, ours: bool = True) -> Row | None:
-    return next(
-        (row for row in rows if (row["method"], row["dtype"], row["implementation"] == "elo") == (method, dtype, ours)),
-        None,
-    )
+def find(rows: Iterable[Row], method: str, dtype: str) -> Row | None:
+    """This project's row."""
+    wanted = {"method": method, "dtype": dtype, "implementation": "elo"}
+    return next((row for row in rows if wanted.items() <= {name: row[name] for name in wanted}.items()), None)
 
 
 def pairs(rows: list[Row]) -> Iterator[tuple[str, Row, Row]]:
@@ -86,37 +82,29 @@ def figure3(rows: list[Row], dtype: str, bytes_per_token: float) -> dict[str, An
     hours are of other hardware and another model; they are extended in proportion from 10 GB of full training, with
     the ratios of its Figure 3.
     """
-    hours_per_gb = {}
-    for method in ("elo", "full", "lora"):
-        if row := find(rows, method, dtype):
-            hours_per_gb[method] = 1e9 / bytes_per_token / row["tokens_per_second"] / 3600
-    hours = {method: [gigabytes * each for gigabytes in GIGABYTES] for method, each in hours_per_gb.items()}
-    if "elo" in hours:
-        alignment = ALIGNMENT_GIGABYTES * hours_per_gb["full"]
-        hours["elo"] = [hours_per_gb["elo"] * (size - ALIGNMENT_GIGABYTES) + alignment for size in GIGABYTES]
+    speeds = {method: find(rows, method, dtype)["tokens_per_second"] for method in ("elo", "full", "lora")}
+    per_gb = {method: 1e9 / bytes_per_token / speed / 3600 for method, speed in speeds.items()}
+    hours = {method: [gigabytes * each for gigabytes in GIGABYTES] for method, each in per_gb.items()}
+    alignment = ALIGNMENT_GIGABYTES * per_gb["full"]
+    hours["elo"] = [per_gb["elo"] * (size - ALIGNMENT_GIGABYTES) + alignment for size in GIGABYTES]
 
-    paper: dict[str, list[float | None]] = {"elo": [], "full": [], "lora": []}
-    for size in GIGABYTES:
-        full = PAPER_HOURS_10_GB["full"] * size / 10
-        faster = {method: by_size.get(size) for method, by_size in PAPER_FASTER_THAN.items()}
-        elo = PAPER_HOURS_10_GB["elo"] if size == 10 else full / faster["full"] if faster["full"] else None
-        paper["elo"].append(elo)
-        paper["full"].append(full)
-        paper["lora"].append(elo * faster["lora"] if faster["lora"] else None)
+    (*_, full_10), (*_, elo_9), (*_, alignment_1) = TABLE_1["Llama-3.1-8B"]
+    faster = {method: [ratios.get(size) for size in GIGABYTES] for method, ratios in FIGURE_3.items()}
+    full = [full_10 * size / 10 for size in GIGABYTES]
+    elo = [hours / ratio if ratio else None for hours, ratio in zip(full, faster["full"], strict=True)]
+    elo[0] = elo_9 + alignment_1
+    lora = [hours * ratio if ratio else None for hours, ratio in zip(elo, faster["lora"], strict=True)]
     return {
         "dtype": dtype,
         "bytes_per_token": bytes_per_token,
         "gigabytes": list(GIGABYTES),
         "hours": hours,
-        "paper": paper,
+        "paper": {"elo": elo, "full": full, "lora": lora},
         "faster_than": {
             method: [other / elo for other, elo in zip(hours[method], hours["elo"], strict=True)]
-            for method in hours
-            if method != "elo"
+            for method in ("full", "lora")
         },
-        "paper_faster_than": {
-            method: [by_size.get(size) for size in GIGABYTES] for method, by_size in PAPER_FASTER_THAN.items()
-        },
+        "paper_faster_than": faster,
     }
 
 

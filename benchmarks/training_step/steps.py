@@ -56,19 +56,14 @@ class Case:
     batch: int  # windows in a step
     seq_len: int
     seconds: float  # steps are taken until so much time has passed, after three that warm up
-    lora_rank: int
-    lora_alpha: float
-    data: tuple[str, ...]  # text files; none: random tokens
-    text_field: str
-    cache: str  # where their tokens are
+    adapters: LoraOptions = LoraOptions()
+    data: tuple[str, ...] = ()  # text files; none: random tokens
+    text_field: str = "text"
+    cache: str = ""  # where their tokens are
     micro_batches: int = 1  # equal parts of a step
     activation_checkpointing: bool = False  # this and the next ones of elo
     gather_once: bool = False
     reads_ahead: bool = False  # by a thread, as training does; then steps are numbered from 0 and not timed by parts
-
-    @property
-    def adapters(self) -> LoraOptions:
-        return LoraOptions(self.lora_rank, self.lora_alpha)
 
 
 Step = Callable[[int], float]  # takes the step of this number, and returns its loss
@@ -239,8 +234,8 @@ def transformers_model(case: Case, base: Checkpoint, on_meta: bool = False) -> n
         return get_peft_model(
             model,
             LoraConfig(
-                r=case.lora_rank,
-                lora_alpha=case.lora_alpha,
+                r=case.adapters.lora_rank,
+                lora_alpha=case.adapters.lora_alpha,
                 lora_dropout=0.0,
                 target_modules="all-linear",
                 task_type="CAUSAL_LM",

@@ -16,6 +16,7 @@ from benchmarks.training_step.machine import Memory, Stopwatch
 from elo.common.errors import UserError
 from elo.model.checkpoint import Checkpoint
 from elo.runs.processes import process_group
+from elo.variants.lora import LoraOptions
 
 
 @pytest.fixture
@@ -29,9 +30,9 @@ def base(tmp_path):
 
 
 def case(base, method, implementation, **fields):
-    settings = {"dtype": "fp32", "layers": (1, 4), "batch": 2, "seq_len": 16, "seconds": 1e-6, "text_field": "text"}
-    settings |= {"lora_rank": 4, "lora_alpha": 12.0, "data": (), "cache": ""}
+    settings = {"dtype": "fp32", "layers": (1, 4), "batch": 2, "seq_len": 16, "seconds": 1e-6}
     settings |= {"model": str(base.directory), "method": method, "implementation": implementation}
+    settings |= {"adapters": LoraOptions(4, 12.0)}
     return steps.Case(**settings | fields)
 
 
