@@ -111,7 +111,10 @@ def write(texts: list[str], path: Path) -> None:
 def main() -> None:
     parser = Parser(prog="python -m examples.texts", description="Write the demo's Korean and English corpora.")
     parser.add_argument("out", type=Path, metavar="DIR", help="the directory to write")
-    out = parser.parse_args().out
+    write_all(parser.parse_args().out)
+
+
+def write_all(out: Path) -> None:
     for language, texts in {"ko": korean(), "en": english()}.items():
         random.Random(SEED).shuffle(texts)
         texts = list(dict.fromkeys(texts))  # Python has some topics under two names

@@ -11,17 +11,16 @@ the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl,
 import json
 import random
 import shlex
-import subprocess
 import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from importlib import import_module
 from itertools import islice
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from elo.common.errors import UserError, exit_status
-from elo.common.fields import read_json_object
 from elo.common.options import Parser, positive, positive_int, seed
 from elo.common.terminal import say, show
 from elo.cpu import onednn
@@ -30,10 +29,10 @@ from elo.data.finding import find_files
 from elo.planning.run import GPUS
 from elo.runs.devices import device_name, inference_device
 from eval.jsonl import read_lines
+from examples import texts
 from experiments import report
-from experiments.report import BENCHMARKS
-from experiments.rows import LIKELIHOOD, Kit, Row, in_time_of
-from experiments.runs import ROOT, FailedError, Runs
+from experiments.rows import BENCHMARKS, LIKELIHOOD, Kit, Row, in_time_of
+from experiments.runs import FailedError, Runs
 
 NAMES = ("table1", "table2", "table3", "figure2", "figure3")
 METHODS = ("elo", "align", "full", "lora", "selective")
@@ -43,6 +42,11 @@ OWN = {"--model", "--target", "--source", "--data", "--gb", "--seed", "--out", "
 AMONG = 5000  # documents, from the beginning
 SIZES = range(200, 20_001)  # bytes of one that is held out
 PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
+DEMO = Path("data/demo")
+# What `make demo` trains, in its sizes; rates that were not searched for. What else is given stands behind, and counts.
+SMALL = f"""--model models/SmolLM2-135M-Instruct --target {DEMO}/ko.train.jsonl --source {DEMO}/en.train.jsonl
+    --training "--seq-len 256 --batch-tokens 512 --dtype {"bf16" if onednn.HAS_BF16 else "fp32"}" --held-out 12
+    --rates elo=1e-3 align=1e-4 full=1e-4 lora=1e-3 selective=3e-4 --bytes-per-token 1.25 --gb 0.00004"""
 
 
 def parse_arguments() -> Namespace:
@@ -61,9 +65,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--rates", nargs="+", default=[], type=rates, metavar="METHOD=LR,...", help="the best is taken")
     parser.add_argument(
-        "--training", default=[], type=words, help='of train.py and align.py: --training="--dtype fp32"'
+        "--training", default=[], type=words, action="extend", help='for train.py and align.py: "--dtype fp32"'
     )
-    parser.add_argument("--sft", default=[], type=words, help="of sft.py, likewise")
+    parser.add_argument("--sft", default=[], type=words, action="extend", help="for sft.py, likewise")
     parser.add_argument("--held-out", type=positive_int, default=40, metavar="N", help="documents (%(default)s)")
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2: mean and spread (0)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name; the others' records stay")
@@ -75,7 +79,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--report", action="store_true", help="only make table and picture again")
     options = parser.parse_args()
     if options.small:
-        make_small(options)
+        options = parser.parse_args([*shlex.split(SMALL), *sys.argv[1:]])
     benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
     options.benches = [name for name in benchmarks if Path(options.benchmarks or "/dev/null", name).is_dir()]
     given, options.rates = options.rates, {}
@@ -86,79 +90,64 @@ def parse_arguments() -> Namespace:
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needed.replace('_', '-')}")
     for name in sorted(OWN & {*options.training, *options.sft}):
         raise UserError(f"{name} in --training or --sft: the experiment sets it itself, by its rows and own options")
-    if not (options.dry_run or options.report):
-        check_inputs(options, benchmarks)
     if options.dry_run and not options.bytes_per_token:
         raise UserError("--dry-run needs --bytes-per-token, such as 3.6 for Llama-3.1's tokenizer and Korean")
     options.bytes_per_token = options.bytes_per_token or 4.0  # only the runs' proportions count then
     return options
 
 
-def check_inputs(options: Namespace, benchmarks: tuple[str, ...]) -> None:
-    """Raises UserError, before hours of work, for what is wanted only after them."""
-    for name in ("instruct", "conversations", "benchmarks"):
-        given = getattr(options, name) or []
-        for path in given if isinstance(given, list) else [given]:
-            if not Path(path).exists():
-                raise UserError(f"--{name} {path}: not found")
+def check_inputs(options: Namespace) -> None:
+    """Before hours of work. Raises UserError for what is wanted only after them."""
+    wanted = [("instruct", options.instruct), *(("conversations", path) for path in options.conversations or ())]
+    for name, path in [*wanted, ("benchmarks", options.benchmarks)]:
+        if path and not Path(path).exists():
+            raise UserError(f"--{name} {path}: not found")
     if options.benchmarks and not options.benches:
+        benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
         raise UserError(f"--benchmarks {options.benchmarks}: none of {', '.join(benchmarks)} is a folder there")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror}") from None
+    import_module("eval.figures.charts")  # or that matplotlib is missing
 
 
 def main() -> None:
     options = parse_arguments()
     experiment, file = import_module(f"experiments.{options.name}"), options.out / f"{options.name}.jsonl"
+    if options.report:
+        return tell(experiment, read_records(file, None), file)
     if not options.dry_run:
-        import_module("eval.figures.charts")  # or that matplotlib is missing, before hours of work
-    settings = json.loads(json.dumps({name: getattr(options, name) for name in SETTINGS}))
-    records, failed = read_records(file, settings if not options.report else None), []
-    if not options.report:
-        runs = Runs(options)
-        hold_out(options)
-        chosen = choose_rows(experiment.rows(options), options)
-        rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
-        for kit, row in rows:
-            model = row.model(kit)
-            if row.is_model:
-                kit.measure(model)
-        if options.dry_run:
-            return runs.show()
-        runs.begin()
-        records = {(r["row"], r["seed"]): r for r in read_records(file, settings)}
-        for kit, row in rows:
-            records[row.name, kit.seed] = do_row(kit, row) | {"settings": settings}
-            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()]
-            file.with_suffix(".new").write_text("".join(lines))
-            file.with_suffix(".new").replace(file)
-        records, failed = list(records.values()), list(runs.failed.values())
-    if not records:
-        raise UserError(f"{file}: no records of an experiment; run it without --report")
-    show(report.write(experiment, records, file.with_suffix(".md"), file.with_suffix(".png")))
-    say(f"written to {file.with_suffix('.md')} and {file.with_suffix('.png')}")
-    if failed:
+        check_inputs(options)
+        if options.small and not (DEMO / "ko.train.jsonl").exists():
+            texts.write_all(DEMO)
+    settings, runs = {name: getattr(options, name) for name in SETTINGS}, Runs(options)
+    hold_out(options)
+    chosen = choose_rows(experiment.rows(options), options)
+    rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
+    for kit, row in rows:
+        row.measure(kit, row.model(kit))
+    if options.dry_run:
+        return runs.show()
+    runs.begin()
+    records = {(r["row"], r["seed"]): r for r in read_records(file, settings)}
+    for kit, row in rows:
+        records[row.name, kit.seed] = do_row(kit, row) | {"settings": settings}
+        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()]
+        file.with_suffix(".new").write_text("".join(lines))
+        file.with_suffix(".new").replace(file)
+    tell(experiment, list(records.values()), file)
+    if failed := list(runs.failed.values()):
         raise UserError(f"{len(failed)} commands failed, the rest is done; the same command tries again: {failed[0]}")
     return None
 
 
-def make_small(options: Namespace) -> None:
-    """--small: what `make demo` trains, in its sizes; rates that were not searched for."""
-    folder = Path("data/demo")
-    if not (options.dry_run or options.report or (folder / "ko.train.jsonl").exists()):
-        made = subprocess.run([sys.executable, "-m", "examples.texts", folder.absolute()], cwd=ROOT)
-        if made.returncode:
-            raise UserError("--small: the demo's texts could not be made, see above")
-    options.model, options.gb, options.held_out = "models/SmolLM2-135M-Instruct", 0.00004, 12
-    options.target, options.source = [f"{folder}/ko.train.jsonl"], [f"{folder}/en.train.jsonl"]
-    dtype = "bf16" if onednn.HAS_BF16 else "fp32"
-    options.training = ["--seq-len", "256", "--batch-tokens", "512", "--dtype", dtype, *options.training]
-    options.rates = options.rates or list(
-        map(rates, ["elo=1e-3", "align=1e-4", "full=1e-4", "lora=1e-3", "selective=3e-4"])
-    )
-    options.bytes_per_token = options.bytes_per_token or 1.25
+def tell(experiment: ModuleType, records: list[dict[str, Any]], file: Path) -> None:
+    """Table and picture."""
+    if not records:
+        raise UserError(f"{file}: no records of an experiment; run it without --report")
+    show(report.write(experiment, records, file.with_suffix(".md"), file.with_suffix(".png")))
+    say(f"written to {file.with_suffix('.md')} and {file.with_suffix('.png')}")
 
 
 def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, Any]]:
@@ -232,14 +221,12 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     }  # fmt: skip
     try:
         model = row.model(kit)
-        if not row.is_model:
-            return record | {"figures": read_json_object(Path(model, "result.json"))}
         training = kit.runs.made_of.get(model, [])
         record["rates"] = ", ".join(filter(None, (run.option("--lr") for run in training)))
         record["commands"] = [kit.runs.command(run) for run in training]
         record["figures"]["hours"] = kit.runs.seconds(model) / 3600
         record["figures"]["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
-        record["figures"] |= kit.measure(model)
+        record["figures"] |= row.measure(kit, model)
     except FailedError as error:
         record["failed"] = str(error)
     return record

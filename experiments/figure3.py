@@ -1,13 +1,14 @@
 """Figure 3: hours of ELO, LoRA and full training against the text, at measured speed, beside the paper's."""
 
 from argparse import Namespace
+from typing import Any
 
-from experiments.rows import JSON, Kit, Row
+from experiments.rows import Kit, Row, base
 
 
 def rows(options: Namespace) -> list[Row]:
-    def measured(kit: Kit) -> str:
-        words = ("--model", options.model, "--methods", "elo,full,lora", "--figure3", "--data", *options.target)
-        return kit.runs.do("benchmarks.training_step", *words, *JSON)
+    def measure(kit: Kit, model: str) -> dict[str, Any]:
+        words = ("--model", model, "--methods", "elo,full,lora", "--figure3", "--data", *options.target)
+        return kit.result("benchmarks.training_step", *words)
 
-    return [Row("hours", measured, is_model=False)]
+    return [Row("hours", base, measure=measure)]

@@ -8,12 +8,12 @@ from typing import Any
 from benchmarks.training_step.report import figure3_text
 from eval.figures import plot
 from experiments.crossover import compare
-from experiments.rows import JUDGED, LIKELIHOOD
+from experiments.rows import BENCHMARKS
 
-BENCHMARKS = (*LIKELIHOOD, *JUDGED)
 LANGUAGES = ("target", "source")
 COLUMNS = (*LANGUAGES, *BENCHMARKS, "tokens", "hours")
 Records = list[dict[str, Any]]
+Rows = dict[str, Records]  # of each name one record a seed
 
 
 def write(experiment: ModuleType, records: Records, table: Path, picture: Path) -> str:
@@ -21,60 +21,59 @@ def write(experiment: ModuleType, records: Records, table: Path, picture: Path) 
     from eval.figures import charts  # only here is matplotlib needed
 
     title, figures = experiment.__doc__, records[-1]["figures"]
+    rows = {name: [record for record in records if record["row"] == name] for name in (r["row"] for r in records)}
     if "figure3" in figures:
         text = "\n".join([title, "", *(f"    {line}" for line in figure3_text(figures["figure3"]).splitlines()), ""])
         charts.draw({"kind": "speed", **plot.speed({picture: figures})}, picture, None)
     else:
         along = getattr(experiment, "ALONG", None)
-        text = markdown(title, records, getattr(experiment, "PAPER", {}))
-        compared = compare(points(records, "target", along), points(records, "hours", along)) if along else ""
-        text += f"\n{compared}" if compared else ""
-        panels = {f"{name}, bits a byte": points(records, name, along) for name in LANGUAGES}
+        text = markdown(title, rows, getattr(experiment, "PAPER", {}))
+        if along and (compared := compare(points(rows, "target", along), points(rows, "hours", along))):
+            text += f"\n{compared}"
+        panels = {f"{name}, bits a byte": points(rows, name, along) for name in LANGUAGES}
         if any(panels.values()):
             charts.draw({"kind": "means", "panels": panels, "along": along}, picture, None)
     table.write_text(text)
     return text
 
 
-def by_row(records: Records, column: str) -> dict[str, list[float]]:
-    """The figures of each row's seeds."""
-    rows = {name: [record for record in records if record["row"] == name] for name in (r["row"] for r in records)}
-    return {name: [r["figures"][column] for r in those if column in r["figures"]] for name, those in rows.items()}
+def mean(records: Records, column: str) -> tuple[float, float] | None:
+    """Of the seeds that have such a figure, and their standard deviation."""
+    numbers = [record["figures"][column] for record in records if column in record["figures"]]
+    return (fmean(numbers), stdev(numbers) if len(numbers) > 1 else 0.0) if numbers else None
 
 
-def spread(numbers: list[float]) -> float:
-    """Of the seeds: their standard deviation."""
-    return stdev(numbers) if len(numbers) > 1 else 0.0
-
-
-def markdown(title: str, records: Records, paper: dict[str, Any]) -> str:
-    columns = [name for name in COLUMNS if any(by_row(records, name).values())]
-    published = paper.get(Path(records[-1]["settings"]["model"]).name, {})
+def markdown(title: str, rows: Rows, paper: dict[str, Any]) -> str:
+    last = [*rows.values()][-1][-1]
+    columns = [name for name in COLUMNS if any(mean(records, name) for records in rows.values())]
+    published = paper.get(Path(last["settings"]["model"]).name, {})
     papers = [name for name in COLUMNS if any(name in row for row in published.values())]
     head = ["", *columns, *(f"{name}, paper" for name in papers), "rates", "seeds"]
     lines = [title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name in by_row(records, "hours"):
-        those, cells = [record for record in records if record["row"] == name], [name]
-        for column in columns:
-            numbers = by_row(those, column)[name]
-            cells.append(f"{fmean(numbers):{',.0f' if column == 'tokens' else '.4g'}}" if numbers else "")
-            cells[-1] += f" ± {spread(numbers):.2g}" if spread(numbers) else ""
+    for name, records in rows.items():
+        cells = [name, *(shown(mean(records, column), column) for column in columns)]
         cells += [f"{published.get(name, {}).get(column, '')}" for column in papers]
-        failed = [f"failed: {record['failed']}" for record in those if "failed" in record]
-        cells += [*(failed[:1] or [those[0]["rates"]]), ",".join(str(record["seed"]) for record in those)]
+        failed = [f"failed: {record['failed']}" for record in records if "failed" in record]
+        cells += [*(failed[:1] or [records[0]["rates"]]), ",".join(str(record["seed"]) for record in records)]
         lines.append("| " + " | ".join(cells) + " |")
-    said = f"{records[-1]['device']}, {records[-1]['date']}; target, source: bits a byte; ± is the standard deviation"
-    without = [f"--{name}" for name in ("instruct", "conversations", "source") if not records[-1]["settings"][name]]
+    said = f"{last['device']}, {last['date']}; target, source: bits a byte; ± is the standard deviation"
+    without = [f"--{name}" for name in ("instruct", "conversations", "source") if not last["settings"][name]]
     without += [name for name in BENCHMARKS if name not in columns]
     return "\n".join([*lines, "", f"{said}. Without {', '.join(without) or 'nothing'}.\n"])
 
 
-def points(records: Records, column: str, along: str | None) -> dict[str, list[tuple[str | float, float, float]]]:
+def shown(figure: tuple[float, float] | None, column: str) -> str:
+    if figure is None:
+        return ""
+    spread = f" ± {figure[1]:.2g}" if figure[1] else ""
+    return f"{figure[0]:{',.0f' if column == 'tokens' else '.4g'}}{spread}"
+
+
+def points(rows: Rows, column: str, along: str | None) -> dict[str, list[tuple[str | float, float, float]]]:
     """Of each series (place, mean, spread): a row is a place, or with `along` its name's last word is one."""
     series: dict[str, list[tuple[str | float, float, float]]] = {}
-    for name, numbers in by_row(records, column).items():
+    for name, records in rows.items():
         label, _, place = name.rpartition(" ") if along else ("", "", name)
-        if numbers:
-            at = float(place) if along else place
-            series.setdefault(label.rstrip(" +,"), []).append((at, fmean(numbers), spread(numbers)))
+        if figure := mean(records, column):
+            series.setdefault(label.rstrip(" +,"), []).append((float(place) if along else place, *figure))
     return series

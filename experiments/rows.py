@@ -12,6 +12,7 @@ from experiments.runs import Runs
 
 LIKELIHOOD = ("mmlu", "kobest", "marc_ja")
 JUDGED = ("mt_bench", "logickor", "japanese_mt_bench")
+BENCHMARKS = (*LIKELIHOOD, *JUDGED)
 UNITS = 10  # that --gb has: nine of stage 1 and one of alignment, or ten of a baseline
 ALONE = ("--target-fraction", "1")  # without English
 JSON = ("--json", "{here}/result.json")
@@ -59,8 +60,9 @@ class Kit:
             same = [word for pair in given if pair[0] in ("--seq-len", "--dtype") for word in pair]
             found = self.result("eval perplexity", "--model", model, "--data", *options.held_out, *same)
             files = found.get("files", [])
-        names = [(line["bits_per_byte"], *Path(line["file"]).name.split(".")[:2]) for line in files]
-        figures, chat = {language: bits for bits, language, part in names if part == "heldout"}, self.chat(model)
+        held_out = [(Path(line["file"]).name.split("."), line["bits_per_byte"]) for line in files]
+        figures = {language: bits for (language, part, _), bits in held_out if part == "heldout"}
+        chat = self.chat(model)
         for name in options.benches:
             if name in JUDGED:
                 found = self.judged(name, chat).get("models", {}).get("row", {})
@@ -90,7 +92,7 @@ class Row:
     name: str
     model: Chain  # after pretraining, before the chat vector
     control: Chain | None = None  # of ELO: alignment only, which --equal-time makes as long
-    is_model: bool = True  # or the directory of another result
+    measure: Callable[[Kit, str], dict[str, Any]] = Kit.measure  # the model's figures
 
 
 def stage(method: str, script: str, units: float | Callable[[Kit], float], *words: Word) -> Chain:

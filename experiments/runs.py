@@ -29,6 +29,7 @@ from elo.runs.states import remove_states
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = ("train.py", "align.py")
+AMOUNTS = "{:,.0f} tokens, {:,.4g} GPU hours, {:,.2f} GB on disk"
 
 
 class FailedError(Exception):
@@ -165,19 +166,19 @@ class Runs:
 
     def show(self) -> None:
         """--dry-run."""
-        sums, gpus = [0.0, 0.0, 0.0], f"{self.options.processes} x {self.options.gpu}"
-        whole = max((plan.computed for plan in self.plans.values() if plan), default=0)
+        gpus, trained = f"{self.options.processes} x {self.options.gpu}", [plan for plan in self.plans.values() if plan]
+        whole = max((plan.computed for plan in trained), default=0)
+        sums = [0.0, 0.0, 0.0]
         for run, plan in self.plans.items():
             size = (plan.computed if plan else whole) if run.script.endswith(".py") else 0
             spent = [*([plan.run.tokens, plan.hours * self.options.processes] if plan else [0.0, 0.0]), 2 * size / 1e9]
+            sums = list(map(sum, zip(sums, spent, strict=True)))
             say(shlex.join(self.command(run)))
-            say("    {:,.0f} tokens, {:,.4g} GPU hours, {:,.2f} GB on disk".format(*spent))
-            sums = [total + part for total, part in zip(sums, spent, strict=True)]
+            say(f"    {AMOUNTS.format(*spent)}")
             if plan and not plan.fits:
                 say(f"    does not fit on {gpus}; it would with: {would_fit(plan)}")
         # Weight and both moments in fp32; two states are kept while the next one is written.
-        states = 3 * 12 * max((plan.trained for plan in self.plans.values() if plan), default=0) / 1e9
-        say("together {:,.0f} tokens, {:,.4g} GPU hours, {:,.1f} GB on disk".format(*sums)
-            + f", and up to {states:,.1f} GB for the states of the run at work")  # fmt: skip
+        states = 3 * 12 * max((plan.trained for plan in trained), default=0) / 1e9
+        say(f"together {AMOUNTS.format(*sums)}, and up to {states:,.1f} GB for the states of the run at work")
         say(f"on {gpus} at the planner's utilization and {self.options.bytes_per_token} bytes a token; tuning on "
             "conversations and evaluation are not counted")  # fmt: skip

@@ -1,5 +1,6 @@
 """A project for experiments, whose signals are given back."""
 
+import shutil
 import signal
 
 import pytest
@@ -15,8 +16,13 @@ def _same_signals():
         signal.signal(number, handler)
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"), documents=400)
+
+
 @pytest.fixture
-def project(tmp_path, monkeypatch):
-    make_base(tmp_path, documents=400)
+def project(base, tmp_path, monkeypatch):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     return tmp_path

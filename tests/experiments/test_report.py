@@ -24,7 +24,8 @@ def test_table_and_picture(tmp_path):
     assert "| layers 1,2 |  |  |  |  | failed: it broke | 0 |" in text
     assert "Without --instruct, mmlu, marc_ja, mt_bench, logickor, japanese_mt_bench." in text
     assert files[0].read_text() == text and files[1].read_bytes().startswith(b"\x89PNG")
-    assert report.points(found, "target", None) == {"": [("layers 1,32", pytest.approx(1.1), pytest.approx(0.1))]}
+    rows = {"layers 1,32": found[:3], "layers 1,2": found[3:]}
+    assert report.points(rows, "target", None) == {"": [("layers 1,32", pytest.approx(1.1), pytest.approx(0.1))]}
 
 
 def test_series_of_a_figure(tmp_path):
@@ -32,7 +33,7 @@ def test_series_of_a_figure(tmp_path):
     record = {"seed": 0, "rates": "", "device": "CPU", "date": "today", "settings": settings}
     rows = {"ELO + 0.5": 2.0, "ELO + 4": 1.0, "alignment only, 4": 1.5, "alignment only, in the time of ELO + 4": 1.25}
     found = [{**record, "row": name, "figures": {"target": value}} for name, value in rows.items()]
-    assert report.points(found, "target", figure2.ALONG) == {
+    assert report.points({line["row"]: [line] for line in found}, "target", figure2.ALONG) == {
         "ELO": [(0.5, 2.0, 0.0), (4.0, 1.0, 0.0)],
         "alignment only": [(4.0, 1.5, 0.0)],
         "alignment only, in the time of ELO": [(4.0, 1.25, 0.0)],
@@ -73,7 +74,9 @@ def test_small(tmp_path, monkeypatch, capsys):
     (tmp_path / "base").rename(tmp_path / "models/SmolLM2-135M-Instruct")
     (tmp_path / "data/demo").mkdir(parents=True)
     (tmp_path / "data/demo/ko.train.jsonl").write_text("")
-    status, out, error = run_here(monkeypatch, capsys, "table3", "--small", "--dry-run")
+    given = ["table3", "--small", "--dry-run", "--gb", "0.00002", "--training", "--lr 7"]
+    status, out, error = run_here(monkeypatch, capsys, *given)
     assert status in (None, 0), error
     trained = [line for line in out.splitlines() if "train.py" in line]
     assert trained and all("data/demo/ko.train.jsonl" in line and "--lr 1e-3" in line for line in trained)
+    assert all("--gb 1.8e-05 " in line and "--seq-len 256 " in line and "--lr 7" in line for line in trained)
