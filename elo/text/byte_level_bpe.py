@@ -73,13 +73,6 @@ class ByteLevelBPE:
         self._pattern = pattern
         self._nfc = nfc
         self._source = source
-        # tiktoken gives up on a pattern that takes for ever. Python's `re` does not: there, only ours are tried.
-        self._foreign = pattern.endswith(_BETWEEN)
-        if self._foreign and self._missing:
-            raise UserError(
-                f"{source}: {len(self._missing)} of 256 bytes have no token, which is not supported together with a "
-                "Split pattern that no known family has"
-            )
         try:
             self.encoding = tiktoken.Encoding(
                 "elo", pat_str=pattern, mergeable_ranks=ranks, special_tokens=_NOT_SPECIAL
@@ -101,7 +94,7 @@ class ByteLevelBPE:
             try:
                 return self.encoding.encode_to_numpy(text, disallowed_special=())
             except ValueError:  # its regex engine runs out of stack, as on a run of about 1,000,000 spaces
-                if self._foreign:
+                if is_foreign(self._pattern):
                     raise UserError(
                         f"{self._source}: its Split pattern cannot cut the text that begins with {text[:40]!r}"
                     ) from None
@@ -154,6 +147,12 @@ _PATTERN_PART = re.compile(
     """,
     re.VERBOSE,
 )
+
+
+def is_foreign(pattern: str) -> bool:
+    """Whether it is no family's, but of `split_pattern`. tiktoken gives up on a pattern that takes for ever. Python's
+    `re` does not: there, only ours are tried."""
+    return pattern.endswith(_BETWEEN)
 
 
 def split_pattern(expression: str, source: Path) -> str:

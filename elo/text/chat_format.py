@@ -218,9 +218,8 @@ def _check_tokens(name: str, tokenizer: Tokenizer, directory: str | Path) -> Non
     if name not in FORMATS:
         raise UserError(f"--chat-format {name}: there are {', '.join(FORMATS)}")
     row, special = FORMATS[name], tokenizer.special_tokens
-    missing = [token for token in (*row.tokens, *([row.bos] if row.bos else [])) if token not in special]
-    if missing:
-        fitting = [other for other, row in FORMATS.items() if all(token in special for token in row.tokens)]
+    if missing := [token for token in (*row.tokens, row.bos) if token and token not in special]:
+        fitting = [other for other, row in FORMATS.items() if set(row.tokens) <= special.keys()]
         raise UserError(
             f"{directory}: the chat format {name} needs the special token {missing[0]}, which the tokenizer does not "
             f"have; it has those of {', '.join(fitting) or 'none of the formats'} (--chat-format)"

@@ -103,12 +103,11 @@ class ChatTemplate:
         """The added token that ends what the assistant says; None where none does."""
         chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
         try:
-            (whole, opened), _ = self._marked(chat, [(2, False), (1, True)])
-            (answer,) = self._answers(whole, chat, {1: opened})
+            marked, learned = self.conversation(chat)
         except TemplateError:
             return None
-        ending = list(self.added.finditer(whole, answer.start, answer.end)) if answer.end else []
-        return ending[-1][ending[-1].lastindex] if ending else None
+        ending = [match[match.lastindex] for answer in learned for match in self.added.finditer(marked, *answer)]
+        return ending[-1] if ending else None
 
     def _answers(self, marked: str | None, messages: Messages, opened: Mapping[int, str | None]) -> list[Answer]:
         """What the assistant says in a marked rendering. `opened`: number of the message -> the prompt for it."""

@@ -37,7 +37,7 @@ class Tokenizer:
         self.special_tokens = {text: token.id for text, token in added.items()}
         self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
         as_text = {text: token for text, token in added.items() if not token.special}
-        self._splitter = AddedTokenSplitter(added, model.normalize, source) if as_text else None
+        self._splitter = AddedTokenSplitter(added if as_text else {}, model.normalize, source)
         shown = {
             token.id: model.shown(model.normalize(text) if token.normalized else text).encode(errors="replace")
             for text, token in as_text.items()
@@ -74,8 +74,6 @@ class Tokenizer:
                 raise UserError(
                     f"cannot tokenize a text with the lone surrogate {text[error.start]!r} (character {error.start})"
                 ) from error
-        if self._splitter is None:
-            return [self.model.encode_part(self.model.normalize(text), first=True) for text in texts]
         return [np.concatenate([np.array([], np.uint32), *self._parts(text)]) for text in texts]
 
     def _parts(self, text: str) -> Iterator[np.ndarray]:

@@ -21,6 +21,7 @@ from elo.text.byte_level_bpe import (
     LLAMA3_PATTERN,
     QWEN2_PATTERN,
     ByteLevelBPE,
+    is_foreign,
     read_tiktoken,
     token_bytes,
 )
@@ -108,13 +109,10 @@ def _from_tokenizer_json(files: TokenizerFiles) -> Tokenizer:
     check_decoder(content, None)
     ignore_merges = model.boolean("ignore_merges", False)
     nfc, pattern = is_nfc(content), read_pattern(content)
-    if model.fields.get("unk_token") or model.fields.get("byte_fallback") or ignore_merges:
-        missing = [byte for byte in BYTE_ALPHABET if byte not in vocab]
-        if missing:
-            raise UserError(
-                f"{source}: {len(missing)} of 256 bytes have no token, which is not supported together with unk_token, "
-                "byte_fallback or ignore_merges"
-            )
+    beside = [option for option in ("unk_token", "byte_fallback", "ignore_merges") if model.fields.get(option)]
+    beside += ["a Split pattern that no known family has"] if is_foreign(pattern) else []
+    if beside and (missing := BYTE_ALPHABET.keys() - vocab.keys()):
+        raise UserError(f"{source}: {len(missing)} of 256 bytes have no token, which is not supported with {beside[0]}")
     added = read_added_tokens(files, vocab)
     tokenizer = _byte_level(vocab, merges, pattern, nfc, added, source, ignore_merges)
     return _with_document_ends(tokenizer, files, read_template_bos(content) or _config_bos(files))

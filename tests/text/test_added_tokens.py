@@ -118,12 +118,6 @@ def test_a_vocabulary_that_add_tokens_extended(style, tmp_path):
         load_tokenizer(tmp_path, embeddings=ours.vocab_size - 1)
 
 
-def test_without_such_tokens_nothing_is_cut(tmp_path, monkeypatch):
-    ours = load(tmp_path, tokenizer__json=json.loads(with_added("qwen2", [token("<x>", "special")]).to_str()))
-    monkeypatch.setattr("elo.text.added_tokens.AddedTokenSplitter.split", None)
-    assert ours.special_tokens["<x>"] not in ours.encode("a <x> b")
-
-
 @pytest.mark.parametrize(
     ("config", "scheme"), [({}, "prepend"), ({"legacy": True}, "prepend"), ({"legacy": False}, "first")]
 )
