@@ -2,7 +2,6 @@
 
 import codecs
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 
@@ -10,6 +9,10 @@ from elo.common.errors import UserError
 from elo.text.added_tokens import AddedToken, AddedTokenSplitter
 from elo.text.byte_level_bpe import ByteLevelBPE
 from elo.text.sentencepiece_bpe import SentencePieceModel
+from elo.text.tokenizer_files import TokenizerFiles, token_text
+
+# What pretraining puts after a document. Not `eos_token`: in an instruct checkpoint that ends a turn of a chat.
+END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 
 
 class Tokenizer:
@@ -19,9 +22,6 @@ class Tokenizer:
     the family puts before (None: nothing) and after a document in pretraining. fingerprint: SHA-256 (hex) of the files.
     """
 
-    bos_id: int | None
-    eos_id: int
-    fingerprint: str
     embeddings: int | None = None  # rows of the model's embedding, where that is known
 
     def __init__(
@@ -29,15 +29,18 @@ class Tokenizer:
         model: ByteLevelBPE | SentencePieceModel,
         bytes_of: dict[int, bytes],
         added: dict[str, AddedToken],
-        source: Path,
+        files: TokenizerFiles,
+        bos: str | None,
+        eos: str | None = None,
     ) -> None:
-        """`bytes_of`: what the ids of ordinary tokens decode to. `source`: the file, for errors."""
+        """`bytes_of`: what the ids of ordinary tokens decode to. `files`: those that all of it is from. `bos`: what
+        they ask to put before a text; `eos`: the end that the model itself names."""
         self.model = model
         self.added = added
         self.special_tokens = {text: token.id for text, token in added.items()}
         self.vocab_size = 1 + max([*bytes_of, *self.special_tokens.values()])
         as_text = {text: token for text, token in added.items() if not token.special}
-        self._splitter = AddedTokenSplitter(added if as_text else {}, model.normalize, source)
+        self._splitter = AddedTokenSplitter(added if as_text else {}, model.normalize, files.directory)
         shown = {
             token.id: model.shown(model.normalize(text) if token.normalized else text).encode(errors="replace")
             for text, token in as_text.items()
@@ -46,6 +49,18 @@ class Tokenizer:
         self._starts_with_space = model.starts_with_space
         if model.starts_with_space:
             self._starts_with_space |= {id for id, spelled in shown.items() if spelled[:1] == b" "}
+
+        candidates = [eos, *END_OF_DOCUMENT, token_text(files.config.get("eos_token"))]
+        eos = next((text for text in candidates if text in added), None)
+        if eos is None:
+            raise UserError(
+                f"{files.directory}: no token ends a document: none of {', '.join(END_OF_DOCUMENT)} and no eos_token "
+                "of tokenizer_config.json is among the added tokens"
+            )
+        if bos is not None and bos not in added:
+            raise UserError(f"{files.directory}: the BOS token {bos!r:.100} is not among the added tokens")
+        self.bos_id, self.eos_id = None if bos is None else added[bos].id, added[eos].id
+        self.fingerprint = files.fingerprint()
 
     def special_id(self, text: str) -> int:
         """The id of an added token that code puts among those of texts. UserError if the model has no row for it."""

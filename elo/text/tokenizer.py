@@ -43,9 +43,6 @@ from elo.text.tokenizer_json import (
 # SentencePiece, or Llama 3's lines of `base64 rank`; the content tells which.
 MODEL_FILES = ("tokenizer.model", "tokenizer.model.v3", "original/tokenizer.model")
 
-# What pretraining puts after a document. Not `eos_token`: in an instruct checkpoint that ends a turn of a chat.
-END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
-
 
 def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint directory. UserError naming the file when it cannot be represented exactly.
@@ -77,7 +74,7 @@ def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Toke
             f"{directory}: no tokenizer here; looked for tokenizer.json, {', '.join(MODEL_FILES)}, and vocab.json with "
             "merges.txt"
         )
-    tokenizer.fingerprint, tokenizer.embeddings = files.fingerprint(), embeddings
+    tokenizer.embeddings = embeddings
     if embeddings is not None:
         # Fine-tunes may add a padding token without a row for it; it is never made from text.
         beyond = sum(token.special and token.id >= embeddings for token in tokenizer.added.values())
@@ -113,9 +110,8 @@ def _from_tokenizer_json(files: TokenizerFiles) -> Tokenizer:
     beside += ["a Split pattern that no known family has"] if is_foreign(pattern) else []
     if beside and (missing := BYTE_ALPHABET.keys() - vocab.keys()):
         raise UserError(f"{source}: {len(missing)} of 256 bytes have no token, which is not supported with {beside[0]}")
-    added = read_added_tokens(files, vocab)
-    tokenizer = _byte_level(vocab, merges, pattern, nfc, added, source, ignore_merges)
-    return _with_document_ends(tokenizer, files, read_template_bos(content) or _config_bos(files))
+    bos = read_template_bos(content) or _config_bos(files)
+    return _byte_level(files, source, vocab, merges, pattern, nfc, bos, ignore_merges)
 
 
 def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
@@ -134,34 +130,34 @@ def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
             )
     vocab = read_vocabulary(files.json("vocab.json"), source)
     merges = read_merges_txt(files.read("merges.txt") or b"", files.path("merges.txt"))
-    tokenizer = _byte_level(vocab, merges, pattern, nfc, read_added_tokens(files, vocab), files.path("merges.txt"))
-    return _with_document_ends(tokenizer, files, _config_bos(files))
+    return _byte_level(files, files.path("merges.txt"), vocab, merges, pattern, nfc, _config_bos(files))
 
 
 def _byte_level(
+    files: TokenizerFiles,
+    source: Path,
     vocab: dict[str, int],
     merges: list[tuple[str, str]],
     pattern: str,
     nfc: bool,
-    added: dict[str, AddedToken],
-    source: Path,
+    bos: str | None,
     ignore_merges: bool = False,
 ) -> Tokenizer:
+    added = read_added_tokens(files, vocab)
     ranks = mergeable_ranks(vocab, merges, source, ignore_merges, not_text=added)
     bytes_of = {id: spelled for spelled, id in ranks.items()}
     for token, id in vocab.items():
         if id not in bytes_of and token not in added:
             # No text becomes this token, but a model might say it.
             bytes_of[id] = token_bytes(token) or token.encode(errors="replace")
-    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added, source)
+    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added, files, bos)
 
 
 def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
     ranks = read_tiktoken(files.read(name) or b"", files.path(name))
     added = read_added_tokens(files, {}) or _llama3_added_tokens(len(ranks))
     bpe = ByteLevelBPE(ranks, LLAMA3_PATTERN, files.path(name))
-    tokenizer = Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added, files.path(name))
-    return _with_document_ends(tokenizer, files, "<|begin_of_text|>")
+    return Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added, files, "<|begin_of_text|>")
 
 
 def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
@@ -188,9 +184,8 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
     model.prefix = _prefix(files, model)
     if not all(token.special for token in added.values()):
         model.cut_at_added_tokens()
-    tokenizer = Tokenizer(model, model.bytes_of, added, files.path(name))
     add_bos = files.fields("tokenizer_config.json").boolean("add_bos_token", True)
-    return _with_document_ends(tokenizer, files, model.bos if add_bos else None, model.eos)
+    return Tokenizer(model, model.bytes_of, added, files, model.bos if add_bos else None, model.eos)
 
 
 def _prefix(files: TokenizerFiles, model: SentencePieceModel) -> Prefix:
@@ -217,8 +212,8 @@ def _from_sentencepiece_json(files: TokenizerFiles) -> Tokenizer:
         raise UserError(
             f"{error}. If it restates a SentencePiece model, put that, tokenizer.model, next to it"
         ) from error
-    tokenizer = Tokenizer(sentencepiece, sentencepiece.bytes_of, added, source)
-    return _with_document_ends(tokenizer, files, read_template_bos(content) or _config_bos(files))
+    bos = read_template_bos(content) or _config_bos(files)
+    return Tokenizer(sentencepiece, sentencepiece.bytes_of, added, files, bos)
 
 
 def _check_restated(
@@ -241,30 +236,8 @@ def _check_restated(
             )
 
 
-# ---- Documents
-
-
 def _config_bos(files: TokenizerFiles) -> str | None:
     """The BOS that tokenizer_config.json asks to put before a text."""
     if files.fields("tokenizer_config.json").boolean("add_bos_token", False):
         return token_text(files.config.get("bos_token"))
     return None
-
-
-def _with_document_ends(
-    tokenizer: Tokenizer, files: TokenizerFiles, bos: str | None, eos: str | None = None
-) -> Tokenizer:
-    """Set bos_id and eos_id. `eos`: the token that the tokenizer's model itself names."""
-    special = tokenizer.special_tokens
-    candidates = [eos, *END_OF_DOCUMENT, token_text(files.config.get("eos_token"))]
-    eos = next((text for text in candidates if text in special), None)
-    if eos is None:
-        raise UserError(
-            f"{files.directory}: no token ends a document: none of {', '.join(END_OF_DOCUMENT)} and no eos_token of "
-            "tokenizer_config.json is among the added tokens"
-        )
-    if bos is not None and bos not in special:
-        raise UserError(f"{files.directory}: the BOS token {bos!r:.100} is not among the added tokens")
-    tokenizer.bos_id = None if bos is None else special[bos]
-    tokenizer.eos_id = special[eos]
-    return tokenizer

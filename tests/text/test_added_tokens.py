@@ -181,7 +181,7 @@ def test_what_a_record_leaves_out(is_special, tmp_path):
 def test_what_is_refused(tmp_path):
     content = json.loads(with_added("qwen2", [token("é", "normalized")]).to_str())
     content["added_tokens"] += [token("e\u0301", "normalized") | {"id": 900}]
-    with pytest.raises(UserError, match="tokenizer.json: the added token 'e.*after normalization"):
+    with pytest.raises(UserError, match=f"{tmp_path}: the added token 'e.*after normalization"):
         load(tmp_path, tokenizer__json=content)
     content["added_tokens"][-1] |= {"content": "<x>", "lstrip": "yes"}
     with pytest.raises(UserError, match="tokenizer.json: lstrip must be true or false"):
