@@ -1,8 +1,9 @@
 """What was paid for is not paid again: replies that asking again makes no better, and judgments that are there."""
 
 import json
+import re
+from collections import Counter
 
-import pytest
 from bench_files import read_jsonl, write_jsonl
 from judge_server import RATED, Body, JudgeServer, Reply, Status, completion
 
@@ -32,23 +33,38 @@ PAID = {
 }
 
 
-@pytest.mark.parametrize(("body", "expected", "finish"), PAID.values(), ids=PAID)
-def test_a_reply_that_cannot_be_better_is_paid_once_and_told(body, expected, finish, judge):
-    with JudgeServer(lambda number, prompt: Body(body) if "math" in prompt else Reply(RATED)) as server:
+def in_turn(replies):
+    """What a server does that gives each of the first questions and turns a reply of its own; of the rest a rating."""
+
+    def behave(number, prompt):
+        return replies.get(place(int(re.search(r"number (\d+)", prompt)[1]), 1 + ("Q2" in prompt)), Reply(RATED))
+
+    replies = dict(enumerate(replies))
+    return behave
+
+
+def place(question, turn):
+    return 2 * (question - 81) + turn - 1
+
+
+def test_replies_that_cannot_be_better_are_paid_once_and_told(judge):
+    with JudgeServer(in_turn(Body(body) for body, _, _ in PAID.values())) as server:
         status, err, records = judge(server.url)
         assert (status, len(server.asked), len(records)) == (0, 16, 16)
-        math = [record for record in records if record["category"] == "math"]
-        assert [(record["judgment"], record["score"]) for record in math] == [expected] * 2
-        assert {record["finish_reason"] for record in math} == {finish}
-        assert len(err.splitlines()) == (expected[1] == -1)
-        if finish != "stop":
-            assert "2 judgments have no rating and count for nothing: tiny, question 84, turn 1; " in err
-            assert f"(2 ended with {finish}; --retry-unparsed asks again" in err
+        found = {place(record["question_id"], record["turn"]): record for record in records}
+        for number, (name, (_, expected, finish)) in enumerate(PAID.items()):
+            record = found[number]
+            assert (record["judgment"], record["score"], record["finish_reason"]) == (*expected, finish), name
+        (line,) = err.splitlines()
+        assert line.startswith("10 judgments have no rating and count for nothing: tiny, question 81, turn 1; ")
+        assert "--retry-unparsed asks again" in line
+        for finish, count in Counter(finish for *_, finish in PAID.values() if finish != "stop").items():
+            assert f"{count} ended with {finish}" in line
         judge(server.url)
         assert len(server.asked) == 16
         server.behave = lambda number, prompt: Reply(RATED)
         judge(server.url, "--retry-unparsed")
-        assert len(server.asked) == 16 + 2 * (expected[1] == -1)
+        assert len(server.asked) == 16 + 10
 
 
 def test_an_empty_reply_without_a_reason_is_paid_twice_at_most(judge):
@@ -58,17 +74,17 @@ def test_an_empty_reply_without_a_reason_is_paid_twice_at_most(judge):
     assert "(2 ended with empty; " in err
 
 
-@pytest.mark.parametrize(
-    "code", ["context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length"]
-)
-@pytest.mark.parametrize("inside", [True, False], ids=["inside", "status"])
-def test_a_question_that_cannot_be_answered_is_asked_once_and_told(code, inside, judge):
-    error = {"message": "no", "type": "invalid_request_error", "code": code}
-    bad = Body(json.dumps({"error": error})) if inside else Status(400, **error)
-    with JudgeServer(lambda number, prompt: bad if "math" in prompt else Reply(RATED)) as server:
+CODES = ("context_length_exceeded", "content_filter", "content_policy_violation", "string_above_max_length")
+
+
+def test_questions_that_cannot_be_answered_are_asked_once_and_told(judge):
+    errors = [{"message": "no", "type": "invalid_request_error", "code": code} for code in CODES]
+    bad = [Body(json.dumps({"error": error})) for error in errors] + [Status(400, **error) for error in errors]
+    with JudgeServer(in_turn(bad)) as server:
         status, err, records = judge(server.url)
         assert (status, len(server.asked), len(records)) == (0, 16, 16)
-        assert f"(2 ended with {code}; " in err
+        for code in CODES:
+            assert f"2 ended with {code}" in err
         judge(server.url)
     assert len(server.asked) == 16
 
