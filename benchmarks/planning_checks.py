@@ -65,12 +65,8 @@ def train(config: ModelConfig, method: str, setup: Setup, world: World) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             (parameter.to_local() if isinstance(parameter, DTensor) else parameter).normal_(std=0.02)
-    numbers = dict.fromkeys(("lr", "warmup", "min_lr_ratio", "weight_decay"), 0.0)
-    ends = {"max_steps": None, "save_every": None, "keep_checkpoints": 1, "stop_on_spike": False}
-    clip = 0.0 if setup.optimizer_in_backward else 1.0
-    optimizer = Optimizer(
-        model, TrainingOptions(**numbers, **ends, clip=clip, optimizer_in_backward=setup.optimizer_in_backward)
-    )
+    clip, in_backward = 0.0 if setup.optimizer_in_backward else 1.0, setup.optimizer_in_backward
+    optimizer = Optimizer(model, TrainingOptions(lr=0.0, clip=clip, optimizer_in_backward=in_backward))
     batches = RandomBatches(setup, config.vocab_size)
     for step in range(2):
         accumulate(model, in_order(batches, [step], world.device), batches.label_count(step), optimizer, world)

@@ -4,69 +4,48 @@ import math
 from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from elo.common.errors import UserError
-from elo.common.options import Interval, Parser, interval, not_negative, not_negative_int, positive, positive_int, share
+from elo.common.options import Interval, Options, not_negative, not_negative_int, option, positive, positive_int, share
 from elo.model.decoder import CausalLM
 from elo.runs.event_files import check_package
 from elo.runs.processes import World
 
 
 @dataclass(frozen=True)
-class TrainingOptions:
+class TrainingOptions(Options):
     """Options of the training loop.
 
     The defaults are this project's own: the paper's are in its Table 7, whose cells are missing from our text of it.
     """
 
-    lr: float
-    warmup: float
-    min_lr_ratio: float
-    weight_decay: float
-    clip: float
-    optimizer_in_backward: bool
-    max_steps: int | None
-    save_every: Interval | None
-    keep_checkpoints: int
-    stop_on_spike: bool
-    tensorboard: bool = False
+    TITLE = "training"
+    lr: float = option("peak learning rate (%(default)s)", type=positive)
+    warmup: float = option("share of the steps with rising lr (%(default)s)", 0.05, type=share)
+    min_lr_ratio: float = option("the cosine ends at this x lr (%(default)s)", 0.1, type=share)
+    weight_decay: float = option("of matrices (%(default)s)", 0.1, type=not_negative)
+    clip: float = option("largest gradient norm, 0: any (%(default)s)", 1.0, type=not_negative)
+    optimizer_in_backward: bool = option("free each gradient at once; needs --clip 0", False)
+    max_steps: int | None = option("stop after this many steps (default: one epoch)", None, type=not_negative_int)
+    save_every: Interval | None = option(
+        "save a resumable state every N steps, or 15m, or 2h", None, type=Interval.parse, metavar="N"
+    )
+    keep_checkpoints: int = option("the newest states (%(default)s)", 2, type=positive_int, metavar="K")
+    stop_on_spike: bool = option("stop where a loss or gradient norm is out of range", False)
+    tensorboard: bool = option("metrics.jsonl as TensorBoard's event files too", False)
 
-    @staticmethod
-    def add_arguments(parser: Parser, lr: float) -> None:
-        group = parser.add_argument_group("training")
-        group.add_argument("--lr", type=positive, default=lr, help="peak learning rate (%(default)s)")
-        group.add_argument("--warmup", type=share, default=0.05, help="share of the steps with rising lr (%(default)s)")
-        group.add_argument("--min-lr-ratio", type=share, default=0.1, help="the cosine ends at this x lr (%(default)s)")
-        group.add_argument("--weight-decay", type=not_negative, default=0.1, help="of matrices (%(default)s)")
-        group.add_argument("--clip", type=not_negative, default=1.0, help="largest gradient norm, 0: any (%(default)s)")
-        group.add_argument(
-            "--optimizer-in-backward", action="store_true", help="free each gradient at once; needs --clip 0"
-        )
-        group.add_argument("--max-steps", type=not_negative_int, help="stop after this many steps (default: one epoch)")
-        group.add_argument(
-            "--save-every", type=interval, metavar="N", help="save a resumable state every N steps, or 15m, or 2h"
-        )
-        group.add_argument(
-            "--keep-checkpoints", type=positive_int, default=2, metavar="K", help="the newest states (%(default)s)"
-        )
-        group.add_argument(
-            "--stop-on-spike", action="store_true", help="stop where a loss or gradient norm is out of range"
-        )
-        group.add_argument("--tensorboard", action="store_true", help="metrics.jsonl as TensorBoard's event files too")
-
-    @staticmethod
-    def from_arguments(arguments: Namespace) -> "TrainingOptions":
+    @classmethod
+    def from_arguments(cls, arguments: Namespace) -> Self:
         if arguments.optimizer_in_backward and arguments.clip:
             raise UserError("--optimizer-in-backward cannot clip by the gradient's norm: give --clip 0 with it")
         if arguments.tensorboard:
             check_package()
-        names = TrainingOptions.__dataclass_fields__
-        return TrainingOptions(**{name: getattr(arguments, name) for name in names})
+        return super().from_arguments(arguments)
 
 
 def learning_rate(step: int, steps: int, options: TrainingOptions) -> float:

@@ -30,18 +30,7 @@ from elo.variants.lora import LoraOptions
 VARIANTS = ("compiled", "Liger", "autocast")  # the last one with fp32 masters, as elo has
 PARTS = ("data", "forward", "backward", "optimizer")
 # The same on both sides; a small learning rate, so that both go through the same numbers.
-OPTIONS = TrainingOptions(
-    lr=1e-5,
-    warmup=0.0,
-    min_lr_ratio=1.0,
-    weight_decay=0.1,
-    clip=1.0,
-    optimizer_in_backward=False,
-    max_steps=None,
-    save_every=None,
-    keep_checkpoints=1,
-    stop_on_spike=False,
-)
+OPTIONS = TrainingOptions(lr=1e-5, warmup=0.0, min_lr_ratio=1.0, weight_decay=0.1, clip=1.0)
 
 
 @dataclass(frozen=True)

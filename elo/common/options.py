@@ -3,10 +3,11 @@
 import argparse
 import os
 import re
+from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, Self
 
 from elo.common.errors import UserError
 
@@ -40,6 +41,28 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def option(description: str, default: Any = MISSING, **settings: Any) -> Any:
+    """A field of `Options`, a switch if its default is False; settings: those of argparse, such as `type`."""
+    switch = {"action": "store_true"} if default is False else {}
+    return field(default=default, metadata={"help": description, **switch, **settings})
+
+
+class Options:
+    """Options that belong together: a dataclass, each of whose fields is an option of its name. TITLE: in --help."""
+
+    @classmethod
+    def add_arguments(cls, parser: Parser, **defaults: Any) -> None:
+        """defaults: of options that have others in this command, or none of their own."""
+        group = parser.add_argument_group(cls.TITLE)
+        for one in fields(cls):
+            name, default = "--" + one.name.replace("_", "-"), defaults.get(one.name, one.default)
+            group.add_argument(name, default=default, **one.metadata)
+
+    @classmethod
+    def from_arguments(cls, arguments: Namespace) -> Self:
+        return cls(**{one.name: getattr(arguments, one.name) for one in fields(cls)})
 
 
 def positive_int(text: str) -> int:
@@ -92,13 +115,13 @@ class Interval:
     def __str__(self) -> str:
         return self.text
 
-
-def interval(text: str) -> Interval:
-    """Steps, such as 100, or a time, such as 30s, 15m or 2h."""
-    match = re.fullmatch(r"(\d{1,9})([smh]?)", text, re.ASCII)
-    if not match or not int(match[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps, as 100, nor a time, as 15m or 2h")
-    count, unit = int(match[1]), match[2]
-    if not unit:
-        return Interval(text, steps=count)
-    return Interval(text, seconds=count * {"s": 1, "m": 60, "h": 3600}[unit])
+    @staticmethod
+    def parse(text: str) -> "Interval":
+        """Steps, such as 100, or a time, such as 30s, 15m or 2h."""
+        match = re.fullmatch(r"(\d{1,9})([smh]?)", text, re.ASCII)
+        if not match or not int(match[1]):
+            raise argparse.ArgumentTypeError(f"{text!r} is neither a number of steps, as 100, nor a time, as 15m or 2h")
+        count, unit = int(match[1]), match[2]
+        if not unit:
+            return Interval(text, steps=count)
+        return Interval(text, seconds=count * {"s": 1, "m": 60, "h": 3600}[unit])

@@ -9,10 +9,10 @@ import sys
 from collections.abc import Collection, Iterator
 
 from elo.common.errors import UserError
-from elo.common.options import Parser, not_negative, not_negative_int, positive, positive_int, share
+from elo.common.options import Parser, positive_int
 from elo.common.terminal import note, show
 from elo.generation.engine import stream
-from elo.generation.sampling import GREEDY, Sampling
+from elo.generation.sampling import Sampling
 from elo.model.cache import KVCache
 from elo.model.checkpoint import load_model
 from elo.model.decoder import CausalLM
@@ -99,33 +99,10 @@ def main() -> None:
     parser.add_argument("--raw", action="store_true", help="continue the text of --prompt, without a chat format")
     parser.add_argument("--system", type=str, metavar="TEXT", help="the system message (default: the chat format's)")
     parser.add_argument("--chat-format", metavar="NAME", help="instead of the checkpoint's")
-    group = parser.add_argument_group("sampling")
-    group.add_argument("--temperature", type=not_negative, default=GREEDY.temperature, help="0: greedy (%(default)s)")
-    group.add_argument(
-        "--top-k",
-        type=not_negative_int,
-        default=GREEDY.top_k,
-        metavar="K",
-        help="likeliest tokens; 0: all (%(default)s)",
-    )
-    group.add_argument(
-        "--top-p",
-        type=share,
-        default=GREEDY.top_p,
-        metavar="P",
-        help="likeliest tokens of this probability (%(default)s)",
-    )
-    group.add_argument(
-        "--min-p", type=share, default=GREEDY.min_p, metavar="P", help="at least this x the likeliest (%(default)s)"
-    )
-    group.add_argument(
-        "--repetition-penalty", type=positive, default=1.0, metavar="R", help="above 1: less (%(default)s)"
-    )
-    group.add_argument(
-        "--max-new-tokens", type=positive_int, default=1024, metavar="N", help="in an answer (%(default)s)"
-    )
-    group.add_argument("--seed", type=not_negative_int, default=0, help="of the random numbers (%(default)s)")
+    parser.add_argument("--max-new-tokens", type=positive_int, default=1024, metavar="N", help=(
+        "in an answer (%(default)s)"))  # fmt: skip
     parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
+    Sampling.add_arguments(parser)
     arguments = parser.parse_args()
     if arguments.raw and (arguments.prompt is None or arguments.system is not None or arguments.chat_format):
         parser.error("--raw needs --prompt and takes neither --system nor --chat-format")
@@ -138,8 +115,7 @@ def main() -> None:
     if format and arguments.system and format.prompt([*system, *question]) == format.prompt(question):
         raise UserError(f"--system: the chat format of {arguments.model} has no system message; leave it out")
     model = pack_weights(load_model(checkpoint, inference_device(), DTYPES[arguments.dtype]))
-    sampling = Sampling(**{name: getattr(arguments, name) for name in Sampling.__dataclass_fields__})
-    writer = Writer(model, tokenizer, arguments.max_new_tokens, sampling)
+    writer = Writer(model, tokenizer, arguments.max_new_tokens, Sampling.from_arguments(arguments))
     if format is None:
         bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
         writer.answer([*bos, *tokenizer.encode(arguments.prompt)], {tokenizer.eos_id})

@@ -8,18 +8,22 @@ import torch
 from torch import Tensor
 
 from elo.common.errors import UserError
+from elo.common.options import Options, not_negative, not_negative_int, option, positive, share
 
 
 @dataclass(frozen=True)
-class Sampling:
+class Sampling(Options):
     """How the next token is drawn; the steps, their order and their meaning are those of transformers."""
 
-    repetition_penalty: float = 1.0  # above 1: tokens of the prompt and of the answer become less likely
-    temperature: float = 0.0  # 0: always the most likely token
-    top_k: int = 0  # only the k most likely tokens; 0: all
-    top_p: float = 1.0  # only the fewest most likely tokens that have this probability together
-    min_p: float = 0.0  # only tokens at least this times as likely as the likeliest
-    seed: int = 0
+    TITLE = "sampling"
+    repetition_penalty: float = option(
+        "above 1: tokens of prompt and answer become less likely (%(default)s)", 1.0, type=positive, metavar="R"
+    )
+    temperature: float = option("0: always the likeliest token (%(default)s)", 0.0, type=not_negative)
+    top_k: int = option("only the likeliest tokens; 0: all (%(default)s)", 0, type=not_negative_int, metavar="K")
+    top_p: float = option("only the fewest that have this probability (%(default)s)", 1.0, type=share, metavar="P")
+    min_p: float = option("only those of this x the likeliest's (%(default)s)", 0.0, type=share, metavar="P")
+    seed: int = option("of the random numbers (%(default)s)", 0, type=not_negative_int)
 
 
 GREEDY = Sampling()

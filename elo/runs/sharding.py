@@ -6,6 +6,7 @@ fully_shard does the mixed precision too, so there is one path through the code 
 from argparse import BooleanOptionalAction, Namespace
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
 from elo.common.errors import UserError
-from elo.common.options import Parser, positive_int
+from elo.common.options import Options, Parser, option, positive_int
 from elo.cpu import attention, linear, loss
 from elo.model.decoder import CausalLM, ScaledDotProductAttention
 from elo.model.loss import LinearCrossEntropy, softmax_
@@ -24,36 +25,31 @@ from elo.runs.processes import World
 
 
 @dataclass(frozen=True)
-class ParallelOptions:
+class ParallelOptions(Options):
     """How a model is laid out over the processes and what is traded for memory."""
 
-    dtype: str
-    compile: bool
-    activation_checkpointing: bool = False
-    cpu_offload: bool = False
-    gather_once: bool = False
-    shard: int | None = None
+    TITLE = "computation and memory"
+    dtype: str = option("of computation (%(default)s)", "bf16", choices=DTYPES)
+    compile: bool = option(
+        "blocks, on CUDA the loss's softmax too (default: on CUDA)", False, action=BooleanOptionalAction
+    )
+    activation_checkpointing: bool = option("recompute blocks in the backward", False)
+    cpu_offload: bool = option("keep parameters and optimizer in host memory", False)
+    gather_once: bool = option("a step: blocks stay gathered, and gradients whole, through its micro-batches", False)
+    shard: int | None = option(
+        "over N processes, and replicate such groups (default: over all)", None, type=positive_int, metavar="N"
+    )
 
-    @staticmethod
-    def add_arguments(parser: Parser) -> None:
-        group = parser.add_argument_group("computation and memory")
-        group.add_argument("--dtype", choices=DTYPES, default="bf16", help="of computation (%(default)s)")
-        group.add_argument(
-            "--compile", action=BooleanOptionalAction, default=inference_device().type == "cuda", help=(
-            "blocks, on CUDA the loss's softmax too (default: on CUDA)"))  # fmt: skip
-        group.add_argument("--activation-checkpointing", action="store_true", help="recompute blocks in the backward")
-        group.add_argument("--cpu-offload", action="store_true", help="keep parameters and optimizer in host memory")
-        group.add_argument("--gather-once", action="store_true", help=(
-            "a step: blocks stay gathered, and gradients whole, through its micro-batches"))  # fmt: skip
-        group.add_argument("--shard", type=positive_int, metavar="N", help=(
-            "shard over N processes and replicate such groups (default: shard over all)"))  # fmt: skip
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        super().add_arguments(parser, compile=inference_device().type == "cuda")
 
-    @staticmethod
-    def from_arguments(arguments: Namespace, world: World) -> "ParallelOptions":
+    @classmethod
+    def from_arguments(cls, arguments: Namespace, world: World) -> Self:
         """Raises UserError if --shard does not divide the number of processes."""
         if arguments.shard and world.size % arguments.shard:
             raise UserError(f"--shard {arguments.shard} does not divide the {world.size} processes of this run")
-        return ParallelOptions(**{name: getattr(arguments, name) for name in ParallelOptions.__dataclass_fields__})
+        return super().from_arguments(arguments)
 
 
 def make_mesh(world: World, shard: int | None) -> DeviceMesh:

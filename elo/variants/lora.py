@@ -8,7 +8,7 @@ Names, initialization and files are those of peft, so adapters work in both.
 import math
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,58 +18,48 @@ from torch.distributed.tensor import DTensor
 
 from elo.common.errors import UserError
 from elo.common.fields import write_json
-from elo.common.options import Parser, positive, positive_int
+from elo.common.options import Options, Parser, option, positive, positive_int
 from elo.cpu.linear import matmul_t
 from elo.model.checkpoint import Checkpoint, local_rows
 from elo.model.decoder import CausalLM
-from elo.model.saving import (
-    ADAPTER_CONFIG,
-    ADAPTER_WEIGHTS,
-    adopt,
-    nobody,
-    save_file,
-    staging,
-    whole,
-    writes,
-)
+from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adopt, nobody, save_file, staging, whole, writes
 
 PREFIX = "base_model.model."  # what peft puts in front of a checkpoint's names
 THIN = (".lora_A.weight", ".lora_B.weight")
 
 
 @dataclass(frozen=True)
-class LoraOptions:
+class LoraOptions(Options):
     """peft's r, lora_alpha and target_modules."""
 
-    lora_rank: int = 8
-    lora_alpha: float = 16.0
-    lora_target_modules: tuple[str, ...] = ()  # none named: all linear layers of the blocks
+    TITLE = "LoRA (--method lora)"
+    lora_rank: int = option("of the adapters (default: 8)", 8, type=positive_int)
+    lora_alpha: float = option("adapters count alpha / rank times (default: 16)", 16.0, type=positive)
+    lora_target_modules: tuple[str, ...] = option(
+        "layers with an adapter, such as q_proj v_proj (default: all linear layers of the blocks)",
+        (), nargs="+", metavar="NAME",
+    )  # fmt: skip
+    merge: bool = option(
+        "write the whole model to --out, the adapter in its folder `adapter`; of a finished run too", False
+    )
 
-    @staticmethod
-    def add_arguments(parser: Parser) -> None:
-        default, group = LoraOptions(), parser.add_argument_group("LoRA (--method lora)")
-        group.add_argument("--lora-rank", type=positive_int, help=f"of the adapters (default: {default.lora_rank})")
-        group.add_argument(
-            "--lora-alpha", type=positive, help=f"adapters count alpha / rank times (default: {default.lora_alpha:g})"
-        )
-        group.add_argument("--lora-target-modules", nargs="+", metavar="NAME", help=(
-            "layers with an adapter, such as q_proj v_proj (default: all linear layers of the blocks)"))  # fmt: skip
-        group.add_argument("--merge", action="store_true", help=(
-            "write the whole model to --out, the adapter in its folder `adapter`; of a finished run too"))  # fmt: skip
+    @classmethod
+    def add_arguments(cls, parser: Parser) -> None:
+        """None stands for an option that is not given."""
+        super().add_arguments(parser, **{one.name: None for one in fields(cls)})
 
-    @staticmethod
-    def from_arguments(arguments: Namespace) -> "LoraOptions | None":
+    @classmethod
+    def from_arguments(cls, arguments: Namespace) -> "LoraOptions | None":
         """None for another method. Puts the defaults into `arguments`, so that the run's records have them.
 
         Raises UserError for options of LoRA with another method.
         """
-        names = LoraOptions.__dataclass_fields__
-        given = {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+        given = {one.name: value for one in fields(cls) if (value := getattr(arguments, one.name)) is not None}
         if arguments.method != "lora":
-            for name in [*given, *(["merge"] if arguments.merge else [])]:
+            for name in given:
                 raise UserError(f"--{name.replace('_', '-')} is an option of --method lora, not {arguments.method}")
             return None
-        options = LoraOptions(**{**given, "lora_target_modules": tuple(given.get("lora_target_modules", ()))})
+        options = cls(**{**given, "lora_target_modules": tuple(given.get("lora_target_modules", ()))})
         vars(arguments).update(asdict(options))
         return options
 

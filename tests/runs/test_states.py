@@ -8,7 +8,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from small_runs import run_here, states
 
-from elo.common.options import interval
+from elo.common.options import Interval
 
 
 def test_states_are_snapshots(project, monkeypatch):
@@ -48,10 +48,10 @@ def test_states_in_time(project, monkeypatch):
 
 
 def test_intervals():
-    assert interval("100").is_due(100, 0)
-    assert not interval("100").is_due(99, 1e9)
-    assert interval("15m").is_due(1, 900)
-    assert not interval("2h").is_due(10**9, 7199)
+    assert Interval.parse("100").is_due(100, 0)
+    assert not Interval.parse("100").is_due(99, 1e9)
+    assert Interval.parse("15m").is_due(1, 900)
+    assert not Interval.parse("2h").is_due(10**9, 7199)
     for text in ("0", "-1", "1.5", "15 m", "m", "1d", "inf", "٣"):
         with pytest.raises(Exception, match="neither a number of steps"):
-            interval(text)
+            Interval.parse(text)
