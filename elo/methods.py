@@ -24,34 +24,6 @@ class Method(NamedTuple):
     layers: tuple[int, ...] | None = None  # those that were detached, numbered from 1
 
 
-def elo(config: ModelConfig, layers: tuple[int, ...], bridged: bool = False) -> Method:
-    """The ELO model (equations 1 and 2): these layers between the base's embedding, norm and head, which are frozen."""
-    model = build(detach(config, layers))
-    freeze_all_but_layers(model)
-    if bridged:
-        bridge.attach(model, layers)
-    return Method(model, partial(base_name, layers=layers), layers)
-
-
-def selective(config: ModelConfig, layers: tuple[int, ...]) -> Method:
-    """The same layers inside the whole model, whose other parameters are frozen: their gradients are exact."""
-    model = build(config)
-    freeze_all_but_layers(model, layers)
-    return Method(model, lambda name: name)
-
-
-def full(config: ModelConfig) -> Method:
-    """Every parameter."""
-    return Method(build(config), lambda name: name)
-
-
-def low_rank(config: ModelConfig, options: LoraOptions) -> Method:
-    """Adapters beside the frozen linear layers of the blocks (LoRA)."""
-    model = build(config)
-    lora.attach(model, options)
-    return Method(model, lora.unadapted_name)
-
-
 def make(
     config: ModelConfig,
     method: str,
@@ -63,7 +35,20 @@ def make(
 
     config: the base model's; layers: for OF_LAYERS (default: DEFAULT_LAYERS); options: for lora; bridged: for elo.
     """
-    if method in OF_LAYERS:
-        layers = layers or parse_layers(DEFAULT_LAYERS, config.num_hidden_layers)
-        return elo(config, layers, bridged) if method == "elo" else selective(config, layers)
-    return low_rank(config, options or LoraOptions()) if method == "lora" else full(config)
+    if method in OF_LAYERS and not layers:
+        layers = parse_layers(DEFAULT_LAYERS, config.num_hidden_layers)
+    if method == "elo":
+        # Equations 1 and 2: these layers between the base's embedding, norm and head, which are frozen.
+        model = build(detach(config, layers))
+        freeze_all_but_layers(model)
+        if bridged:
+            bridge.attach(model, layers)
+        return Method(model, partial(base_name, layers=layers), layers)
+    model = build(config)
+    if method == "selective":
+        # The same layers inside the whole model, whose other parameters are frozen: their gradients are exact.
+        freeze_all_but_layers(model, layers)
+    elif method == "lora":
+        # Adapters beside the frozen linear layers of the blocks.
+        lora.attach(model, options or LoraOptions())
+    return Method(model, lora.unadapted_name)

@@ -78,7 +78,7 @@ def test_the_slice_computes_with_it_and_passes_gradients_through():
     expected = F.cross_entropy(theirs(tokens).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     expected.backward()
     with process_group() as world:
-        method = methods.elo(base.config, (1, 4), bridged=True)
+        method = methods.make(base.config, "elo", (1, 4), bridged=True)
         model = parallelize(method.model, world, ParallelOptions("fp32", compile=False))
         base.load_into(model, method.base_name)
         bridge.fit(model, (1, 4), base, texts, "fp32", world)
