@@ -113,29 +113,26 @@ class Checkpoint:
         if is_file(self.directory / SINGLE):
             return _headers(self.directory / SINGLE)
         if not is_file(index_path):
-            raise UserError(
-                f"{self.directory}: neither {SINGLE} nor {INDEX} is here{instead_of_a_model(self.directory)}"
-            )
+            hint = instead_of_a_model(self.directory)
+            raise UserError(f"{self.directory}: neither {SINGLE} nor {INDEX} is here{hint}")
         weight_map = read_json_object(index_path).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
             raise UserError(f"{index_path}: weight_map must be an object from tensor names to file names")
+        stored: dict[str, Stored] = {}
         for file in sorted(set(weight_map.values())):
             if Path(file).name != file:
                 raise UserError(f"{index_path}: shard name {file!r} points outside of the directory")
             if not is_file(self.directory / file):
                 raise UserError(f"{index_path}: shard {file} is not in the directory")
-        shards = {file: _headers(self.directory / file) for file in sorted(set(weight_map.values()))}
-        for name, file in weight_map.items():
-            if name not in shards[file]:
-                path = self.directory / file
-                raise UserError(f"{path}: tensor {name}, which {INDEX} promises, is not in this file")
-        stored: dict[str, Stored] = {}
-        for tensors in shards.values():
-            for name, found in tensors.items():
+            for name, found in _headers(self.directory / file).items():
                 # Readers would disagree on which one counts.
                 if name in stored:
                     raise UserError(f"{found.file}: tensor {name} is in {stored[name].file.name} as well")
                 stored[name] = found
+        for name, file in weight_map.items():
+            path = self.directory / file
+            if name not in stored or stored[name].file != path:
+                raise UserError(f"{path}: tensor {name}, which {INDEX} promises, is not in this file")
         return stored
 
     def _check_headers(self) -> None:

@@ -10,12 +10,23 @@ from torch import Tensor
 from elo.common.errors import UserError
 from elo.common.fields import Fields, shown
 
+# The types, and what each reads; any other field would change what is computed.
+OF_LENGTH = ("factor", "original_max_position_embeddings")
+READ = {
+    "default": (),
+    "linear": ("factor",),
+    "dynamic": ("factor",),
+    "llama3": (*OF_LENGTH, "low_freq_factor", "high_freq_factor"),
+    "yarn": (*OF_LENGTH, "attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"),
+    "longrope": (*OF_LENGTH, "attention_factor", "short_factor", "long_factor"),
+}
+
 
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding; the fields after `factor` belong to the types in their comments."""
 
-    type: str  # default, linear, dynamic, llama3, yarn or longrope
+    type: str  # one of READ
     theta: float
     factor: float = 1.0
     original_max_position_embeddings: int = 0  # dynamic, llama3, yarn, longrope
@@ -55,69 +66,48 @@ def read_rope(config: Fields, max_position_embeddings: int, head_dim: int) -> Ro
     rope = Fields(scaling, f"{where}: {name}")
     theta = rope.number("rope_theta", default=config.number("rope_theta", default=10000.0), minimum=1.0)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind not in [*READ]:
+        raise UserError(f"{where}: rope type {shown(kind)} is not implemented; implemented are {', '.join(READ)}")
     if scaling.get("partial_rotary_factor") not in (None, 1):
         raise UserError(f"{rope.where}: partial_rotary_factor is not implemented")
-    if kind == "default":
-        rope_config = RopeConfig("default", theta)
-        known |= {"factor"} if scaling.get("factor") in (None, 1) else set()
-    elif kind == "linear":
-        rope_config = RopeConfig("linear", theta, rope.number("factor"))
-        known |= {"factor"}
-    elif kind == "dynamic":
-        factor = rope.number("factor")
-        if factor < 1 or head_dim < 4:
-            raise UserError(f"{rope.where}: rope type dynamic needs a factor of at least 1 and heads of 4 dimensions")
-        rope_config = RopeConfig("dynamic", theta, factor, max_position_embeddings)
-        known |= {"factor"}
-    elif kind in ("llama3", "yarn", "longrope"):
-        # transformers prefers a length beside the rope fields to one among them.
-        inside = rope.integer("original_max_position_embeddings", default=max_position_embeddings)
-        original = config.integer("original_max_position_embeddings", default=inside)
-        known |= {"factor", "original_max_position_embeddings"}
-        if kind == "llama3":
-            low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-            if low == high:
-                raise UserError(f"{rope.where}: low_freq_factor and high_freq_factor must differ")
-            rope_config = RopeConfig("llama3", theta, rope.number("factor"), original, low, high)
-            known |= {"low_freq_factor", "high_freq_factor"}
-        elif kind == "longrope":
-            if original < 2:
-                raise UserError(f"{rope.where}: original_max_position_embeddings must be more than 1 for longrope")
-            factor = rope.number("factor", default=max_position_embeddings / original)
-            by_length = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
-            rope_config = RopeConfig(
-                "longrope",
-                theta,
-                factor,
-                original,
-                attention_factor=rope.number("attention_factor", default=by_length),
-                divisors=_divisors(rope, "short_factor", head_dim),
-                long_divisors=_divisors(rope, "long_factor", head_dim),
-            )
-            known |= {"attention_factor", "short_factor", "long_factor"}
-        else:
-            factor = rope.number("factor", default=max_position_embeddings / original)
-            rope_config = RopeConfig(
-                "yarn",
-                theta,
-                factor,
-                original,
-                attention_factor=_yarn_attention_factor(rope, factor),
-                beta_fast=rope.number("beta_fast", default=32.0),
-                beta_slow=rope.number("beta_slow", default=1.0),
-                truncate=rope.boolean("truncate", default=True),
-            )
-            known |= {"attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow", "truncate"}
-    else:
-        raise UserError(
-            f"{where}: rope type {shown(kind)} is not implemented; implemented are default, linear, dynamic, llama3, "
-            "yarn, longrope"
-        )
+    known = {"rope_type", "type", "rope_theta", "partial_rotary_factor", *READ[kind]}
+    known |= {"factor"} if scaling.get("factor") == 1 else set()  # of type default
     unknown = sorted(key for key, value in scaling.items() if key not in known and value is not None)
     if unknown:
         raise UserError(f"{rope.where}: {', '.join(unknown[:5])} is not implemented for rope type {kind}")
-    return rope_config
+
+    if kind == "default":
+        return RopeConfig(kind, theta)
+    if kind == "linear":
+        return RopeConfig(kind, theta, rope.number("factor"))
+    if kind == "dynamic":
+        factor = rope.number("factor")
+        if factor < 1 or head_dim < 4:
+            raise UserError(f"{rope.where}: rope type dynamic needs a factor of at least 1 and heads of 4 dimensions")
+        return RopeConfig(kind, theta, factor, max_position_embeddings)
+    # transformers prefers a length beside the rope fields to one among them.
+    inside = rope.integer("original_max_position_embeddings", default=max_position_embeddings)
+    original = config.integer("original_max_position_embeddings", default=inside)
+    if kind == "llama3":
+        low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
+        if low == high:
+            raise UserError(f"{rope.where}: low_freq_factor and high_freq_factor must differ")
+        return RopeConfig(kind, theta, rope.number("factor"), original, low, high)
+    factor = rope.number("factor", default=max_position_embeddings / original)
+    if kind == "longrope":
+        if original < 2:
+            raise UserError(f"{rope.where}: original_max_position_embeddings must be more than 1 for longrope")
+        by_length = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+        attention = rope.number("attention_factor", default=by_length)
+        short, long = (_divisors(rope, name, head_dim) for name in ("short_factor", "long_factor"))
+        return RopeConfig(kind, theta, factor, original, attention_factor=attention, divisors=short, long_divisors=long)
+    return RopeConfig(
+        *(kind, theta, factor, original),
+        attention_factor=_yarn_attention_factor(rope, factor),
+        beta_fast=rope.number("beta_fast", default=32.0),
+        beta_slow=rope.number("beta_slow", default=1.0),
+        truncate=rope.boolean("truncate", default=True),
+    )
 
 
 def _divisors(rope: Fields, name: str, head_dim: int) -> tuple[float, ...]:
