@@ -18,8 +18,7 @@ from torch.distributed.tensor import DTensor
 from elo.common.errors import UserError
 from elo.common.fields import write_json
 from elo.common.files import is_file
-from elo.common.written import Written
-from elo.common.written import staging as staging_folder
+from elo.common.written import Written, staging
 from elo.model.checkpoint import CONFIG, INDEX, SINGLE, STORED_DTYPES, Checkpoint, expected_shapes
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
@@ -135,7 +134,7 @@ def save(
         shards[-1].append(name)
         filled, total = filled + size, total + size
 
-    with staging(out or directory) if writes() else nullcontext() as aside:
+    with new_files(directory, out, CONFIG, until_then) if writes() else nullcontext() as aside:
         weight_map = {}
         for number, names in enumerate(shards, start=1):
             file = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
@@ -157,7 +156,6 @@ def save(
                 write_json(aside / name, content)
             beside(aside)
             write_json(aside / CONFIG, config.json)
-            adopt(aside, directory, out, CONFIG, until_then)
     wait()
 
 
@@ -201,26 +199,28 @@ def model_files(directory: Path) -> list[str]:
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
-    """A folder inside of `out` to write files in that `adopt` then moves; gone afterwards.
+def new_files(
+    directory: Path, out: Path | None = None, last: str = CONFIG, until_then: Collection[str] = ()
+) -> Iterator[Path]:
+    """A folder to write a model's files in, which then take their place in `directory`; gone afterwards.
 
-    A full disk, or one that may not be written, is a UserError that names the directory.
+    out: as of `save`. last: the configuration. A full disk, or one that may not be written, is a UserError.
     """
+    out = out or directory
     try:
-        with staging_folder(out) as aside:
+        with staging(out) as aside:
             yield aside
+            adopt(aside, directory, out, last, until_then)
     except OSError as error:
         raise UserError(f"{out}: the model cannot be written: {error.strerror or error}") from None
 
 
-def adopt(
-    aside: Path, directory: Path, out: Path | None = None, last: str = CONFIG, until_then: Collection[str] = ()
-) -> None:
+def adopt(aside: Path, directory: Path, out: Path, last: str, until_then: Collection[str]) -> None:
     """Move a model's files to their place, over one that is there; the configuration first gone and last there.
 
     until_then: names of files that stay until all the new ones are there.
     """
-    written = Written(out or directory)
+    written = Written(out)
 
     def listed(names: list[str]) -> list[str]:
         return [(directory.relative_to(written.out) / name).as_posix() for name in names]
@@ -241,11 +241,10 @@ def adopt(
 
 def copy(source: Path, directory: Path) -> None:
     """A model into another directory, over one that is there; without more disk where files can be linked."""
-    with staging(directory) as aside:
+    with new_files(directory) as aside:
         for name in model_files(source):
             (aside / name).parent.mkdir(exist_ok=True)
             try:
                 os.link(source / name, aside / name)
             except OSError:
                 shutil.copyfile(source / name, aside / name)
-        adopt(aside, directory)

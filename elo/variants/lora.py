@@ -22,7 +22,7 @@ from elo.common.options import Options, Parser, option, positive, positive_int
 from elo.cpu.linear import matmul_t
 from elo.model.checkpoint import Checkpoint, local_rows
 from elo.model.decoder import CausalLM
-from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adopt, nobody, save_file, staging, whole, writes
+from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, new_files, nobody, save_file, whole, writes
 
 PREFIX = "base_model.model."  # what peft puts in front of a checkpoint's names
 THIN = (".lora_A.weight", ".lora_B.weight")
@@ -149,25 +149,8 @@ def export_adapter(
     wait: Callable[[], None] = nobody,
 ) -> None:
     """Save what was trained in peft's files, adapter_config.json last. Collective; `wait` as in `saving.export`."""
-    adapter = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            value = whole(parameter, wait)  # collective
-            if writes():
-                adapter[name] = value
-    if writes():
-        with staging(directory) as aside:
-            _write_adapter(aside, adapter, base, options)
-            write_json(aside / "elo.json", notes)
-            adopt(aside, directory, last=ADAPTER_CONFIG)
-    wait()
-
-
-def _write_adapter(directory: Path, adapter: dict[str, Tensor], base: Checkpoint, options: LoraOptions) -> None:
-    tensors = {PREFIX + name: value for name, value in adapter.items()}
-    headers = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
-    save_file(directory / ADAPTER_WEIGHTS, headers, tensors.__getitem__)
-    modules = {name.removesuffix(thin).rpartition(".")[2] for name in adapter for thin in THIN if name.endswith(thin)}
+    trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    tensors = {PREFIX + name: whole(parameter, wait) for name, parameter in trained}  # collective
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -175,7 +158,7 @@ def _write_adapter(directory: Path, adapter: dict[str, Tensor], base: Checkpoint
         "r": options.lora_rank,
         "lora_alpha": options.lora_alpha,
         "lora_dropout": 0.0,
-        "target_modules": sorted(modules),
+        "target_modules": sorted({name.split(".")[-3] for name, _ in trained}),
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -183,4 +166,10 @@ def _write_adapter(directory: Path, adapter: dict[str, Tensor], base: Checkpoint
         "use_dora": False,
         "inference_mode": True,
     }
-    write_json(directory / ADAPTER_CONFIG, config)
+    if writes():
+        with new_files(directory, last=ADAPTER_CONFIG) as aside:
+            headers = {name: (tuple(value.shape), value.dtype) for name, value in tensors.items()}
+            save_file(aside / ADAPTER_WEIGHTS, headers, tensors.__getitem__)
+            write_json(aside / ADAPTER_CONFIG, config)
+            write_json(aside / "elo.json", notes)
+    wait()
