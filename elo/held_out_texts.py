@@ -3,7 +3,7 @@
 import hashlib
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -46,51 +46,43 @@ def open_validation(arguments: Namespace, embeddings: int) -> "HeldOutTexts | No
             if getattr(arguments, name) is not None:
                 raise UserError(f"--{name.replace('_', '-')} needs --validation PATH")
         return None
-    try:
-        files = find_files(arguments.validation)
-    except UserError as error:
-        raise UserError(f"--validation: {error}; name texts that are there") from None
-    return HeldOutTexts(
-        files,
-        load_tokenizer(arguments.model, embeddings),
-        arguments.seq_len,
-        arguments.validation_mb or MEGABYTES,
-        arguments.validation_field or arguments.text_field,
-        arguments.skip_malformed,
-    )
+    return HeldOutTexts(arguments, embeddings)
 
 
 def watch(
     held_out: "HeldOutTexts | None", model: CausalLM, arguments: Namespace, steps: int, world: World
 ) -> Callable[[int, bool], dict[str, Any]]:
-    """The `after_step` of `training.train`: measures held-out text from time to time, if there is any."""
-    if held_out is None:
-        return lambda step, is_last: {}
-    return held_out.watch(model, arguments.validate_every or max(1, steps // VALIDATIONS), world)
+    """The `after_step` of `training.train`: measures held-out text, if there is any, now and then and at the end."""
+    every = arguments.validate_every or max(1, steps // VALIDATIONS)
+
+    def after_step(step: int, is_last: bool) -> dict[str, Any]:
+        is_due = held_out and (is_last or step % every == 0)
+        return held_out.measure(model, f"step {step}", world) if is_due else {}
+
+    return after_step
 
 
 class HeldOutTexts(HeldOut):
-    """The texts of --validation, tokenized: `megabytes` (10^6 bytes) in all, equal parts of each file's beginning."""
+    """The texts of --validation, tokenized: --validation-mb in all, equal parts of each file's beginning."""
 
-    def __init__(
-        self,
-        files: Sequence[Path],
-        tokenizer: Tokenizer,
-        seq_len: int,
-        megabytes: float,
-        text_field: str = "text",
-        skip_malformed: bool = False,
-    ) -> None:
-        check_seq_len(seq_len)
+    def __init__(self, arguments: Namespace, embeddings: int) -> None:
+        try:
+            files = find_files(arguments.validation)
+        except UserError as error:
+            raise UserError(f"--validation: {error}; name texts that are there") from None
+        tokenizer = load_tokenizer(arguments.model, embeddings)
+        check_seq_len(arguments.seq_len)
         if len(files) > MOST_FILES:
             raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
         super().__init__(files)
         # Each document's tokens as a shard stores them, by its numbers of tokens and bytes, to find it there.
         self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
+        size = int((arguments.validation_mb or MEGABYTES) * 10**6) // len(files)
+        field = arguments.validation_field or arguments.text_field
         for number, file in enumerate(files):
-            documents = read_documents([file], text_field, skip_malformed)
-            encoded = self._beginning(documents, tokenizer, int(megabytes * 10**6) // len(files))
-            self.add(number, windows(encoded, tokenizer.bos_id, seq_len, self.scores[number]))
+            documents = read_documents([file], field, arguments.skip_malformed)
+            encoded = self._beginning(documents, tokenizer, size)
+            self.add(number, windows(encoded, tokenizer.bos_id, arguments.seq_len, self.scores[number]))
             if not self.scores[number].tokens:
                 raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
 
@@ -121,12 +113,11 @@ class HeldOutTexts(HeldOut):
 
     def without_copies(self, option: str, files: list[Path]) -> list[Path]:
         """`files` without copies of held-out files, which are named on stderr."""
-        by_size: dict[int, list[Path]] = {}
-        for file in self.files:
-            by_size.setdefault(file.stat().st_size, []).append(file)
+        held_out = [(other.stat().st_size, other) for other in self.files]
         kept = []
         for file in files:
-            if any(digest(file) == digest(other) for other in by_size.get(file.stat().st_size, ())):
+            size = file.stat().st_size
+            if any(size == size_of and digest(file) == digest(other) for size_of, other in held_out):
                 note(f"{option}: {file} is left out, which --validation has too")
             else:
                 kept.append(file)

@@ -6,7 +6,7 @@ the bits of the counted tokens divided by all bytes of the text: they compare mo
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -158,10 +158,6 @@ class HeldOut:
             f" ({', '.join(files)}{f' and {more} more' if more else ''})"
         )
         return record
-
-    def watch(self, model: CausalLM, every: int, world: World) -> Callable[[int, bool], dict[str, Any]]:
-        """An `after_step` for `training.train`: measures every so many steps and after the last one."""
-        return lambda step, is_last: {} if step % every and not is_last else self.measure(model, f"step {step}", world)
 
 
 def _shown(score: Score) -> dict[str, float]:
