@@ -12,6 +12,7 @@ import math
 import os
 import time
 from argparse import Namespace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -129,31 +130,27 @@ def time_of_run(out: Path, goes_on: bool) -> float:
     return began if isinstance(began, float) else time.time()
 
 
+@dataclass
 class Epochs:
     """What happens at the end of an epoch: the held-out loss, and a checkpoint in OUT/epoch-N if it is to be kept."""
 
-    def __init__(
-        self,
-        arguments: Namespace,
-        model: CausalLM,
-        base: Checkpoint,
-        chat: ChatFormat,
-        batches: ConversationBatches,
-        held_out: HeldOut | None,
-        world: World,
-    ) -> None:
-        self.out, self.keep, self.model, self.base = arguments.out, arguments.keep, model, base
-        self.batches, self.held_out, self.world = batches, held_out, world
-        self.validate_every = arguments.validate_every
-        self.chat_files = partial(write_chat_files, chat)
-        self.best = world.on_rank_0(self.best_so_far)
-        self.notes = {"base": str(Path(arguments.model).resolve()), "options": option_values(arguments)}
+    arguments: Namespace
+    model: CausalLM
+    base: Checkpoint
+    chat: ChatFormat
+    batches: ConversationBatches
+    held_out: HeldOut | None
+    world: World
+
+    def __post_init__(self) -> None:
+        self.out, self.keep = self.arguments.out, self.arguments.keep
+        self.best = self.world.on_rank_0(self.best_so_far)
 
     def after_step(self, step: int, is_last: bool) -> dict[str, Any]:
         epoch, rest = divmod(step, self.batches.steps_per_epoch)
-        is_due = not rest or is_last or (self.validate_every and step % self.validate_every == 0)
+        every = self.arguments.validate_every
         ended: dict[str, Any] = {} if rest else {"epoch": epoch}
-        if self.held_out and is_due:
+        if self.held_out and (not rest or is_last or (every and step % every == 0)):
             ended |= self.held_out.measure(self.model, f"step {step}" if rest else f"epoch {epoch}", self.world)
         if rest:
             return ended
@@ -163,7 +160,7 @@ class Epochs:
             is_best = self.best is None or this < self.best
             self.best = this if is_best else self.best
         if self.keep == "every" or (self.keep == "best" and is_best):
-            self.save(epoch)
+            self.save(self.directory(epoch), epoch=epoch)
         if self.keep == "best" and is_best and self.world.rank == 0:
             for directory in self.out.glob("epoch-*"):
                 if directory != self.directory(epoch):
@@ -172,13 +169,9 @@ class Epochs:
 
     def best_so_far(self) -> tuple[float, int] | None:
         """(loss, epoch) of the best epoch that an interrupted run saved."""
-        lines = read_metrics(self.out)
-        ended = [
-            (number(line["validation_loss"]), line["epoch"])
-            for line in lines
-            if {"validation_loss", "epoch"} <= line.keys()
-        ]
-        return min((best for best in ended if (self.directory(best[1]) / CONFIG).exists()), default=None)
+        ended = [line for line in read_metrics(self.out) if {"validation_loss", "epoch"} <= line.keys()]
+        losses = [(number(line["validation_loss"]), line["epoch"]) for line in ended]
+        return min((best for best in losses if (self.directory(best[1]) / CONFIG).exists()), default=None)
 
     def directory(self, epoch: int) -> Path:
         return self.out / f"epoch-{epoch}"
@@ -187,10 +180,12 @@ class Epochs:
         """What this run has saved there, and nothing else."""
         Written(self.out).remove(f"{directory.name}/{name}" for name in model_files(directory))
 
-    def save(self, epoch: int) -> None:
-        notes = {"sft.json": {**self.notes, "epoch": epoch}}
-        to = self.directory(epoch)
-        export(to, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait, out=self.out)
+    def save(self, to: Path, **how_far: int) -> None:
+        notes = {"base": str(self.base.directory.resolve()), "options": option_values(self.arguments), **how_far}
+        chat_files = partial(write_chat_files, self.chat)
+        export(
+            to, self.model, self.base, notes={"sft.json": notes}, beside=chat_files, wait=self.world.wait, out=self.out
+        )
 
     def finish(self, steps: int) -> None:
         """The model of the run: the last one, or that of the best epoch, if one has ended."""
@@ -203,8 +198,7 @@ class Epochs:
             return
         if self.keep == "best":
             self.world.say(f"no epoch's model is there: it is that after step {steps}")
-        notes = {"sft.json": {**self.notes, "steps": steps}}
-        export(self.out, self.model, self.base, notes=notes, beside=self.chat_files, wait=self.world.wait)
+        self.save(self.out, steps=steps)
 
 
 def number(loss: float) -> float:
