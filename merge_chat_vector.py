@@ -40,7 +40,7 @@ def main() -> None:
     others = in_the_way(arguments, written)
     model = Checkpoint(arguments.model)
     vectors = tuple(ChatVector(Checkpoint(instruct), Checkpoint(base), scale) for instruct, base, scale in pairs)
-    layers = None if arguments.layers is None else parse_ranges(arguments.layers, model.config.num_hidden_layers)
+    layers = arguments.layers and parse_ranges(arguments.layers, model.config.num_hidden_layers)
     merge = Merge(model, vectors, moved_tensors(model.names(), layers, arguments.skip_embeddings))
     for remark in check(merge, arguments.shared_vocabulary_rows):
         note(f"note: {remark}")
@@ -61,27 +61,15 @@ def main() -> None:
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="checkpoint to add the vector to")
-    parser.add_argument(
-        "--instruct", type=Path, required=True, action="append", metavar="DIR", help="instruction-tuned checkpoint"
-    )
-    parser.add_argument(
-        "--base", type=Path, required=True, action="append", metavar="DIR", help="what --instruct was made from"
-    )
+    parser.add_argument("--instruct", type=Path, required=True, action="append", metavar="DIR", help="tuned checkpoint")
+    parser.add_argument("--base", type=Path, required=True, action="append", metavar="DIR", help="before that tuning")
     parser.add_argument("--scale", type=float, action="append", metavar="X", help="factor of the vector (default: 1)")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the result goes")
-    parser.add_argument(
-        "--layers",
-        metavar="LIST",
-        help="add the vector to these only, like 1-8,30 (from 1; -1 is the last); embedding, final norm and head stay",
-    )
-    parser.add_argument(
-        "--skip-embeddings", action="store_true", help="leave embedding and head as they are in the model"
-    )
-    parser.add_argument(
-        "--shared-vocabulary-rows",
-        action="store_true",
-        help="where vocabularies differ in size, add the vector to the rows of embedding and head that all have",
-    )
+    parser.add_argument("--layers", metavar="LIST", help=(
+        "move these only, like 1-8,30 (from 1; -1 is the last), and no embedding, final norm and head"))  # fmt: skip
+    parser.add_argument("--skip-embeddings", action="store_true", help="leave embedding and head as in the model")
+    parser.add_argument("--shared-vocabulary-rows", action="store_true", help=(
+        "where vocabularies differ in size, add the vector to the rows that all have"))  # fmt: skip
     parser.add_argument("--overwrite", action="store_true", help="replace a model in --out")
     return parser.parse_args()
 
@@ -103,17 +91,16 @@ def pair_up(arguments: Namespace) -> list[tuple[Path, Path, float]]:
 
 def describe(merge: Merge, layers: tuple[int, ...] | None, arguments: Namespace) -> dict[str, object]:
     """The content of chat_vector.json."""
-    vectors = [
-        {
-            "instruct": str(vector.instruct.directory.resolve()),
-            "base": str(vector.base.directory.resolve()),
-            "scale": vector.scale,
-        }
-        for vector in merge.vectors
-    ]
+
+    def resolved(checkpoint: Checkpoint) -> str:
+        return str(checkpoint.directory.resolve())
+
     return {
-        "model": str(merge.model.directory.resolve()),
-        "vectors": vectors,
+        "model": resolved(merge.model),
+        "vectors": [
+            {"instruct": resolved(vector.instruct), "base": resolved(vector.base), "scale": vector.scale}
+            for vector in merge.vectors
+        ],
         "layers": layers,
         "skip_embeddings": arguments.skip_embeddings,
         "shared_vocabulary_rows": arguments.shared_vocabulary_rows,

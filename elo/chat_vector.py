@@ -66,6 +66,10 @@ class Merge:
     vectors: tuple[ChatVector, ...]
     moved: Collection[str]
 
+    @property
+    def others(self) -> list[Checkpoint]:
+        return [other for vector in self.vectors for other in (vector.base, vector.instruct)]
+
     def tensor(self, name: str) -> Tensor:
         """A tensor of the result, computed in fp32 and rounded once to the dtype in which the model stores it.
 
@@ -114,9 +118,8 @@ def parse_ranges(text: str, num_hidden_layers: int) -> tuple[int, ...]:
 
 def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
     """Raises UserError if the models do not fit together; returns warnings about what may not be intended."""
-    for vector in merge.vectors:
-        for other in (vector.base, vector.instruct):
-            _check_fits(merge, other, shared_vocabulary_rows)
+    for other in merge.others:
+        _check_fits(merge, other, shared_vocabulary_rows)
     return list(dict.fromkeys([*_other_mathematics(merge), *_check_tokenizer(merge)]))
 
 
@@ -124,9 +127,8 @@ def _check_fits(merge: Merge, other: Checkpoint, shared_vocabulary_rows: bool) -
     ours = merge.model
     _check_same(ours, other, "architecture", "num_hidden_layers", "qkv_bias", "o_bias")  # which tensors there are
     if {EMBEDDING, HEAD} & set(merge.moved):
-        _check_same(
-            ours, other, "tie_word_embeddings", hint="; --skip-embeddings leaves embedding and head as they are"
-        )
+        hint = "; --skip-embeddings leaves embedding and head as they are"
+        _check_same(ours, other, "tie_word_embeddings", hint=hint)
     for name in merge.moved:
         here, there = ours.shape(name), other.shape(name)
         vocabulary = name in (EMBEDDING, HEAD) and here[1:] == there[1:]
@@ -150,7 +152,7 @@ def _check_same(ours: Checkpoint, other: Checkpoint, *names: str, hint: str = ""
 
 def _other_mathematics(merge: Merge) -> Iterator[str]:
     ours = merge.model
-    for other in (other for vector in merge.vectors for other in (vector.base, vector.instruct)):
+    for other in merge.others:
         for name in (field.name for field in fields(ModelConfig) if field.compare and field.name not in MAY_DIFFER):
             if getattr(other.config, name) != getattr(ours.config, name):
                 yield f"{name} differs between {ours.directory}, whose the result has, and {other.directory}"
