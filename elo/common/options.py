@@ -90,6 +90,10 @@ def share(text: str) -> float:
     return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
+def positive_share(text: str) -> float:
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
 def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
     try:
         value = float(text)

@@ -18,7 +18,7 @@ from typing import Any
 from elo import methods
 from elo.common.errors import UserError
 from elo.common.fields import check_output, write_json
-from elo.common.options import Parser, positive, positive_int, share
+from elo.common.options import Parser, positive, positive_int, positive_share
 from elo.common.terminal import show
 from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS
 from elo.model.config import ModelConfig
@@ -57,7 +57,7 @@ def make_parser() -> Parser:
         group.add_argument(f"--gpu-{field.name}", type=positive, metavar=unit, help=f"{what} (default: the kind's)")
     group.add_argument("--gpus", type=positive_int, default=8, help="(%(default)s)")
     group.add_argument("--gpus-per-node", type=positive_int, default=8, help="(%(default)s)")
-    group.add_argument("--utilization", type=share, default=0.25, help=(
+    group.add_argument("--utilization", type=positive_share, default=0.25, help=(
         "assumed share of the peak that products reach; about what the paper's hours imply (%(default)s)"))  # fmt: skip
 
     group = parser.add_argument_group("data, without which there are hours for 10^9 tokens")
@@ -98,8 +98,6 @@ def planned_runs(arguments: Namespace) -> list[Run]:
         raise UserError("--validation changes a plan with --active-vocabulary only")
     if arguments.shard and arguments.gpus % arguments.shard:
         raise UserError(f"--shard {arguments.shard} does not divide the {arguments.gpus} GPUs")
-    if not arguments.utilization:
-        raise UserError("--utilization 0: such a run never ends; give a share above 0")
     if arguments.best and not (stage or method):
         raise UserError("--best: of which stage? say --stage or --method")
     if arguments.dtype == "fp32" and not arguments.gpu_tflops:

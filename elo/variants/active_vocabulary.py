@@ -12,7 +12,7 @@ has the whole head of the base.
 """
 
 import math
-from argparse import ArgumentTypeError, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from elo.common.errors import UserError
-from elo.common.options import Parser
+from elo.common.options import Parser, positive_share
 from elo.data.shards import TokenShard
 from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, local_rows
 from elo.model.decoder import CausalLM
@@ -34,10 +34,8 @@ BLOCK = 8192  # rows of the base's head in memory at a time
 
 def add_arguments(parser: Parser) -> None:
     group = parser.add_argument_group("active vocabulary (with --method elo)")
-    group.add_argument(
-        "--active-vocabulary", action="store_true", help="compute the loss over the tokens that the texts use"
-    )
-    group.add_argument("--active-vocabulary-coverage", type=_coverage, metavar="C", help=(
+    group.add_argument("--active-vocabulary", action="store_true", help="the loss over the tokens that the texts use")
+    group.add_argument("--active-vocabulary-coverage", type=positive_share, metavar="C", help=(
         "over the most frequent ones, up to this part of the text, as 0.9999; the rest shares a row"))  # fmt: skip
 
 
@@ -131,13 +129,3 @@ def whole_head(model: CausalLM) -> Iterator[None]:
         yield
     finally:
         model.lm_head = head
-
-
-def _coverage(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value <= 1:
-        raise ArgumentTypeError(f"{text!r} is not a number above 0 and at most 1")
-    return value

@@ -127,7 +127,7 @@ def test_what_a_refusal_names_would_fit(model, options, tmp_path, monkeypatch, c
         ("--dtype fp32", "--dtype fp32: the GPUs' peaks are known here for bf16"),
         ("--gpu-memory 64", "--gpu-memory: with --gpu KIND, or the nearest to a kind that is not in its list"),
         ("--gpu-network 5", "--gpu-network: with --gpu KIND"),
-        ("--utilization 0", "--utilization 0: such a run never ends"),
+        ("--utilization 0", "--utilization: '0' is not a number above 0 and at most 1"),
         ("--method full --lora-rank 4", "--lora-rank goes with train.py --method lora"),
         ("--batch-tokens 524288 --seq-len 3000", "--batch-tokens 524288 is not a multiple of --seq-len 3000"),
         ("--seq-len 262144", "--seq-len 262144: the model has 131072 positions"),
