@@ -41,8 +41,7 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--elo", type=Path, metavar="DIR", help="stage-1 result whose layers go into --model")
     parser.add_argument("--scale", type=scales, metavar="A[,A...]", help=(
         "of their update, for all or for each of them, or auto (default: 1)"))  # fmt: skip
-    parser.add_argument("--out", type=Path, default=Path("runs/aligned"), metavar="DIR", help="(%(default)s)")
-    add_arguments(parser)
+    add_arguments(parser, out="runs/aligned")
     pretraining.add_arguments(parser, gb=1.0)
     TrainingOptions.add_arguments(parser, lr=2e-5)
     ParallelOptions.add_arguments(parser)

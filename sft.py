@@ -52,12 +52,10 @@ def main() -> None:
 def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--model", required=True, metavar="DIR", help="checkpoint to tune")
-    parser.add_argument("--out", type=Path, default=Path("runs/sft"), metavar="DIR", help="(%(default)s)")
-    add_arguments(parser)
+    add_arguments(parser, out="runs/sft")
     parser.add_argument("--chat-format", choices=FORMATS, help="(default: the checkpoint's)")
-    parser.add_argument(
-        "--keep", choices=("last", "best", "every"), default="last", help="epoch whose model is kept (%(default)s)"
-    )
+    keeps = ("last", "best", "every")
+    parser.add_argument("--keep", choices=keeps, default="last", help="epoch whose model is kept (%(default)s)")
     conversations.add_arguments(parser)
     TrainingOptions.add_arguments(parser, lr=1e-5)
     ParallelOptions.add_arguments(parser)
@@ -73,7 +71,7 @@ def run(arguments: Namespace, world: World) -> None:
     parallel = ParallelOptions.from_arguments(arguments, world)
     options = TrainingOptions.from_arguments(arguments)
     goes_on = check_out(arguments, world)
-    now = world.on_rank_0(partial(time_of_run, arguments.out, goes_on))
+    now = world.on_rank_0(time_of_run, arguments.out, goes_on)
     tokenizer = load_tokenizer(arguments.model, base.config.vocab_size)
     chat = chat_format(arguments.model, tokenizer, arguments.chat_format, now)
     watched = load_validation(arguments, chat, world)

@@ -7,8 +7,6 @@ the paper does not measure: --method selective trains the same layers inside the
 """
 
 from argparse import Namespace
-from functools import partial
-from pathlib import Path
 
 from elo import methods, pretraining
 from elo.common.errors import UserError, exit_status
@@ -40,10 +38,7 @@ def parse_arguments() -> Namespace:
     parser = Parser(description=__doc__)
     parser.add_argument("--layers", help=f"to train, from 1; -1 is the last (default: {DEFAULT_LAYERS})")
     parser.add_argument("--method", choices=METHODS, default="elo", help="train (%(default)s)")
-    parser.add_argument(
-        "--out", type=Path, default=Path("runs/elo"), metavar="DIR", help="the run's directory (%(default)s)"
-    )
-    add_arguments(parser)
+    add_arguments(parser, out="runs/elo")
     pretraining.add_arguments(parser)
     LoraOptions.add_arguments(parser)
     parser.add_argument("--bridge", action="store_true", help="a frozen map for the layers left out by --method elo")
@@ -92,20 +87,19 @@ def run(arguments: Namespace, world: World) -> None:
     if adapters:
         lora.export_adapter(arguments.out, model, base, adapters, notes, world.wait)
         if arguments.merge:
-            world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
+            world.on_rank_0(adapted.merge, arguments.out, base, option_values(arguments))
     else:
         export(arguments.out, model, base, method.base_name, {"elo.json": notes}, wait=world.wait)
     close_run(arguments, world)
-    if world.rank == 0:
-        is_slice = arguments.method == "elo"
-        after = alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
-        tell_result(world, arguments.out, model, after)
+    is_slice = arguments.method == "elo"
+    after = alignment_after(arguments.out, batches, done) if is_slice else continued(arguments.out)
+    tell_result(world, arguments.out, model, after)
 
 
 def merge_finished(arguments: Namespace, base: Checkpoint, world: World) -> None:
     """--merge where the adapter is finished already: by a run without --merge, or one that was killed while merging."""
     open_run(arguments, world, True, pretraining.data_of(base))
-    world.on_rank_0(partial(adapted.merge, arguments.out, base, option_values(arguments)))
+    world.on_rank_0(adapted.merge, arguments.out, base, option_values(arguments))
     if not read_written(arguments.out).run["options"].get("save_every"):  # the run's, which asked for its states
         close_run(arguments, world)
     world.say(f"The adapter is merged: the model is in {arguments.out}, and the adapter in {arguments.out / ADAPTER}.")

@@ -52,9 +52,7 @@ def add_arguments(parser: Parser, gb: float | None = None) -> None:
     group.add_argument("--seq-len", type=positive_int, default=2048, help="tokens in a window (%(default)s)")
     group.add_argument("--batch-tokens", type=positive_int, metavar="TOKENS", help=(
         f"in a step, over all processes (default: {LARGEST_BATCH}, or fewer for {FEWEST_STEPS} steps)"))  # fmt: skip
-    group.add_argument(
-        "--micro-batch", type=positive_int, default=4, help="windows at a time in a process (%(default)s)"
-    )
+    group.add_argument("--micro-batch", type=positive_int, default=4, help="windows at once a process (%(default)s)")
     held_out_texts.add_arguments(parser, of_slice=gb is None)
 
 

@@ -38,9 +38,7 @@ def make_parser() -> Parser:
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="a checkpoint, or its config.json")
     parser.add_argument("--stage", choices=best.OF_STAGES, help="script (default: all, or train with --method)")
     parser.add_argument("--method", choices=METHODS, help="of train.py (default: all, or elo with --stage train)")
-    parser.add_argument(
-        "--layers", help=f"of methods {' and '.join(OF_LAYERS)}, from 1; -1 is the last (default: {DEFAULT_LAYERS})"
-    )
+    parser.add_argument("--layers", help=f"of {' and '.join(OF_LAYERS)}, -1 is the last (default: {DEFAULT_LAYERS})")
     parser.add_argument("--bridge", action="store_true", help="of method elo")
     parser.add_argument("--active-vocabulary", type=positive_int, metavar="TOKENS", help=(
         "of method elo, which says how many when it begins"))  # fmt: skip

@@ -9,7 +9,6 @@ import platform
 import sys
 import time
 from argparse import Namespace
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -49,7 +48,9 @@ WATCHING |= {"validation", "validation_mb", "validation_field", "validate_every"
 LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "gather_once", "shard"}
 
 
-def add_arguments(parser: Parser) -> None:
+def add_arguments(parser: Parser, out: str) -> None:
+    """out: the default of --out."""
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="DIR", help="the run's directory (%(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace the model in --out")
     group = parser.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help=(
@@ -71,7 +72,7 @@ def check_out(arguments: Namespace, world: World) -> bool:
     Raises UserError if --out has what only --overwrite or --restart may replace, or a run with other options, and
     EarlyExit if it has a finished one and --resume is given.
     """
-    return world.on_rank_0(partial(_goes_on, arguments, world))
+    return world.on_rank_0(_goes_on, arguments, world)
 
 
 def _goes_on(arguments: Namespace, world: World) -> bool:
@@ -125,7 +126,7 @@ def open_run(arguments: Namespace, world: World, goes_on: bool, data: dict[str, 
     still the same. Raises UserError if a run that goes on had other data.
     """
     world.wait()  # until every process has seen what is there
-    world.on_rank_0(partial(_open, arguments, world, goes_on, data))
+    world.on_rank_0(_open, arguments, world, goes_on, data)
 
 
 def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any]) -> None:
@@ -218,7 +219,7 @@ class Metrics:
 
     def __init__(self, out: Path, step: int, world: World, tensorboard: bool = False) -> None:
         self.path, self.file, self.events = out / METRICS, None, None
-        self.before = world.on_rank_0(partial(self._open, step)) if world.rank == 0 else world.on_rank_0(lambda: None)
+        self.before = world.on_rank_0(self._open, step)
         if tensorboard and world.rank == 0:
             self.events = EventFiles(out, step)
 

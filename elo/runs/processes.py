@@ -53,12 +53,12 @@ class World:
         dist.broadcast_object_list(values, src=0, group=self.host_group)
         return values[0]
 
-    def on_rank_0(self, function: Callable[[], Any]) -> Any:
-        """What `function` gives on rank 0, on every process; if it raises UserError or EarlyExit, all do."""
+    def on_rank_0(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What the function gives on rank 0, on every process; if it raises UserError or EarlyExit, all do."""
         value, exception = None, None
         if self.rank == 0:
             try:
-                value = function()
+                value = function(*arguments)
             except (UserError, EarlyExit) as raised:
                 exception = raised
         value, exception = self.from_rank_0((value, exception))

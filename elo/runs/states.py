@@ -13,6 +13,7 @@ import re
 import time
 from concurrent.futures import Future
 from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 DAMAGED = "damaged-"  # in front of it
 
 
+@dataclass
 class States:
     """Saves and loads the states of a run in `directory`. All methods but `complete` are collective.
 
@@ -41,20 +43,15 @@ class States:
     `keep` how many complete ones stay.
     """
 
-    def __init__(
-        self,
-        directory: Path,
-        model: CausalLM,
-        optimizers: list[torch.optim.Optimizer],
-        world: World,
-        every: Interval | None,
-        keep: int,
-    ) -> None:
-        self.directory, self.model, self.optimizers, self.world = directory, model, optimizers, world
-        self.every, self.keep = every, keep
-        self.saving: tuple[Path, Future] | None = None
-        self.saved_step = 0
-        self.saved_at = time.monotonic()
+    directory: Path
+    model: CausalLM
+    optimizers: list[torch.optim.Optimizer]
+    world: World
+    every: Interval | None
+    keep: int
+    saving: tuple[Path, Future] | None = None
+    saved_step: int = 0
+    saved_at: float = field(default_factory=time.monotonic)
 
     def __enter__(self) -> "States":
         return self

@@ -28,7 +28,7 @@ WORLD = SimpleNamespace(
     device=torch.device("cpu"),
     wait=lambda: None,
     say=str,
-    on_rank_0=lambda function: function(),
+    on_rank_0=lambda function, *arguments: function(*arguments),
     locked=[],
     from_rank_0=lambda value: value,
 )
