@@ -15,7 +15,7 @@ import pytest
 import torch
 from commands import status_of
 from forking import Fork, fork_group
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from small_runs import lines, losses, make_base, pausing, script_with
 from transformers import AutoModelForCausalLM
 
@@ -240,33 +240,8 @@ def test_mistakes_are_one_line(project, tmp_path, options, message, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_run_is_not_overwritten_by_accident(project, plain):
-    before = (plain / "model.safetensors").stat().st_mtime_ns
-    result = run(project, plain, fails=True)
-    assert result.returncode == 2
-    assert "--overwrite" in result.stderr
-    result = run(project, project / "base", "--overwrite", fails=True)
-    assert "this is --model" in result.stderr
-    result = run(project, plain, "--resume", "--seed", "3", fails=True)
-    assert "--seed 0 instead of 3" in result.stderr
-    assert (plain / "model.safetensors").stat().st_mtime_ns == before
-
-
 def test_defaults_say_what_is_missing(tmp_path):
     process = Fork("train", ["--layers", "1,32"], tmp_path)
     (line,) = process.communicate()[1].splitlines()
     assert process.returncode == 2
     assert all(words in line for words in ("models/Llama-3.1-8B", "download", "--model"))
-
-
-def test_a_poisoned_weight_is_found_at_the_first_step(project, tmp_path):
-    poisoned = tmp_path / "model"
-    poisoned.mkdir()
-    for file in (project / "base").iterdir():
-        (poisoned / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(poisoned / "model.safetensors")
-    tensors["model.layers.3.mlp.up_proj.weight"][0, 0] = float("nan")
-    save_file(tensors, poisoned / "model.safetensors")
-    result = run(project, tmp_path / "out", "--model", poisoned, fails=True)
-    assert "step 1: the loss is nan" in result.stderr
-    assert not (tmp_path / "out" / "config.json").exists()
