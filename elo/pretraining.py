@@ -80,15 +80,9 @@ def open_windows(
     cache = arguments.cache or arguments.out.parent / "token-cache"
 
     def shards() -> list[TokenShard]:
+        read = {"skip_malformed": arguments.skip_malformed, "workers": arguments.workers}
         return [
-            tokenize(
-                files,
-                arguments.model,
-                cache,
-                text_field=arguments.text_field if field is None else field,
-                skip_malformed=arguments.skip_malformed,
-                workers=arguments.workers,
-            )
+            tokenize(files, arguments.model, cache, field or arguments.text_field, **read)
             for _, files, field in languages
         ]
 

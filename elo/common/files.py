@@ -39,20 +39,19 @@ def is_file(path: str | Path) -> bool:
         return False
 
 
-def open_file(path: str | Path) -> BinaryIO:
-    """A regular file, opened for reading. Raises OSError, and UserError for a pipe or a device."""
-    mode = os.stat(path).st_mode
-    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):  # that a directory is none says `open`
+def open_file(path: str | Path, largest: int | None = None) -> BinaryIO:
+    """A regular file, opened for reading. Raises OSError, and UserError for a pipe, a device, or more bytes."""
+    status = os.stat(path)
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):  # that a directory is none says `open`
         raise UserError(f"{path}: not a file, but a pipe or a device")
+    if largest is not None and status.st_size > largest:
+        raise UserError(f"{path}: {status.st_size:,} bytes; such a file has at most {largest:,}")
     return open(path, "rb")
 
 
 def read_file(path: str | Path, largest: int) -> bytes:
     """The content of a regular file. Raises OSError, and UserError for more than `largest` bytes."""
-    with open_file(path) as file:
-        size = os.fstat(file.fileno()).st_size
-        if size > largest:
-            raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
+    with open_file(path, largest) as file:
         return file.read(largest)
 
 
@@ -61,14 +60,9 @@ def read_file_lines(path: str | Path, largest: int, longest: int) -> Iterator[by
 
     Raises UserError for more, and if it cannot be read.
     """
-    number = 0
     try:
-        with open_file(path) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size > largest:
-                raise UserError(f"{path}: {size:,} bytes; such a file has at most {largest:,}")
-            while line := file.readline(longest + 1):
-                number += 1
+        with open_file(path, largest) as file:
+            for number, line in enumerate(iter(lambda: file.readline(longest + 1), b""), start=1):
                 if len(line) > longest:
                     raise UserError(f"{path}:{number}: a line of more than {longest:,} bytes")
                 yield line

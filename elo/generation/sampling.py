@@ -76,18 +76,14 @@ class Sampler:
         self.random = [np.random.default_rng((sampling.seed, name)) for name in names]
         self.seen: Tensor | None = None  # (batch, vocabulary), with a repetition penalty
 
-    def _see_prompts(self, logits: Tensor) -> Tensor:
-        seen = torch.zeros_like(logits, dtype=torch.bool)
-        for row, prompt in zip(seen, self.prompts, strict=True):
-            row[list(prompt)] = True
-        return seen
-
     def draw(self, logits: Tensor) -> Tensor:
         """(batch,): a token a row. UserError for logits that are not finite, among which no token is the likeliest."""
         if not logits.amax(-1).isfinite().all():
             raise UserError("the model's logits are not finite numbers")
         if self.seen is None and self.sampling.repetition_penalty != 1:
-            self.seen = self._see_prompts(logits)
+            self.seen = torch.zeros_like(logits, dtype=torch.bool)
+            for row, prompt in zip(self.seen, self.prompts, strict=True):
+                row[list(prompt)] = True
         logits = warp(logits.float(), self.sampling, self.seen)
         if self.sampling.temperature == 0:
             tokens = logits.argmax(-1)

@@ -98,7 +98,8 @@ def export(
     def dtype(name: str) -> torch.dtype:
         return base.dtype(source(name))
 
-    save(directory, model.config, tensor, dtype, base.directory, notes or {}, beside, wait, out)
+    save(directory, model.config, tensor, dtype, base.directory, notes or {}, beside, out)
+    wait()  # until the last file is on the disk
 
 
 def save(
@@ -109,7 +110,6 @@ def save(
     companions: Path,
     notes: dict[str, dict[str, Any]],
     beside: Callable[[Path], None] = lambda aside: None,
-    wait: Callable[[], None] = nobody,
     out: Path | None = None,
     until_then: Collection[str] = (),
 ) -> None:
@@ -118,10 +118,9 @@ def save(
     tensor: a name's whole tensor; asked for in the same order on every process, so that it may gather, but only what
     rank 0 gets is written, and let go before the next is asked for. dtype: the one to store a tensor in. companions:
     the directory whose tokenizer and generation files are copied. notes: further JSON files, from name to content.
-    beside: writes or changes files in the folder it is given, from where all are moved into place. wait: as in
-    `whole`; in the end all wait until the last file is on the disk. out: the run's directory, whose list names all
-    files, if `directory` is a folder in it. until_then: as in `adopt`. Raises UserError if a file is in the way that is
-    not on that list.
+    beside: writes or changes files in the folder it is given, from where all are moved into place. out: the run's
+    directory, whose list names all files, if `directory` is a folder in it. until_then: as in `adopt`. Raises UserError
+    if a file is in the way that is not on that list.
     """
     shapes = expected_shapes(config)
     shards: list[list[str]] = [[]]
@@ -156,13 +155,10 @@ def save(
                 write_json(aside / name, content)
             beside(aside)
             write_json(aside / CONFIG, config.json)
-    wait()
 
 
 def save_file(
-    path: Path,
-    tensors: dict[str, tuple[tuple[int, ...], torch.dtype]],
-    tensor: Callable[[str], Tensor],
+    path: Path, tensors: dict[str, tuple[tuple[int, ...], torch.dtype]], tensor: Callable[[str], Tensor]
 ) -> None:
     """Write a safetensors file of these shapes and dtypes, asking for one tensor at a time, in the given order.
 

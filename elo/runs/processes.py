@@ -83,13 +83,6 @@ class World:
         with suppress(RuntimeError):  # the store is gone if torchrun is
             self.store.compare_set(LEFT, "", reason)
 
-    def why_lost(self) -> str | None:
-        """The reason that the first process left, or None if it could not."""
-        with suppress(RuntimeError):
-            if self.store.check([LEFT]):
-                return self.store.get(LEFT).decode()
-        return None
-
 
 @contextmanager
 def process_group() -> Iterator[World]:
@@ -145,7 +138,10 @@ def is_lost_connection(error: Exception) -> bool:
 
 
 def _reason_of_loss(world: World) -> EarlyExit | UserError:
-    why = world.why_lost()
+    why = None
+    with suppress(RuntimeError):
+        if world.store.check([LEFT]):
+            why = world.store.get(LEFT).decode()
     if why == STOPPED:
         reason = EarlyExit("stopped, because another process was")
     elif why is not None:
