@@ -27,7 +27,7 @@ from elo.common.terminal import note, say
 from elo.model.checkpoint import Checkpoint
 from elo.model.saving import save
 from elo.runs.progress import next_of_untrained
-from elo.runs.replacing import check_inputs, in_the_way, is_run, read_written, replacing
+from elo.runs.replacing import check_inputs, in_the_way, read_written, replacing
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     pairs = pair_up(arguments)
     check_inputs(arguments)
     written = read_written(arguments.out)
-    if is_run(written):
+    if written.is_run:
         raise UserError(f"--out {arguments.out}: a training run is there; give another directory")
     others = in_the_way(arguments, written)
     model = Checkpoint(arguments.model)

@@ -127,8 +127,8 @@ class Fields:
     def boolean(self, name: str, default: bool) -> bool:
         return self._read(name, default, lambda value: type(value) is bool, "true or false")
 
-    def string(self, name: str, default: str | None = None, allow_empty: bool = True) -> str:
-        return self._read(name, default, lambda value: isinstance(value, str) and bool(value or allow_empty), "a text")
+    def string(self, name: str, allow_empty: bool = True) -> str:
+        return self._read(name, None, lambda value: isinstance(value, str) and bool(value or allow_empty), "a text")
 
     def strings(self, name: str) -> list[str]:
         return self._read(name, None, is_texts, "a list of texts")

@@ -36,6 +36,11 @@ class Written:
             raise UserError(f"{out / RUN}: {LIST} must list files of this directory; mend it or give another one")
         self.names: set[str] = set(names or [])
 
+    @property
+    def is_run(self) -> bool:
+        """Whether a training run has begun there; what is made at once, as a merge, leaves only the list."""
+        return self.run is not None and "options" in self.run
+
     def save(self) -> None:
         if self.run is None:
             return

@@ -24,16 +24,7 @@ from elo.model.saving import ADAPTER_CONFIG
 from elo.runs.devices import device_name
 from elo.runs.event_files import EventFiles
 from elo.runs.processes import World
-from elo.runs.replacing import (
-    CHECKPOINTS,
-    FINISHED,
-    METRICS,
-    check_inputs,
-    in_the_way,
-    is_finished,
-    is_run,
-    read_written,
-)
+from elo.runs.replacing import CHECKPOINTS, FINISHED, METRICS, check_inputs, in_the_way, is_finished, read_written
 from elo.runs.signals import restarted
 from elo.runs.states import remove_states
 
@@ -79,8 +70,8 @@ def _goes_on(arguments: Namespace, world: World) -> bool:
     out = arguments.out
     check_inputs(arguments)
     written = read_written(out)
-    changed = _changed_options(written, arguments, world) if is_run(written) else ""
-    is_done = is_run(written) and is_finished(written)
+    changed = _changed_options(written, arguments, world) if written.is_run else ""
+    is_done = written.is_run and is_finished(written)
     is_unmerged = getattr(arguments, "merge", False) and (out / ADAPTER_CONFIG).exists()
     if is_done and is_unmerged and not changed and not (arguments.overwrite or arguments.restart):
         return True
@@ -91,7 +82,7 @@ def _goes_on(arguments: Namespace, world: World) -> bool:
         what = f"a run with {changed}" if changed else "this run"
         raise UserError(f"--out {out}: {what} is finished there; use --overwrite or give another directory")
     in_the_way(arguments, written)
-    if is_done or not is_run(written):
+    if is_done or not written.is_run:
         return False
     if changed and (arguments.overwrite or arguments.restart):
         return False

@@ -67,7 +67,7 @@ def read_written(out: Path) -> Written:
     """The list of files in --out, and in `run` what `open_run` wrote beside it, or nothing for a model made at once."""
     written = Written(out)
     run = written.run
-    if run is None or (written.is_listed and "options" not in run):
+    if run is None or (written.is_listed and not written.is_run):
         return written
     for name, kind in (("options", dict), ("data", dict), ("resumed", list)):
         if not isinstance(run.get(name), kind):
@@ -91,7 +91,7 @@ def in_the_way(arguments: Namespace, written: Written) -> list[str]:
     """
     out = arguments.out
     others = [name for name in (*model_files(out), METRICS) if written.obstacle(name) == name]
-    if not is_run(written) and is_finished(written):  # a model that was made at once
+    if not written.is_run and is_finished(written):  # a model that was made at once
         others += [name for name in sorted(written.names) if os.path.lexists(out / name)]
     if os.path.lexists(out / NEW) and not is_begun(out / NEW):
         others.append(NEW)
@@ -113,11 +113,6 @@ def _of_epochs(arguments: Namespace) -> Iterator[str]:
     if getattr(arguments, "keep", "last") != "last":
         for folder in filter(EPOCH.fullmatch, os.listdir(arguments.out) if arguments.out.is_dir() else ()):
             yield from (f"{folder}/{name}" for name in (*MODEL, *model_files(arguments.out / folder)))
-
-
-def is_run(written: Written) -> bool:
-    """Whether a training run has begun there; what is made at once, as a merge, leaves only the list."""
-    return written.run is not None and "options" in written.run
 
 
 def is_finished(written: Written) -> bool:

@@ -22,7 +22,7 @@ from elo.common.options import Options, Parser, option, positive, positive_int
 from elo.cpu.linear import matmul_t
 from elo.model.checkpoint import Checkpoint, local_rows
 from elo.model.decoder import CausalLM
-from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, new_files, nobody, save_file, whole, writes
+from elo.model.saving import ADAPTER_CONFIG, ADAPTER_WEIGHTS, new_files, save_file, whole, writes
 
 PREFIX = "base_model.model."  # what peft puts in front of a checkpoint's names
 THIN = (".lora_A.weight", ".lora_B.weight")
@@ -146,7 +146,7 @@ def export_adapter(
     base: Checkpoint,
     options: LoraOptions,
     notes: dict[str, Any],
-    wait: Callable[[], None] = nobody,
+    wait: Callable[[], None],
 ) -> None:
     """Save what was trained in peft's files, adapter_config.json last. Collective; `wait` as in `saving.export`."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
