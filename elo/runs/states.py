@@ -137,10 +137,8 @@ class States:
         One that is damaged is renamed, and the one before it is taken. Raises UserError if none can be read, or one
         that is whole cannot be read by this version.
         """
-        directories = self.world.from_rank_0(self.complete())
         damaged: list[tuple[Path, str]] = []
-        while directories:
-            directory = directories.pop()
+        for directory in reversed(self.world.from_rank_0(self.complete())):
             damage = self._load(directory)
             if damage is None:
                 break
