@@ -1,6 +1,7 @@
 """Command-line options: a parser whose complaints are one line, and types that say what a value should have been."""
 
 import argparse
+import math
 import os
 import re
 from argparse import Namespace
@@ -65,43 +66,29 @@ class Options:
         return cls(**{one.name: getattr(arguments, one.name) for one in fields(cls)})
 
 
-def positive_int(text: str) -> int:
-    return int(_number(text, lambda value: value >= 1 and value.is_integer(), "a whole number above 0"))
+def _number(fits: Callable[[float], bool], expected: str, kind: type = float) -> Callable[[str], Any]:
+    """A type of option, for argparse."""
+
+    def convert(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        return kind(value)
+
+    return convert
 
 
-def not_negative_int(text: str) -> int:
-    return int(_number(text, lambda value: value >= 0 and value.is_integer(), "a whole number, 0 or more"))
-
-
-def seed(text: str) -> int:
-    """As numpy takes them."""
-    return int(_number(text, lambda value: 0 <= value < 2**32 and value.is_integer(), f"a whole number below {2**32}"))
-
-
-def positive(text: str) -> float:
-    return _number(text, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def not_negative(text: str) -> float:
-    return _number(text, lambda value: 0 <= value < float("inf"), "a number, 0 or more")
-
-
-def share(text: str) -> float:
-    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def positive_share(text: str) -> float:
-    return _number(text, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-def _number(text: str, fits: Callable[[float], bool], expected: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not fits(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
-    return value
+positive = _number(lambda value: 0 < value < math.inf, "a number above 0")
+not_negative = _number(lambda value: 0 <= value < math.inf, "a number, 0 or more")
+share = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
+positive_share = _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+positive_int = _number(lambda value: value >= 1 and value.is_integer(), "a whole number above 0", int)
+not_negative_int = _number(lambda value: value >= 0 and value.is_integer(), "a whole number, 0 or more", int)
+# As numpy takes them.
+seed = _number(lambda value: 0 <= value < 2**32 and value.is_integer(), f"a whole number below {2**32}", int)
 
 
 @dataclass(frozen=True)
