@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
-from elo.model.checkpoint import Checkpoint
+from elo.model.checkpoint import Checkpoint, are_equal
 from elo.model.config import ModelConfig
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -123,11 +122,6 @@ def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int
             of = f"layers {','.join(map(str, layers))} of {base.directory}"
             raise UserError(f"{directory}: {field.name} is {found}, but of {of} alone it is {wanted}")
     for name in trained.names():
-        if LAYER_NAME.fullmatch(name) is None and not _same(trained, base, name):
+        if LAYER_NAME.fullmatch(name) is None and not are_equal(trained, name, base, name):
             raise UserError(f"{directory}: {name}, which stage 1 froze, differs from that of {base.directory}")
     return trained, layers
-
-
-def _same(a: Checkpoint, b: Checkpoint, name: str, rows: int = 16384) -> bool:
-    starts = range(0, a.shape(name)[0], rows)
-    return all(torch.equal(a.rows(name, start, start + rows), b.rows(name, start, start + rows)) for start in starts)

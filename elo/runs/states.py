@@ -51,7 +51,7 @@ class States:
     keep: int
     saving: tuple[Path, Future] | None = None
     saved_step: int = 0
-    saved_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=lambda: time.monotonic())
 
     def __enter__(self) -> "States":
         return self

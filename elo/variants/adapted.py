@@ -62,6 +62,7 @@ class Adapted(Checkpoint):
                 f"{path}: base_model_name_or_path is {shown(named)}, which is no directory here; write there where the "
                 "adapter's base model is"
             )
+        self._pairs: dict[str, list[Tensor]] = {}  # while the base is opened, which compares matrices that it ties
         super().__init__(named)
         rank = fields.integer("r")
         alpha = fields.number("lora_alpha")

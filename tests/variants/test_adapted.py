@@ -213,6 +213,8 @@ def test_an_adapter_of_a_tied_head_is_refused(tmp_path):
     peft_adapter(base, adapter.parent, r=2, target_modules=["q_proj"])
     tensors = load_file(base / "model.safetensors")
     rows, width = tensors["model.embed_tokens.weight"].shape
+    save_file({"lm_head.weight": tensors["model.embed_tokens.weight"].clone(), **tensors}, base / "model.safetensors")
+    open_checkpoint(adapter.parent)  # the base's two copies are compared before there is an adapter
     save_file({"lm_head.weight": tensors.pop("model.embed_tokens.weight"), **tensors}, base / "model.safetensors")
     halves = {"A": torch.zeros(2, width), "B": torch.zeros(rows, 2)}
     save_file({f"base_model.model.lm_head.lora_{half}.weight": value for half, value in halves.items()}, adapter)
