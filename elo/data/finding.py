@@ -40,8 +40,6 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
             raise UserError(f"{pattern}: no text file there; supported are {SUPPORTED}")
         for path in texts:
             found[_place(path)] = min(path, found.get(_place(path), path), key=_rank)
-    if not found:
-        raise UserError("no text files were given")
     if left_out := left_out - set(found):
         more = f" and {len(patterns) - 1} more" if len(patterns) > 1 else ""
         note(f"{patterns[0]}{more}: left out, as no texts: {_counted(left_out)}")

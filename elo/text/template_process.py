@@ -38,16 +38,6 @@ class Generation(jinja2.ext.Extension):
         return caller()
 
 
-class Dict:
-    """`dict` without its attributes."""
-
-    def __call__(self, *arguments: Any, **fields: Any) -> dict[str, Any]:
-        return dict(*arguments, **fields)
-
-    def fromkeys(self, *arguments: Any) -> dict[Any, Any]:
-        return dict.fromkeys(*arguments)
-
-
 def raise_exception(message: str) -> None:
     raise jinja2.TemplateError(message)
 
@@ -68,11 +58,12 @@ def compiled(template: str, now: float) -> jinja2.Template:
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": partial(strftime, now), "dict": Dict()}
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": partial(strftime, now)}
     return environment.from_string(template)
 
 
-def render(request: dict[str, Any], messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def render(request: dict[str, Any], count: int, add_generation_prompt: bool) -> str:
+    messages = [dict(message) for message in request["messages"][:count]]  # which a template might change
     fields = {"tools": None, "documents": None, **request["variables"]}
     template = compiled(request["template"], request["now"])
     text = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **fields)
@@ -96,7 +87,7 @@ def main() -> None:
         results: list[tuple[str | None, str | None]] = []
         for count, add_generation_prompt in request["renders"]:
             try:
-                results.append((render(request, request["messages"][:count], add_generation_prompt), None))
+                results.append((render(request, count, add_generation_prompt), None))
             except MemoryError:
                 results.append((None, "it needs too much time or memory"))
             # Whatever a template does; its author may have meant to say something by it.
