@@ -15,7 +15,7 @@ import io
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, Literal, NamedTuple
 
 from elo.common.errors import UserError
 from elo.data.json_records import BYTE_ORDER_MARK, JSON_ENDINGS, MalformedError, place, read_json_records
@@ -33,7 +33,7 @@ class Record(NamedTuple):
 
     line: int  # from 1; the row in a Parquet file, the number in an array of JSON
     raw: bytes | MalformedError
-    is_json: bool
+    kind: Literal["json", "row", "text"]
     position: int  # bytes of the file read so far, for a progress bar
 
     def texts(self, text_field: str) -> list[str]:
@@ -43,9 +43,9 @@ class Record(NamedTuple):
         try:
             text = self.raw.decode("utf-8")
         except UnicodeDecodeError as error:
-            line = self.line if self.is_json else self.line + self.raw.count(b"\n", 0, error.start)
+            line = self.line + (self.raw.count(b"\n", 0, error.start) if self.kind == "text" else 0)
             raise MalformedError("invalid UTF-8", f"byte 0x{self.raw[error.start]:02x}", line) from None
-        if self.is_json:
+        if self.kind == "json":
             text = _field(text, text_field, self.line)
         try:
             encoded = text.encode("utf-8")
@@ -83,10 +83,10 @@ def read_records(path: str | Path, text_field: str) -> Iterator[Record]:
     if name.endswith(".parquet"):
         for row, (raw, position) in enumerate(read_texts(path, text_field), start=1):
             null = MalformedError(f"field {text_field!r} is null", line=row)
-            yield Record(row, null if raw is None else raw, False, position)
+            yield Record(row, null if raw is None else raw, "row", position)
     elif name.endswith(JSON_ENDINGS):
         for line, raw, position in read_json_records(path):
-            yield Record(line, raw, True, position)
+            yield Record(line, raw, "json", position)
     elif name.endswith(TEXT_ENDINGS):
         with unpacked(path) as (stream, file):
             yield from _text(stream, file)
@@ -121,9 +121,9 @@ def _text(stream: BinaryIO, file: BinaryIO) -> Iterator[Record]:
         # Blank pieces are passed over: the last line ends of a long file are no malformed document.
         if raw and not raw.decode("utf-8", "replace").isspace():
             is_blank = False
-            yield Record(line, raw.replace(b"\r\n", b"\n"), False, file.tell())
+            yield Record(line, raw.replace(b"\r\n", b"\n"), "text", file.tell())
     if is_blank:
-        yield Record(1, b"", False, file.tell())
+        yield Record(1, b"", "text", file.tell())
 
 
 def _pieces(file: BinaryIO) -> Iterator[tuple[int, bytes]]:

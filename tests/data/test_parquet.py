@@ -20,7 +20,7 @@ def test_parquet_string_types_and_row_groups(tmp_path, kind):
     values = [text.encode() for text in texts] if "binary" in str(kind) else texts
     write_parquet(tmp_path / "a.parquet", values, kind=kind, row_group_size=150)
     assert texts_of(tmp_path / "a.parquet") == texts
-    write_parquet(tmp_path / "b.parquet", [b"a", b"\xff", None], kind="binary")
+    write_parquet(tmp_path / "b.parquet", [b"a", b"line\n\xff", None], kind="binary")
     assert error_of(tmp_path / "b.parquet") == ":2: invalid UTF-8 (byte 0xff)"
 
 
