@@ -97,16 +97,11 @@ class Conversations:
 
 def store(examples: list[Example], files: list[str], languages: list[str]) -> Conversations:
     """Examples one after the other; the rows of the table name `files` and `languages` by their numbers."""
-    lengths = np.array([len(example.ids) for example in examples], np.int64)
-    offsets = np.cumsum(lengths) - lengths
-    rows = [(*example.row, offset) for example, offset in zip(examples, offsets.tolist(), strict=True)]
-    return Conversations(
-        np.concatenate([example.ids for example in examples]),
-        np.concatenate([example.trained for example in examples]),
-        np.array(rows, CONVERSATION),
-        files,
-        languages,
-    )
+    table = np.array([(*example.row, 0) for example in examples], CONVERSATION)
+    table["offset"] = np.cumsum(table["tokens"], dtype=np.uint64) - table["tokens"]
+    ids = np.concatenate([example.ids for example in examples])
+    trained = np.concatenate([example.trained for example in examples])
+    return Conversations(ids, trained, table, files, languages)
 
 
 def random_numbers(seed: int, *purpose: str | int) -> np.random.RandomState:

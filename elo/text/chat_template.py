@@ -145,7 +145,7 @@ class ChatTemplate:
 
         The first rendering is checked; others that fail are None.
         """
-        if found := next((found for m in messages if (found := re.search("[\ud800-\udfff]", m["content"]))), None):
+        if found := re.search("[\ud800-\udfff]", "".join(message["content"] for message in messages)):
             raise UserError(f"a message has the lone surrogate {found[0]!r}, which is no text")
         ((plain, why),) = self.render(messages, renders[:1])
         if plain is None:
@@ -224,10 +224,10 @@ def find_template(files: TokenizerFiles) -> str | None:
                 names = ", ".join(template)
                 raise UserError(f"{files.path(name)}: chat templates {names:.200}, none called default; --chat-format")
             template = template["default"]
-        if template is not None and not isinstance(template, str):
-            raise UserError(f"{files.path(name)}: chat_template is not a text; name a format with --chat-format")
-        if template is not None:
+        if isinstance(template, str):
             return template
+        if template is not None:
+            raise UserError(f"{files.path(name)}: chat_template is not a text; name a format with --chat-format")
     return None
 
 

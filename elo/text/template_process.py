@@ -12,7 +12,7 @@ import resource
 import sys
 from collections.abc import Callable
 from datetime import datetime
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import jinja2.ext
@@ -48,17 +48,13 @@ def tojson(
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def strftime(now: float, format: str) -> str:
-    return datetime.fromtimestamp(now).strftime(format)
-
-
 @lru_cache(16)
 def compiled(template: str, now: float) -> jinja2.Template:
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[Generation, jinja2.ext.loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals |= {"raise_exception": raise_exception, "strftime_now": partial(strftime, now)}
+    environment.globals |= {"raise_exception": raise_exception, "strftime_now": datetime.fromtimestamp(now).strftime}
     return environment.from_string(template)
 
 
