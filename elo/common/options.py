@@ -13,6 +13,7 @@ from typing import Any, NoReturn, Self
 from elo.common.errors import UserError
 
 PATHS = ("DIR", "FILE", "PATH")
+LARGEST = 1e15  # number: whole ones are exact up to there, and a multiple in bytes is still finite
 
 
 class Parser(argparse.ArgumentParser):
@@ -74,15 +75,16 @@ def _number(fits: Callable[[float], bool], expected: str, kind: type = float) ->
             value = float(text)
         except ValueError:
             value = math.nan
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text!r} is not {expected}")
+        if not fits(value) or value > LARGEST:
+            limit = f" and at most {LARGEST:g}" if value > LARGEST else ""
+            raise argparse.ArgumentTypeError(f"{text!r:.100} is not {expected}{limit}")
         return kind(value)
 
     return convert
 
 
-positive = _number(lambda value: 0 < value < math.inf, "a number above 0")
-not_negative = _number(lambda value: 0 <= value < math.inf, "a number, 0 or more")
+positive = _number(lambda value: value > 0, "a number above 0")
+not_negative = _number(lambda value: value >= 0, "a number, 0 or more")
 share = _number(lambda value: 0 <= value <= 1, "a number from 0 to 1")
 positive_share = _number(lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 positive_int = _number(lambda value: value >= 1 and value.is_integer(), "a whole number above 0", int)

@@ -53,6 +53,14 @@ def test_the_home_directory(monkeypatch, tmp_path):
         parser().parse_args(["--out", "~nobody-here/x"])
 
 
+@pytest.mark.parametrize("value", ["1e16", "1e300", "inf", "nan"])
+def test_numbers_that_are_no_amount_of_anything(value):
+    """They would overflow where they are multiplied, or be other numbers than they were written."""
+    with pytest.raises(UserError, match=f"argument --lr: '{value}' is not a number above 0"):
+        parser().parse_args(["--lr", value])
+    assert parser().parse_args(["--lr", "1e15"]).lr == 1e15
+
+
 PROGRAMS = ["train", "align", "merge_chat_vector", "sft", "elo.generation.chat", "elo.planning.plan"]
 PROGRAMS += ["benchmarks.training_step", "benchmarks.gpu", *(f"eval.__main__ {name}" for name in COMMANDS)]
 PROGRAMS += [f"benchmarks.{path.stem}" for path in ROOT.glob("benchmarks/*.py") if "def main" in path.read_text()]
