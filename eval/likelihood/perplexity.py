@@ -6,6 +6,7 @@ with different tokenizers, are the bits of the counted tokens over all bytes of 
 while a model is trained (`elo.validation`).
 """
 
+import math
 from argparse import Namespace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from elo.text.tokenizer import load_tokenizer
 from elo.validation import check_seq_len, score_file
 from elo.variants.adapted import open_checkpoint
 
+WINDOW = 2048
+
 
 def add_arguments(parser: Parser) -> None:
     parser.add_argument("--model", required=True, metavar="DIR", help="a checkpoint, whole or a slice")
@@ -28,24 +31,27 @@ def add_arguments(parser: Parser) -> None:
         "--data", required=True, nargs="+", metavar="FILE", help=f"files, directories or globs of {SUPPORTED}"
     )
     parser.add_argument("--text-field", default="text", metavar="NAME", help="of JSON and Parquet (%(default)s)")
-    parser.add_argument(
-        "--seq-len", type=positive_int, default=2048, metavar="N", help="tokens in a window (%(default)s)"
-    )
+    parser.add_argument("--seq-len", type=positive_int, metavar="N", help=(
+        f"tokens in a window (default: {WINDOW}, or the model's positions)"))  # fmt: skip
 
 
 def main(arguments: Namespace) -> None:
-    check_seq_len(arguments.seq_len)
     files = find_files(arguments.data)
     check_output("--json", arguments.json, files)
     checkpoint = open_checkpoint(arguments.model)
+    seq_len = arguments.seq_len or min(WINDOW, checkpoint.config.context)
+    check_seq_len(seq_len)
+    checkpoint.config.check_seq_len(seq_len)
     tokenizer = load_tokenizer(checkpoint.directory, checkpoint.config.vocab_size)
     model = load_model(checkpoint, inference_device(), DTYPES[arguments.dtype])
     say(f"{'bits/byte':>9} {'loss':>8} {'perplexity':>11} {'tokens':>9} {'documents':>9}  file")
     results = []
     for file in files:
-        score = score_file(model, tokenizer, read_documents([file], arguments.text_field), arguments.seq_len)
+        score = score_file(model, tokenizer, read_documents([file], arguments.text_field), seq_len)
         if score.tokens == 0:
             raise UserError(f"{file}: no token has a predecessor in its window")
+        if not math.isfinite(score.nats):
+            raise UserError(f"{file}: the model's logits are not finite numbers")
         results.append({"file": str(file), **score.figures()})
         figures = "{bits_per_byte:9.4f} {loss:8.4f} {perplexity:11.5g} {tokens:9,} {documents:9,}  {file}"
         say(figures.format(**results[-1]))

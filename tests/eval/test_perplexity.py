@@ -7,6 +7,7 @@ import families
 import pytest
 import torch
 from commands import status_of
+from safetensors.torch import load_file, save_file
 from small_tokenizer import write_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -94,3 +95,27 @@ def test_a_file_in_which_nothing_can_be_predicted(model, monkeypatch, capfd):
     (model / "data.jsonl").write_text('{"text": "x"}\n')
     assert evaluate(monkeypatch, "--model", model / "model", "--data", model / "data.jsonl") == 2
     assert "no token has a predecessor" in capfd.readouterr().err
+
+
+def test_windows_are_no_longer_than_the_model_has_positions(model, monkeypatch, capfd):
+    """128 of them here; beyond, the figures would be those of positions that it has never seen."""
+    (model / "long.txt").write_text("a b c d e f g h " * 100)
+    results = []
+    for name, *options in (("default",), ("all", "--seq-len", 128)):
+        words = ["--model", model / "model", "--data", model / "long.txt", "--json", model / name, *options]
+        assert evaluate(monkeypatch, *words) == 0
+        results.append((model / name).read_text())
+    assert results[0] == results[1]
+    capfd.readouterr()
+    assert evaluate(monkeypatch, *words[:4], "--seq-len", 129) == 2
+    assert capfd.readouterr().err == "error: --seq-len 129: the model has 128 positions\n"
+
+
+def test_a_model_whose_logits_are_no_numbers(model, monkeypatch, capfd):
+    weights = load_file(model / "model/model.safetensors")
+    weights["model.norm.weight"][3] = math.nan
+    save_file(weights, model / "model/model.safetensors", {"format": "pt"})
+    words = ["--model", model / "model", "--data", model / "data.jsonl", "--json", model / "result"]
+    assert evaluate(monkeypatch, *words) == 2
+    assert "data.jsonl: the model's logits are not finite numbers" in capfd.readouterr().err
+    assert not (model / "result").exists()
