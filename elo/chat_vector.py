@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from elo.common.errors import UserError
-from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint
+from elo.model.checkpoint import EMBEDDING, HEAD, Checkpoint, are_equal
 from elo.model.config import ModelConfig
 from elo.slicing import LAYER_NAME, parse_layers
 from elo.text.tokenizer import MODEL_FILES, load_tokenizer
@@ -120,6 +120,10 @@ def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
     """Raises UserError if the models do not fit together; returns warnings about what may not be intended."""
     for other in merge.others:
         _check_fits(merge, other, shared_vocabulary_rows)
+    for vector in merge.vectors:
+        if all(are_equal(vector.instruct, name, vector.base, name) for name in merge.moved):
+            names = f"{vector.instruct.directory} and {vector.base.directory}"
+            raise UserError(f"{names} have the same weights, and between them there is no chat vector")
     return list(dict.fromkeys([*_other_mathematics(merge), *_check_tokenizer(merge)]))
 
 

@@ -193,6 +193,13 @@ def test_other_models_are_refused(which, family, fields, expected, trio, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
+def test_between_a_model_and_itself_there_is_no_vector(trio, tmp_path, monkeypatch):
+    model, base, _ = trio
+    with pytest.raises(UserError, match="base and .*base have the same weights, and between them there is no chat"):
+        merge(monkeypatch, tmp_path / "out", model, base, base)
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_model_with_biases_takes_no_vector_without(trio, tmp_path, monkeypatch):
     biased = write(tmp_path / "biased", 7, attention_bias=True)
     with pytest.raises(UserError, match="qkv_bias is False in .*, but True in"):
