@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
+ADAPTER_CONFIG = "adapter_config.json"  # peft's, of a LoRA adapter
 WRAPPERS = ("_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
 WRAPPED = rf"\b({'|'.join(WRAPPERS)})\."
 PICKLED = r"((pytorch_)?model|consolidated).*\.(bin|pt|pth|ckpt)"
@@ -18,7 +19,7 @@ def instead_of_a_model(directory: Path) -> str:
         names = sorted(os.listdir(directory))
     except OSError:
         return ""
-    if "adapter_config.json" in names:
+    if ADAPTER_CONFIG in names:
         return (
             "; this is a LoRA adapter, no model: train.py --method lora --merge writes the whole model, and of a "
             f"finished adapter `python align.py --model {shlex.quote(str(directory))} --gb 0 --out MERGED` does"

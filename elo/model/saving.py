@@ -22,10 +22,11 @@ from elo.common.written import Written, staging
 from elo.model.checkpoint import CONFIG, INDEX, SINGLE, STORED_DTYPES, Checkpoint, expected_shapes
 from elo.model.config import ModelConfig
 from elo.model.decoder import CausalLM
+from elo.model.not_a_model import ADAPTER_CONFIG
 
 SHARD_BYTES = 5 * 10**9
-# peft's files of a LoRA adapter, and the folder for them inside of a merged checkpoint.
-ADAPTER_CONFIG, ADAPTER_WEIGHTS, ADAPTER = "adapter_config.json", "adapter_model.safetensors", "adapter"
+# The weights of a LoRA adapter as peft calls them, and the adapter's folder inside of a merged checkpoint.
+ADAPTER_WEIGHTS, ADAPTER = "adapter_model.safetensors", "adapter"
 
 # Copied byte for byte from a checkpoint to what is made of it; tokenizers of all the families.
 COMPANIONS = (
@@ -60,16 +61,23 @@ def nobody() -> None:
     """Waits for nobody: for one process."""
 
 
-def whole(parameter: Tensor, wait: Callable[[], None]) -> Tensor | None:
-    """A whole parameter on the host, for the process that writes. Collective: all must call it in the same order.
+def whole(name: str, trained: Tensor, dtype: torch.dtype, wait: Callable[[], None]) -> Tensor | None:
+    """A whole parameter on the host, as `dtype`, for the process that writes. Collective: all must call it in the same
+    order.
 
     wait: returns when every process has called it, however long that takes. The writer may still be busy with the
     parameter before, and the time-out of the collective itself is meant for lost processes, not for slow disks.
+    Raises UserError for values that are not finite: the loss tells of each step's but the last one's.
     """
     wait()
-    parameter = parameter.detach()
-    parameter = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
-    return parameter.cpu() if writes() else None
+    trained = trained.detach()
+    trained = trained.full_tensor() if isinstance(trained, DTensor) else trained
+    if not writes():
+        return None
+    trained = trained.cpu().to(dtype)
+    if not all(map(math.isfinite, trained.aminmax())):  # NaN if there is one
+        raise UserError(f"{name} has values that are not finite in {dtype}; --restart with a smaller --lr trains anew")
+    return trained
 
 
 def export(
@@ -92,7 +100,7 @@ def export(
 
     def tensor(name: str) -> Tensor | None:
         if parameters[name].requires_grad:
-            return whole(parameters[name], wait)
+            return whole(name, parameters[name], dtype(name), wait)
         return base.tensor(source(name)) if writes() else None
 
     def dtype(name: str) -> torch.dtype:

@@ -150,7 +150,7 @@ def export_adapter(
 ) -> None:
     """Save what was trained in peft's files, adapter_config.json last. Collective; `wait` as in `saving.export`."""
     trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    tensors = {PREFIX + name: whole(parameter, wait) for name, parameter in trained}  # collective
+    tensors = {PREFIX + name: whole(name, value, value.dtype, wait) for name, value in trained}  # collective
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

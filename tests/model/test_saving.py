@@ -54,6 +54,19 @@ def test_export_is_a_checkpoint_for_transformers(variant, shard_bytes, tmp_path,
         assert torch.equal(parameter, before.get_parameter(name)) == ("layers.2.mlp.up" not in name)
 
 
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float16, 1e5), (torch.bfloat16, torch.inf)])
+def test_no_model_is_written_with_values_that_its_dtype_cannot_hold(dtype, value, tmp_path):
+    """The last step has no loss after it that would tell."""
+    base = families.write("llama3", tmp_path / "base", dtype=dtype)
+    model = load_model(base, "cpu", torch.float32).requires_grad_()
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[3, 4] = value
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match=rf"layers\.2\.mlp\.up_proj\.weight has values .* not finite in {dtype}"):
+        export(tmp_path / "out", model, Checkpoint(base))
+    assert list((tmp_path / "out").iterdir()) == []
+
+
 def test_a_directory_with_a_failed_save_is_no_checkpoint(tmp_path, monkeypatch):
     base = families.write("llama3", tmp_path / "base")
     model = load_model(base, "cpu", torch.float32).requires_grad_()
