@@ -19,9 +19,9 @@ from torch.distributed.tensor import DTensor, Shard
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
 from elo.common.files import is_file
-from elo.model.config import ModelConfig
+from elo.model.config import ModelConfig, tell_once
 from elo.model.decoder import CausalLM, build
-from elo.model.not_a_model import instead_of_a_model, names_instead
+from elo.model.not_a_model import ADAPTER_CONFIG, instead_of_a_model, names_instead
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
@@ -109,9 +109,11 @@ class Checkpoint:
                     local.copy_(self.rows(stored, start, stop))
 
     def _locate(self) -> dict[str, Stored]:
-        index_path = self.directory / INDEX
-        if is_file(self.directory / SINGLE):
-            return _headers(self.directory / SINGLE)
+        index_path, single = self.directory / INDEX, self.directory / SINGLE
+        if is_file(self.directory / ADAPTER_CONFIG) and (is_file(single) or is_file(index_path)):
+            tell_once(f"{self.directory}: the LoRA adapter beside the model is not read; transformers would add it")
+        if is_file(single):
+            return _headers(single)
         if not is_file(index_path):
             hint = instead_of_a_model(self.directory)
             raise UserError(f"{self.directory}: neither {SINGLE} nor {INDEX} is here{hint}")

@@ -64,7 +64,7 @@ class ModelConfig:
         config = ModelConfig.from_json(fields, str(path))
         unknown = fields.keys() - HARMLESS - NEUTRAL.keys() - config.architecture.defaults.keys()
         if unknown:
-            _tell(f"{path}: {', '.join(sorted(unknown))}: not known here, and taken to change no logits")
+            tell_once(f"{path}: {', '.join(sorted(unknown))}: not known here, and taken to change no logits")
         return config
 
     @staticmethod
@@ -112,7 +112,7 @@ class ModelConfig:
         )
 
 
-_tell = cache(note)  # once, however often a checkpoint is opened
+tell_once = cache(note)  # once, however often a checkpoint is opened
 
 
 def _architecture(fields: dict[str, Any], where: str) -> Architecture:

@@ -6,10 +6,13 @@ import re
 import families
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from elo.common.errors import UserError, message_line
 from elo.model.checkpoint import Checkpoint
+from elo.variants.adapted import open_checkpoint
 
 
 def told(directory):
@@ -64,3 +67,17 @@ def test_an_adapter_is_no_model(tmp_path):
         error.value
     )
     assert f"`python align.py --model '{tmp_path}/a lora' --gb 0 --out MERGED` does" in str(error.value)
+
+
+def test_an_adapter_beside_a_model_is_not_passed_over_without_a_word(tmp_path, capsys):
+    """transformers adds it."""
+    families.write("llama3", tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    get_peft_model(theirs, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert any("lora_A" in name for name, _ in read.named_parameters())
+    capsys.readouterr()
+    for opened in (Checkpoint, open_checkpoint):
+        assert type(opened(tmp_path)) is Checkpoint
+    told = f"{tmp_path}: the LoRA adapter beside the model is not read; transformers would add it\n"
+    assert capsys.readouterr().err == told
