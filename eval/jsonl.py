@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.common.fields import Fields, check_depth
+from elo.common.fields import Fields, check_depth, unique
 from elo.common.files import lock, open_file, read_file_lines
 
 LARGEST = 2**28  # bytes of a file; what FastChat has published has up to 50 MB
@@ -45,7 +45,7 @@ def parse_lines(path: Path, lines: Iterable[bytes], torn: bool = False) -> list[
             text = line.decode("utf-8").strip().lstrip("\ufeff")
             if not text:
                 continue
-            record = json.loads(text)
+            record = json.loads(text, object_pairs_hook=unique)
         except (ValueError, RecursionError) as error:
             if torn and not line.endswith(b"\n"):
                 break

@@ -45,6 +45,15 @@ def json_object(data: bytes, path: Path) -> dict[str, Any]:
     return value
 
 
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """json's object_pairs_hook for records: ValueError for a name that is there twice, of which one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"{shown(max(names, key=names.count))} is there twice")
+    return found
+
+
 def check_depth(value: dict[str, Any], where: object) -> None:
     """Raises UserError for what could not be shown, compared or written any more."""
     level: list[Any] = [value]

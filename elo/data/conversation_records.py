@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.fields import shown
+from elo.common.fields import shown, unique
 from elo.data.json_records import JSON_ENDINGS, MalformedError, read_json_records
 from elo.data.parquet import read_rows
 from elo.text.chat_format import check_messages
@@ -222,7 +222,7 @@ def read_conversation_records(path: str, unread: set[str] | None = None) -> Iter
     elif path.lower().endswith(JSON_ENDINGS):
         for number, raw, _ in read_json_records(path):
             try:
-                yield number, raw if isinstance(raw, MalformedError) else json.loads(raw)
+                yield number, raw if isinstance(raw, MalformedError) else json.loads(raw, object_pairs_hook=unique)
             except (ValueError, RecursionError) as error:
                 yield number, MalformedError("not usable as JSON", str(error))
     else:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple
 
 from elo.common.errors import UserError
+from elo.common.fields import unique
 from elo.data.json_records import BYTE_ORDER_MARK, JSON_ENDINGS, MalformedError, place, read_json_records
 from elo.data.parquet import read_texts
 from elo.data.unpacking import PACKINGS, unpacked
@@ -47,6 +48,8 @@ class Record(NamedTuple):
             raise MalformedError("invalid UTF-8", f"byte 0x{self.raw[error.start]:02x}", line) from None
         if self.kind == "json":
             text = _field(text, text_field, self.line)
+        elif text.count("\0") * 3 > len(text):  # it is valid UTF-8
+            raise MalformedError("UTF-16 or UTF-32, not UTF-8", line=self.line)
         try:
             encoded = text.encode("utf-8")
         except UnicodeEncodeError:  # JSON can write "\ud800", which no UTF-8 can hold
@@ -97,10 +100,11 @@ def read_records(path: str | Path, text_field: str) -> Iterator[Record]:
 def _field(text: str, text_field: str, line: int) -> str:
     """The text in one line of JSON."""
     try:
-        value = json.loads(text.rstrip())  # behind a line end the column in an error would be another line's
+        # Behind a line end the column in an error would be another line's.
+        value = json.loads(text.rstrip(), object_pairs_hook=unique)
     except json.JSONDecodeError as error:
         raise MalformedError("not valid JSON", f"{error.msg}, column {error.pos + 1}", line) from None
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 brackets
+    except (ValueError, RecursionError) as error:  # a name twice, a number of 5,000 digits, 100,000 brackets
         raise MalformedError("not usable JSON", str(error), line) from None
     if not isinstance(value, dict):
         raise MalformedError("not a JSON object", line=line)

@@ -73,6 +73,7 @@ def test_conversations_that_the_template_refuses(tmp_path):
 
 GOOD = json.dumps(sharegpt(CHATS[0]))
 MALFORMED = [
+    ('{"messages": [], "messages": []}', "not usable as JSON ('messages' is there twice)"),
     ("{", "not usable as JSON"),
     ("[1]", "not a JSON object"),
     ("[" * 100_000, "not usable as JSON"),

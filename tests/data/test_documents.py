@@ -29,6 +29,20 @@ def test_json_lines_with_mark_blank_lines_and_windows_line_ends(tmp_path):
     assert places_of(path) == [(1, "one"), (4, "two"), (5, "three")]
 
 
+def test_a_field_that_is_there_twice(tmp_path):
+    """One of the two texts would be lost, and readers do not agree which one."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "two", "text": "three"}\n')
+    assert error_of(path) == ":2: not usable JSON ('text' is there twice)"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "utf-32-le"])
+def test_utf_16_without_a_mark(encoding, tmp_path):
+    """Of ASCII it is UTF-8 too, every other character NUL."""
+    (tmp_path / "a.txt").write_bytes("First line.\nSecond.".encode(encoding))
+    assert error_of(tmp_path / "a.txt") == ":1: UTF-16 or UTF-32, not UTF-8"
+
+
 def test_another_text_field(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS, "body"))
     write_parquet(tmp_path / "b.parquet", TEXTS, "body")
