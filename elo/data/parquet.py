@@ -28,7 +28,7 @@ def read_texts(path: str | Path, column: str) -> Iterator[tuple[bytes | None, in
         if str(kind.value_type if str(kind).startswith("dictionary") else kind) not in TEXTS:
             raise UserError(f"{path}: column {column!r} holds {kind}, not strings")
         for batch in table.iter_batches(ROWS, columns=[column], use_threads=False):
-            for value in batch.column(0).cast("large_binary"):
+            for value in batch.column(column).cast("large_binary"):  # a field of that path in another may be there too
                 read += 1
                 yield value.as_py(), size * read // rows
 

@@ -59,3 +59,9 @@ def test_parquet_without_the_column(tmp_path):
     for kind in (pyarrow.list_(pyarrow.string()), pyarrow.list_(pyarrow.string(), 1)):
         write_parquet(tmp_path / "b.parquet", [["a"]], kind=kind)
         assert error_of(tmp_path / "b.parquet").startswith(": column 'text' holds ")
+
+
+def test_a_column_is_not_the_field_of_another_with_that_path(tmp_path):
+    table = pyarrow.table({"data": [{"text": "x"}], "data.text": ["y"]})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    assert texts_of(tmp_path / "a.parquet", text_field="data.text") == ["y"]
