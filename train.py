@@ -16,11 +16,12 @@ from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS, Method
 from elo.model.checkpoint import Checkpoint
 from elo.model.config import ModelConfig
 from elo.model.saving import ADAPTER, ADAPTER_CONFIG, export
-from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values
+from elo.runs.directory import CHECKPOINTS, add_arguments, check_out, close_run, open_run, option_values
 from elo.runs.processes import World, process_group
 from elo.runs.progress import alignment_after, continued, next_of_untrained, tell_result
 from elo.runs.replacing import read_written
 from elo.runs.sharding import ParallelOptions, parallelize
+from elo.runs.states import complete
 from elo.slicing import parse_layers
 from elo.training import TrainingOptions, planned_steps, train
 from elo.variants import active_vocabulary, adapted, bridge, lora
@@ -80,7 +81,8 @@ def run(arguments: Namespace, world: World) -> None:
     if adapters:
         lora.initialize(model, arguments.seed)
     if arguments.bridge:
-        world.say(bridge.fit(model, method.layers, base, windows, arguments.dtype, world))
+        has_state = bool(world.from_rank_0(complete(arguments.out / CHECKPOINTS)))
+        bridge.fit(model, method.layers, base, windows, arguments.dtype, world, has_state)
     after_step = watch(held_out, model, arguments, planned_steps(batches, options), world)
     done = train(model, batches, options, world, arguments.out, after_step)
     notes = pretraining.notes(arguments, method.layers, batches, done)

@@ -35,6 +35,16 @@ NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 DAMAGED = "damaged-"  # in front of it
 
 
+def complete(directory: Path) -> list[Path]:
+    """The complete states in a run's folder of them, oldest first."""
+    return sorted((path for path in _all(directory) if (path / METADATA).exists()), key=_step_of)
+
+
+def _all(directory: Path) -> list[Path]:
+    """With those that were cut short; without what somebody put there under another name, such as a copy."""
+    return [path for path in directory.glob("step-*") if NAME.fullmatch(path.name)]
+
+
 @dataclass
 class States:
     """Saves and loads the states of a run in `directory`. All methods but `complete` are collective.
@@ -63,12 +73,7 @@ class States:
             self._remove_all_but_newest()
 
     def complete(self) -> list[Path]:
-        """The complete states, oldest first."""
-        return sorted((path for path in self._all() if (path / METADATA).exists()), key=_step_of)
-
-    def _all(self) -> list[Path]:
-        """With those that were cut short; without what somebody put there under another name, such as a copy."""
-        return [path for path in self.directory.glob("step-*") if NAME.fullmatch(path.name)]
+        return complete(self.directory)
 
     def between_steps(self, step: int, is_last: bool) -> None:
         """Save after `step` steps if that is due, or the run is asked to stop; then raise EarlyExit."""
@@ -127,7 +132,7 @@ class States:
     def _remove_all_but_newest(self) -> None:
         if self.world.rank == 0 and self.directory.is_dir():
             newest = self.complete()[-self.keep :]
-            for path in self._all():
+            for path in _all(self.directory):
                 if path not in newest:
                     remove_state(path)
 

@@ -36,12 +36,28 @@ def attach(model: CausalLM, layers: tuple[int, ...]) -> None:
         upper.register_forward_pre_hook(lambda block, inputs: (block.bridge(inputs[0]), *inputs[1:]))
 
 
-def fit(model: CausalLM, layers: tuple[int, ...], base: Checkpoint, windows: Windows, dtype: str, world: World) -> str:
-    """Fit the bridges of a slice, equally on every process, and say how well. Raises UserError for too little text."""
+def fit(
+    model: CausalLM,
+    layers: tuple[int, ...],
+    base: Checkpoint,
+    windows: Windows,
+    dtype: str,
+    world: World,
+    has_state: bool = False,
+) -> None:
+    """Fit the bridges of a slice, equally on every process, and say how well. Raises UserError for too little text.
+
+    has_state: a state of the run will fill them.
+    """
+    bridges = [module.to(world.device, DTYPES[dtype]) for module in model.modules() if isinstance(module, Bridge)]
+    if has_state:
+        return
     maps = world.on_rank_0(lambda: fit_all(layers, base, windows, DTYPES[dtype], world))
-    for bridge, (*fitted, _) in zip((m for m in model.modules() if isinstance(m, Bridge)), maps, strict=True):
-        bridge.weight, bridge.bias = (value.to(world.device, DTYPES[dtype]) for value in fitted)
-    return f"bridge: {', '.join(f'{missed:.1%}' for *_, missed in maps)} of the upper layer's input is missed"
+    for bridge, (weight, bias, _) in zip(bridges, maps, strict=True):
+        bridge.weight.copy_(weight)
+        bridge.bias.copy_(bias)
+    missed = ", ".join(f"{missed:.1%}" for *_, missed in maps)
+    world.say(f"bridge: {missed} of the upper layer's input is missed")
 
 
 @torch.no_grad()
