@@ -82,7 +82,7 @@ def _cut(text: str, pattern: re.Pattern[str] | None, tokens: dict[str, AddedToke
     for match in pattern.finditer(text) if pattern else ():
         token, (start, stop) = tokens[match.group()], match.span()
         around = text[start - 1 : start] + text[stop : stop + 1]
-        if token.special or (token.single_word and around and _word_character().search(around)):
+        if token.special or (token.single_word and around and re.search(word_character(), around)):
             continue
         if token.lstrip:
             start = max(start, done)
@@ -101,8 +101,8 @@ def _cut(text: str, pattern: re.Pattern[str] | None, tokens: dict[str, AddedToke
 
 
 @cache
-def _word_character() -> re.Pattern[str]:
-    return re.compile(f"[{characters(_WORD)}]")
+def word_character() -> str:
+    return f"[{characters(_WORD)}]"
 
 
 def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str, AddedToken]:

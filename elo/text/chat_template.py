@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.text.added_tokens import NAMED, AddedToken
+from elo.text.added_tokens import NAMED, AddedToken, word_character
 from elo.text.tokenizer_files import TokenizerFiles, token_text
 
 TRAIN = "train"  # the key of a message under which False says that it is not to be learned
@@ -190,9 +190,14 @@ def mark(message: Mapping[str, str], special: re.Pattern[str], also_blank: bool)
 def added_pattern(added: Mapping[str, AddedToken], special_only: bool = False) -> re.Pattern[str]:
     """Matches added tokens in marked text, as the last group, with the white space that they take to themselves."""
     longest_first = sorted((text for text in added if added[text].special or not special_only), key=len, reverse=True)
+    shapes = {text: re.escape(text) for text in longest_first}
+    if any(added[text].single_word for text in longest_first):
+        word = word_character()
+        begins = "".join(f"(?<!{word}{ANY * marks})" for marks in range(4))  # a lookbehind has a fixed length
+        shapes |= {t: f"{begins}{shape}(?!{ANY}*{word})" for t, shape in shapes.items() if added[t].single_word}
     alternatives = []
     for left, right in product((False, True), repeat=2):
-        texts = [re.escape(text) for text in longest_first if (added[text].lstrip, added[text].rstrip) == (left, right)]
+        texts = [shapes[text] for text in longest_first if (added[text].lstrip, added[text].rstrip) == (left, right)]
         before = rf"(?<![\s{MARKS}])[\s{MARKS}]*" if left else ""  # from its start only: never the square of its length
         after = rf"[\s{MARKS}]*" if right else ""
         alternatives += [f"{before}({'|'.join(texts)}){after}"] * bool(texts)

@@ -99,6 +99,20 @@ def test_special_tokens_in_messages_stay_text(tmp_path, name):
 # ---- templates that depend on more than the messages, or cannot be used
 
 
+def test_tokens_that_do_not_stand_inside_of_words(tmp_path):
+    """`single_word`: what is before and behind may be the template's or another message's."""
+    template = "{% for m in messages %}a<of>{{ m.content }}<of> <of>{{ m.content }}all all<|im_end|>{% endfor %}"
+    path = write(tmp_path, Layout(template, IM, IM[1])) / "tokenizer.json"
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    tokenizer.add_special_tokens([tokenizers.AddedToken("<of>", single_word=True, special=True)])
+    tokenizer.add_tokens([tokenizers.AddedToken("all", single_word=True)])
+    tokenizer.save(str(path))
+    _, ours, theirs = load(tmp_path)
+    chats = [[{"role": "user", "content": text}] for text in ("of", "all", "(all)", "?", "First", "all all!", "둘")]
+    for chat in chats:
+        assert ours.prompt(chat) == theirs.apply_chat_template(chat, return_dict=False), chat
+
+
 def test_the_date_is_the_one_of_the_run(tmp_path):
     directory = write(tmp_path, LAYOUTS["llama3.2"])
     tokenizer = load_tokenizer(directory)
