@@ -42,6 +42,8 @@ from elo.text.tokenizer_json import (
 
 # SentencePiece, or Llama 3's lines of `base64 rank`; the content tells which.
 MODEL_FILES = ("tokenizer.model", "tokenizer.model.v3", "original/tokenizer.model")
+# Classes of transformers that go by tokenizer.json alone.
+BY_TOKENIZER_JSON = (None, "PreTrainedTokenizerFast", "TokenizersBackend")
 
 
 def load_tokenizer(directory: str | Path, embeddings: int | None = None) -> Tokenizer:
@@ -106,6 +108,7 @@ def _from_tokenizer_json(files: TokenizerFiles) -> Tokenizer:
     check_decoder(content, None)
     ignore_merges = model.boolean("ignore_merges", False)
     nfc, pattern = is_nfc(content), read_pattern(content)
+    _agreed(files, Prefix("never"))
     beside = [option for option in ("unk_token", "byte_fallback", "ignore_merges") if model.fields.get(option)]
     beside += ["a Split pattern that no known family has"] if is_foreign(pattern) else []
     if beside and (missing := BYTE_ALPHABET.keys() - vocab.keys()):
@@ -190,11 +193,22 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
 
 def _prefix(files: TokenizerFiles, model: SentencePieceModel) -> Prefix:
     if files.read("tokenizer.json") is not None:
-        return read_prefix(files.fields("tokenizer.json"), uncut=False)
+        return _agreed(files, read_prefix(files.fields("tokenizer.json"), uncut=False))
     config = files.fields("tokenizer_config.json")
     if not config.boolean("add_prefix_space", model.adds_prefix):
         return Prefix("never")
     return Prefix("prepend" if config.boolean("legacy", True) else "first")
+
+
+def _agreed(files: TokenizerFiles, prefix: Prefix) -> Prefix:
+    """The prefix of tokenizer.json. UserError where the tokenizer_class, as some do, goes by another one."""
+    says = files.fields("tokenizer_config.json").boolean("add_prefix_space", prefix.where != "never")
+    if says != (prefix.where != "never") and files.config.get("tokenizer_class") not in BY_TOKENIZER_JSON:
+        raise UserError(
+            f"{files.path('tokenizer_config.json')}: add_prefix_space is {str(says).lower()}, but tokenizer.json says "
+            "otherwise of a space in front of a text; make them agree"
+        )
+    return prefix
 
 
 def _from_sentencepiece_json(files: TokenizerFiles) -> Tokenizer:
@@ -205,7 +219,7 @@ def _from_sentencepiece_json(files: TokenizerFiles) -> Tokenizer:
         added = read_added_tokens(files, vocab)
         if not model.fields.get("byte_fallback") or model.fields.get("ignore_merges"):
             raise UserError(f"{source}: neither byte-level, nor with byte_fallback and without ignore_merges")
-        prefix = read_prefix(content)
+        prefix = _agreed(files, read_prefix(content))
         check_decoder(content, prefix)
         sentencepiece = sentencepiece_of(vocab, merges, unknown, prefix, added, source)
     except UserError as error:

@@ -4,7 +4,9 @@ import json
 import re
 
 import pytest
+from small_tokenizer import llama_json
 from tokenizer_styles import trained, write
+from transformers import AutoTokenizer
 
 from elo.common.errors import UserError
 from elo.text.tokenizer import load_tokenizer
@@ -88,3 +90,20 @@ def test_bytes_without_a_token_and_an_unknown_token(tmp_path):
     content["model"]["unk_token"] = "<|endoftext|>"
     with pytest.raises(UserError, match="of 256 bytes have no token"):
         load_tokenizer(write(tmp_path, tokenizer__json=content))
+
+
+@pytest.mark.parametrize(("style", "says"), [("qwen2", True), ("first", False), ("never", True)])
+def test_a_space_in_front_of_texts_of_which_two_files_disagree(tmp_path, style, says):
+    """Of Qwen2Tokenizer and LlamaTokenizer transformers goes by tokenizer_config.json, of the others by the other."""
+    content = json.loads(trained(style)) if style == "qwen2" else llama_json(style)
+    config = {"add_prefix_space": says, "bos_token": "<s>", "eos_token": "</s>"}
+    named = {"tokenizer_class": "Qwen2Tokenizer" if style == "qwen2" else "LlamaTokenizer"}
+    load_tokenizer(write(tmp_path / "a", tokenizer__json=content, tokenizer_config__json=config))
+    load_tokenizer(write(tmp_path / "b", tokenizer__json=content, tokenizer_config__json=named))
+    agreed = named | config | {"add_prefix_space": not says}
+    load_tokenizer(write(tmp_path / "c", tokenizer__json=content, tokenizer_config__json=agreed))
+    disagreed = write(tmp_path / "d", tokenizer__json=content, tokenizer_config__json=named | config)
+    with pytest.raises(UserError, match=f"tokenizer_config.json: add_prefix_space is {str(says).lower()}, but token"):
+        load_tokenizer(disagreed)
+    theirs = [AutoTokenizer.from_pretrained(tmp_path / name).encode("a") for name in "cd"]
+    assert theirs[0] != theirs[1]
