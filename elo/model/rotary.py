@@ -90,8 +90,8 @@ def read_rope(config: Fields, max_position_embeddings: int, head_dim: int) -> Ro
     original = config.integer("original_max_position_embeddings", default=inside)
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
-        if low == high:
-            raise UserError(f"{rope.where}: low_freq_factor and high_freq_factor must differ")
+        if low >= high:
+            raise UserError(f"{rope.where}: low_freq_factor must be below high_freq_factor")
         return RopeConfig(kind, theta, rope.number("factor"), original, low, high)
     factor = rope.number("factor", default=max_position_embeddings / original)
     if kind == "longrope":

@@ -85,6 +85,10 @@ REFUSED = [
     ({**LLAMA, "rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
     ({**LLAMA, "rope_parameters": {"rope_type": "linear"}}, "factor must be a number above 0"),
     ({**LLAMA, "rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
+    (
+        {**LLAMA, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},
+        "low_freq_factor must be below high_freq_factor",
+    ),
     ({**LLAMA, "hidden_size": "4096"}, "hidden_size must be a whole number"),
     ({**LLAMA, "hidden_size": -1}, "not -1"),
     ({**LLAMA, "num_hidden_layers": 10**12}, "num_hidden_layers"),
