@@ -8,7 +8,6 @@ command is given again; in the end it is left alone, and losses, metrics and eve
 those of a run that was never killed. Of two processes one is killed, and the other has to end by itself, or both.
 """
 
-import json
 import random
 import signal
 import sys
@@ -22,8 +21,8 @@ from elo.common.errors import exit_status
 from elo.common.options import Parser, positive_int, seed
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "tests/support"))  # the runs are those of the tests
+import small_runs  # noqa: E402
 from forking import Fork, fork_group  # noqa: E402
-from small_runs import result  # noqa: E402
 
 TEXT = "--model base --target ko.jsonl --source en.jsonl --seq-len 32 --batch-tokens 128 --workers 1"
 TRAINING = f"{TEXT} --gb 0.00003 --lr 1e-3 --dtype fp32 --save-every 4 --micro-batch 2 --max-steps 30"
@@ -50,28 +49,14 @@ STAGES = ("tokenizing", "training", "saving", "exporting")
 
 
 def make_project(directory: Path) -> None:
-    """A base model, texts that take a while to tokenize, conversations, and a stage-1 result for align."""
+    """The tests' project, with texts that take a while to tokenize and a model that takes a while to write."""
     import families
     import torch
-    from small_tokenizer import add_chat_tokens, write_tokenizer
 
-    # Wide enough for writing it to take a while.
+    small_runs.make_project(directory, documents=6_000)
     wide = {"hidden_size": 192, "intermediate_size": 512, "vocab_size": 450, "tie_word_embeddings": True}
     families.VARIANTS["wide"] = lambda: families.llama(**wide)
     families.write("wide", directory / "base", dtype=torch.bfloat16)
-    write_tokenizer(directory / "base")
-    add_chat_tokens(directory / "base")
-    for name, text, lines in (
-        ("ko", "둘째로 더 많은 글이 필요하다. 그리고 끝. ", 12_000),
-        ("en", "First, some text. ", 2_000),
-    ):
-        records = (json.dumps({"text": f"{number} " + text * (number % 5 + 1)}) for number in range(lines))
-        (directory / f"{name}.jsonl").write_text("\n".join(records) + "\n")
-    chats = [
-        [{"from": "human", "value": f"무엇 {number}?"}, {"from": "gpt", "value": "some text " * (number % 5 + 1)}]
-        for number in range(30)
-    ]
-    (directory / "chats.json").write_text(json.dumps([{"conversations": chat} for chat in chats]))
     finish(start(directory, "elo", "elo"))
 
 
@@ -174,7 +159,7 @@ def chain(
             print(f"{name}: {killed[-1]}, {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     if not is_finished(project / out):
         finish(start(project, name, out))
-    same = result(project / out) == result(alone)
+    same = small_runs.result(project / out) == small_runs.result(alone)
     return [(stage, same) for stage in killed if stage != "finished"]
 
 
