@@ -25,6 +25,10 @@ class Sampling(Options):
     min_p: float = option("only those of this x the likeliest's (%(default)s)", 0.0, type=share, metavar="P")
     seed: int = option("of the random numbers (%(default)s)", 0, type=not_negative_int)
 
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-6  # by less the logits cannot be divided in fp32
+
 
 GREEDY = Sampling()
 
@@ -37,7 +41,7 @@ def warp(logits: Tensor, sampling: Sampling, seen: Tensor | None = None) -> Tens
     if seen is not None:
         penalty = sampling.repetition_penalty
         logits = torch.where(seen, torch.where(logits < 0, logits * penalty, logits / penalty), logits)
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return logits
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
@@ -85,7 +89,7 @@ class Sampler:
             for row, prompt in zip(self.seen, self.prompts, strict=True):
                 row[list(prompt)] = True
         logits = warp(logits.float(), self.sampling, self.seen)
-        if self.sampling.temperature == 0:
+        if self.sampling.is_greedy:
             tokens = logits.argmax(-1)
         else:
             # The first token at which the cumulative probability exceeds a uniform number; a token that is cut off

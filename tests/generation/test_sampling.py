@@ -95,3 +95,11 @@ def test_the_repetition_penalty_meets_the_prompt_and_the_answer(llama):
     (prompt,) = random_tokens(30)
     (answer,) = generate(llama, [prompt], NO_STOPS[:1], 60, Sampling(repetition_penalty=1e6))
     assert len({*prompt, *answer}) == len({*prompt}) + len(answer)
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-40, 1e-7])
+def test_a_temperature_by_which_nothing_can_be_divided_is_greedy(temperature):
+    """The quotients would be infinite, and the token drawn from them one that no vocabulary has."""
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    tokens = Sampler(Sampling(temperature=temperature), [[1], [2]], [0, 1]).draw(logits)
+    assert torch.equal(tokens, logits.argmax(-1))
