@@ -114,7 +114,8 @@ def read_prompts(benchmark: Benchmark, path: Path | None) -> Mapping[str, JudgeP
 
 def _prompt(line: Line) -> JudgePrompt:
     where, text = line.where, line.fields.string
-    template, reference = text("prompt_template"), text("reference_template", "")
+    template = text("prompt_template")
+    reference = text("reference_template") if line.fields.given("reference_template") else ""
     for slotted, known in ((template, SLOTS), (reference, ("reference",))):
         try:
             unknown = [slot for slot in slots(slotted) if slot not in known]
