@@ -148,17 +148,18 @@ def alignment_only(stage_1: Chain, units: float = 1) -> Chain:
     return stage("align", "align.py", units, "--after", stage_1) if units else base
 
 
-def in_time_of(row: Row) -> Row:
-    """Its control for as long as all of the row's chain took, from the first document on."""
+def baseline(method: str, units: float | Callable[[Kit], float] = UNITS) -> Chain:
+    """full, lora or selective, on the documents of stages 1 and 2 together."""
+    return stage(method, "train.py", units, "--method", method, *["--merge"] * (method == "lora"))
+
+
+def in_time_of(row: Row, name: str = "alignment only", method: str = "") -> Row:
+    """A baseline, or else the row's control, for as long as all of its chain took, from the first document on."""
 
     def units(kit: Kit) -> float:
-        control, runs = row.control(kit), kit.runs
-        units = UNITS * float(runs.made_of[control][-1].option("--gb")) / runs.options.gb
-        return units * runs.seconds(row.model(kit)) / runs.seconds(control)
+        other, runs = (baseline(method) if method else row.control)(kit), kit.runs
+        units = UNITS * float(runs.made_of[other][-1].option("--gb")) / runs.options.gb
+        return units * runs.seconds(row.model(kit)) / runs.seconds(other)
 
-    return Row(f"alignment only, in the time of {row.name}", stage("align", "align.py", units))
-
-
-def baseline(method: str) -> Chain:
-    """full, lora or selective, on the documents of stages 1 and 2 together."""
-    return stage(method, "train.py", UNITS, "--method", method, *["--merge"] * (method == "lora"))
+    chain = baseline(method, units) if method else stage("align", "align.py", units)
+    return Row(f"{name}, in the time of {row.name}", chain)

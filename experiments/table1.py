@@ -25,4 +25,5 @@ def rows(options: Namespace) -> list[Row]:
             rows.append(Row(f"{name}, scale {scale} + alignment", align(chain, 1, *scaled), control))
             rows.append(Row(f"{name}, scale {scale}, without alignment", align(chain, 0, *scaled)))
     rows += [Row("alignment only", control), Row("LoRA", baseline("lora"))]
-    return [*rows, Row("selective layer tuning", baseline("selective")), in_time_of(whole)]
+    rows += [Row("selective layer tuning", baseline("selective")), in_time_of(whole)]
+    return [*rows, in_time_of(whole, "LoRA", "lora")]

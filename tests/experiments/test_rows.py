@@ -23,13 +23,16 @@ def test_the_best_rate_is_that_of_the_first_seed(tmp_path, monkeypatch):
 
 
 def test_equal_time(tmp_path, monkeypatch):
-    """Stage 1 and alignment take 2 s each, the control 2 s for one unit: two units."""
+    """Stage 1 and alignment take 2 s each, the control 2 s for one unit, LoRA 2 s for ten: two units and twenty."""
     done = pretending(monkeypatch, {})
     kit = Kit(begun(options(tmp_path)), 0)
-    in_time_of(Row("ELO", align(elo()), alignment_only(elo()))).model(kit)
-    last = done[-1][2]
-    assert last[last.index("--gb") + 1] == "2"
-    assert "--after" not in last
+    row = Row("ELO", align(elo()), alignment_only(elo()))
+    for other, name, units in (((), "alignment only", "2"), (("LoRA", "lora"), "LoRA", "20")):
+        (same_time := in_time_of(row, *other)).model(kit)
+        last = done[-1][2]
+        assert same_time.name == f"{name}, in the time of ELO"
+        assert last[last.index("--gb") + 1] == units
+        assert "--after" not in last and ("lora" in last) == (name == "LoRA")
 
 
 def test_the_scale_is_found_on_validation_text_alone(tmp_path, monkeypatch):
@@ -61,7 +64,7 @@ def test_rows(experiment, tmp_path):
     for run in trained:
         if layers := run.option("--layers"):
             parse_layers(layers, 4)
-    counts = {"table1": 5, "table2": 4, "table3": 6, "figure2": 1, "figure3": 0}
+    counts = {"table1": 6, "table2": 4, "table3": 6, "figure2": 1, "figure3": 0}
     assert len(trained) == counts[experiment]
     names = [row.name for row in rows]
     assert len(set(names)) == len(names)
@@ -69,6 +72,7 @@ def test_rows(experiment, tmp_path):
         assert {row.name: row for row in rows}["alignment only, 0"].model(Kit(runs, 0)) == given.model
     if experiment == "table1":
         controls = {"alignment only", "LoRA", "selective layer tuning", "ELO without alignment"}
+        controls |= {f"{name}, in the time of ELO + alignment" for name in ("alignment only", "LoRA")}
         scales = {f"ELO, scale {scale} + alignment" for scale in ("0.25", "0.5", "auto")}
         bridged = {f"ELO, bridge, scale {scale}, without alignment" for scale in ("0.5", "1")}
         assert controls | scales | bridged | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
