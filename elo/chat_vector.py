@@ -120,11 +120,12 @@ def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
     """Raises UserError if the models do not fit together; returns warnings about what may not be intended."""
     for other in merge.others:
         _check_fits(merge, other, shared_vocabulary_rows)
+    warnings = [*_other_mathematics(merge), *_check_tokenizer(merge)]
     for vector in merge.vectors:
         if all(are_equal(vector.instruct, name, vector.base, name) for name in merge.moved):
             names = f"{vector.instruct.directory} and {vector.base.directory}"
-            raise UserError(f"{names} have the same weights, and between them there is no chat vector")
-    return list(dict.fromkeys([*_other_mathematics(merge), *_check_tokenizer(merge)]))
+            warnings.append(f"{names} have the same weights: between them there is no chat vector, and none is added")
+    return list(dict.fromkeys(warnings))
 
 
 def _check_fits(merge: Merge, other: Checkpoint, shared_vocabulary_rows: bool) -> None:

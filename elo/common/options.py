@@ -13,7 +13,8 @@ from typing import Any, NoReturn, Self
 from elo.common.errors import UserError
 
 PATHS = ("DIR", "FILE", "PATH")
-LARGEST = 1e15  # number: whole ones are exact up to there, and a multiple in bytes is still finite
+# Whole numbers are exact up to there, and a multiple of others in bytes is still finite.
+LARGEST = {int: 1e15, float: 1e100}
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,8 +76,8 @@ def _number(fits: Callable[[float], bool], expected: str, kind: type = float) ->
             value = float(text)
         except ValueError:
             value = math.nan
-        if not fits(value) or value > LARGEST:
-            limit = f" and at most {LARGEST:g}" if value > LARGEST else ""
+        if not fits(value) or value > LARGEST[kind]:
+            limit = f" and at most {LARGEST[kind]:g}" if value > LARGEST[kind] else ""
             raise argparse.ArgumentTypeError(f"{text!r:.100} is not {expected}{limit}")
         return kind(value)
 

@@ -1,12 +1,13 @@
 """Options as every command reads them: no empty values, values with a dash in front, ~."""
 
 import importlib
+from argparse import ArgumentTypeError
 from pathlib import Path
 
 import pytest
 
 from elo.common.errors import UserError
-from elo.common.options import Parser, positive
+from elo.common.options import Parser, positive, positive_int
 from eval.__main__ import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,12 +54,14 @@ def test_the_home_directory(monkeypatch, tmp_path):
         parser().parse_args(["--out", "~nobody-here/x"])
 
 
-@pytest.mark.parametrize("value", ["1e16", "1e300", "inf", "nan"])
+@pytest.mark.parametrize("value", ["1e101", "1e300", "inf", "nan"])
 def test_numbers_that_are_no_amount_of_anything(value):
     """They would overflow where they are multiplied, or be other numbers than they were written."""
     with pytest.raises(UserError, match=f"argument --lr: '{value}' is not a number above 0"):
         parser().parse_args(["--lr", value])
-    assert parser().parse_args(["--lr", "1e15"]).lr == 1e15
+    assert parser().parse_args(["--lr", "1e100"]).lr == 1e100
+    with pytest.raises(ArgumentTypeError, match="is not a whole number above 0 and at most 1e\\+15"):
+        positive_int("1e16")
 
 
 PROGRAMS = ["train", "align", "merge_chat_vector", "sft", "elo.generation.chat", "elo.planning.plan"]
