@@ -51,6 +51,7 @@ def test_figure_3(tmp_path, monkeypatch, capsys):
 
     def start(runs, run):
         assert run.script == "benchmarks.training_step" and run.option("--methods") == "elo,full,lora"
+        assert (run.option("--dtype"), run.option("--seq-len")) == ("fp32", "64")
         run.directory.mkdir(parents=True)
         (run.directory / "result.json").write_text(json.dumps(figures))
 
@@ -60,6 +61,7 @@ def test_figure_3(tmp_path, monkeypatch, capsys):
     lines = "".join(json.dumps({"text": f"{number} " + "글 " * 60}) + "\n" for number in range(40))
     (tmp_path / "ko.jsonl").write_text(lines)
     given = ["figure3", "--model", "base", "--target", "ko.jsonl", "--held-out", "4", "--out", "out"]
+    given += ["--training=--lr 1 --dtype fp32 --seq-len=64"]
     status, out, error = run_here(monkeypatch, capsys, *given)
     assert status in (None, 0), error
     assert "lora/elo, paper" in out and "full" in (tmp_path / "out/figure3.md").read_text()
