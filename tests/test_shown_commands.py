@@ -30,7 +30,6 @@ ADDED = {
     "train": "--seq-len 32 --batch-tokens 256 --dtype fp32 --workers 1",
     "align": "--seq-len 32 --batch-tokens 256 --dtype fp32 --workers 1",
     "sft": "--seq-len 64 --epochs 1 --dtype fp32",
-    "experiments.__main__": "--only base",
     "elo.generation.chat": "--prompt 무엇? --max-new-tokens 3",
     "eval answers": "--max-new-tokens 4 --dtype fp32",
     "eval choice": "--dtype fp32",
@@ -63,6 +62,11 @@ def tiny(words):
     added = ADDED.get(f"eval {arguments[0]}" if name == "eval.__main__" else name, "").split()
     for option, value in zip(added[::2], added[1::2], strict=True):
         values += [] if option in values else [option, value]
+    if name == "experiments.__main__" and "--only" not in values:
+        values += [
+            "--only",
+            "alignment only, 0" if arguments[0] == "figure2" else "base",
+        ]  # which nothing is trained for
     return name, values
 
 
