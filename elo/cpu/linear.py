@@ -40,13 +40,13 @@ def matmul_t(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, whatever the dtype of the factors: a product in bf16 would round before it adds."""
-    if a.dtype == b.dtype == torch.bfloat16 and onednn.HAS_BF16:
+    """total += a @ b in fp32, of bf16 factors too: a product in bf16 would round before it adds."""
+    if a.dtype == torch.bfloat16:
         onednn.add_product_(total, a, b)
     elif ONEDNN:
-        total += matmul_t(a.to(total.dtype, memory_format=torch.contiguous_format), b.to(total.dtype).T)
+        total += matmul_t(a.contiguous(), b.T)  # which is as fast as its factors are without gaps
     else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+        total.addmm_(a, b)
 
 
 class _Linear(torch.autograd.Function):

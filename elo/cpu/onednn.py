@@ -23,7 +23,7 @@ def packed(weight: Tensor, rows: int) -> Tensor:
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, summed in fp32; the factors are bf16, and the CPU has instructions for it."""
+    """total += a @ b of bf16 factors, summed in fp32; by bf16 instructions where the CPU has them."""
     matmul = torch.backends.mkldnn.matmul
     before, matmul.fp32_precision = matmul.fp32_precision, "bf16"  # of fp32 factors, which loses nothing of these
     try:
