@@ -16,10 +16,10 @@ from elo.methods import DEFAULT_LAYERS, METHODS, OF_LAYERS, Method
 from elo.model.checkpoint import Checkpoint
 from elo.model.config import ModelConfig
 from elo.model.saving import ADAPTER, ADAPTER_CONFIG, export
-from elo.runs.directory import CHECKPOINTS, add_arguments, check_out, close_run, open_run, option_values
+from elo.runs.directory import add_arguments, check_out, close_run, open_run, option_values
 from elo.runs.processes import World, process_group
 from elo.runs.progress import alignment_after, continued, next_of_untrained, tell_result
-from elo.runs.replacing import read_written
+from elo.runs.replacing import CHECKPOINTS, read_written
 from elo.runs.sharding import ParallelOptions, parallelize
 from elo.runs.states import complete
 from elo.slicing import parse_layers

@@ -51,4 +51,4 @@ def make(
     elif method == "lora":
         # Adapters beside the frozen linear layers of the blocks.
         lora.attach(model, options or LoraOptions())
-    return Method(model, lora.unadapted_name)
+    return Method(model, lora.unadapted_name)  # the names of the base, where adapters have none

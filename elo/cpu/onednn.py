@@ -1,4 +1,4 @@
-"""oneDNN's matrix products, by operators that are private to torch: nothing else here calls those.
+"""oneDNN's matrix products, most by operators that are private to torch: no other file calls those.
 
 torch.compile lowers linear layers to them. Where one of them is missing, `AVAILABLE` is False and whoever asks first,
 as all do, takes `F.linear`: the same products of unpacked weights, at torch's own speed.

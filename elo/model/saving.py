@@ -62,8 +62,9 @@ def nobody() -> None:
 
 
 def whole(name: str, trained: Tensor, dtype: torch.dtype, wait: Callable[[], None]) -> Tensor | None:
-    """A whole parameter on the host, as `dtype`, for the process that writes. Collective: all must call it in the same
-    order.
+    """A whole parameter on the host, as `dtype`, for the process that writes.
+
+    Collective: all must call it in the same order.
 
     wait: returns when every process has called it, however long that takes. The writer may still be busy with the
     parameter before, and the time-out of the collective itself is meant for lost processes, not for slow disks.
