@@ -22,8 +22,7 @@ _WHITE_SPACE = frozenset(_SPACES).union(map(chr, range(0x2000, 0x200B)))
 
 _WORD = r"\w"
 
-# The fields of tokenizer_config.json and special_tokens_map.json that name special tokens.
-NAMED = [f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask")]
+# The fields of tokenizer_config.json and special_tokens_map.json that list special tokens.
 _LISTED = ("additional_special_tokens", "extra_special_tokens")
 
 
@@ -151,11 +150,15 @@ def read_added_tokens(files: TokenizerFiles, vocab: dict[str, int]) -> dict[str,
     return added
 
 
+def named_tokens(record: dict[str, Any]) -> dict[str, str]:
+    """The tokens that a configuration calls its bos_token, eos_token, image_token, ..."""
+    named = {name: token for name, token in record.items() if name.endswith("_token")}
+    for listed in map(record.get, _LISTED):
+        named |= listed if isinstance(listed, dict) else {}
+    return {name: text for name, token in named.items() if (text := token_text(token)) is not None}
+
+
 def _named_special(record: dict[str, Any]) -> set[str]:
-    """The texts of the tokens that a configuration calls its BOS, EOS, ..., or lists as special."""
-    tokens: list[Any] = [record.get(name) for name in NAMED]
-    for name in _LISTED:
-        listed = record.get(name)
-        if isinstance(listed, list | dict):
-            tokens += listed.values() if isinstance(listed, dict) else listed
-    return {text for token in tokens if (text := token_text(token))}
+    """The texts of the tokens that a configuration names, or lists as special."""
+    listed = [token for tokens in map(record.get, _LISTED) if isinstance(tokens, list) for token in tokens]
+    return {text for text in [*named_tokens(record).values(), *map(token_text, listed)] if text}

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from elo.common.errors import UserError
-from elo.text.added_tokens import NAMED, AddedToken, word_character
-from elo.text.tokenizer_files import TokenizerFiles, token_text
+from elo.text.added_tokens import AddedToken, named_tokens, word_character
+from elo.text.tokenizer_files import TokenizerFiles
 
 TRAIN = "train"  # the key of a message under which False says that it is not to be learned
 Messages = Sequence[Mapping[str, Any]]  # {"role": ..., "content": ...}, and perhaps TRAIN
@@ -241,7 +241,7 @@ def template_variables(files: TokenizerFiles, bos: str | None, eos: str) -> dict
     named = {"bos_token": bos, "eos_token": eos} | files.config
     if "added_tokens_decoder" not in files.config:  # as transformers has it: the older file says the last word
         named |= files.json("special_tokens_map.json")
-    return {name: text for name in NAMED if (text := token_text(named.get(name))) is not None}
+    return named_tokens(named)
 
 
 # ---- the process that renders

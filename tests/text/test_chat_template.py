@@ -241,6 +241,19 @@ def test_thoughts_that_are_left_out_also_of_the_last_answer(tmp_path):
     assert format.prompt([*CHAT[:1], thought, *CHAT[:1]])
 
 
+def test_tokens_by_names_that_only_this_model_knows(tmp_path):
+    """As transformers has them: image_token and the like, and those of extra_special_tokens."""
+    layout = LAYOUTS["llama3-without-bos"]
+    write(tmp_path, layout)
+    (tmp_path / "chat_template.jinja").write_text("{{ image_token }}{{ end_token }}" + layout.template)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config |= {"image_token": "<|start_header_id|>", "extra_special_tokens": {"end_token": "<|end_header_id|>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    _, format, reference = load(tmp_path)
+    ids = reference.apply_chat_template(CHAT[:1], return_dict=False, add_generation_prompt=True)
+    assert format.prompt(CHAT[:1]) == ids and len(set(ids[:2])) == 2
+
+
 def test_the_process_comes_back(tmp_path):
     _, format, _ = load(write(tmp_path, LAYOUTS["zephyr"]))
     before = format.prompt(CHAT[:1])
