@@ -113,8 +113,7 @@ def _from_tokenizer_json(files: TokenizerFiles) -> Tokenizer:
     beside += ["a Split pattern that no known family has"] if is_foreign(pattern) else []
     if beside and (missing := BYTE_ALPHABET.keys() - vocab.keys()):
         raise UserError(f"{source}: {len(missing)} of 256 bytes have no token, which is not supported with {beside[0]}")
-    bos = read_template_bos(content) or _config_bos(files)
-    return _byte_level(files, source, vocab, merges, pattern, nfc, bos, ignore_merges)
+    return _byte_level(files, source, vocab, merges, pattern, nfc, None, ignore_merges)
 
 
 def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
@@ -123,17 +122,20 @@ def _from_vocab_json(files: TokenizerFiles) -> Tokenizer:
     kind = files.config.get("tokenizer_class") or files.json("config.json").get("model_type")
     match str(kind).lower().removesuffix("fast").removesuffix("tokenizer"):
         case "qwen2":
-            pattern, nfc = QWEN2_PATTERN, True
+            pattern, nfc, bos = QWEN2_PATTERN, True, None
         case "gpt2":
-            pattern, nfc = GPT2_PATTERN, False
+            pattern, nfc, bos = GPT2_PATTERN, False, "<|endoftext|>"
         case _:
             raise UserError(
                 f"{source}: without a tokenizer.json, the tokenizer_class in tokenizer_config.json must be "
                 f"Qwen2Tokenizer or GPT2Tokenizer; it is {kind!r:.100}"
             )
+    if files.fields("tokenizer_config.json").boolean("add_prefix_space", False):
+        raise UserError(f"{files.path('tokenizer_config.json')}: add_prefix_space is not supported with vocab.json")
     vocab = read_vocabulary(files.json("vocab.json"), source)
     merges = read_merges_txt(files.read("merges.txt") or b"", files.path("merges.txt"))
-    return _byte_level(files, files.path("merges.txt"), vocab, merges, pattern, nfc, _config_bos(files))
+    bos = token_text(files.config.get("bos_token", bos))
+    return _byte_level(files, files.path("merges.txt"), vocab, merges, pattern, nfc, bos)
 
 
 def _byte_level(
@@ -153,14 +155,16 @@ def _byte_level(
         if id not in bytes_of and token not in added:
             # No text becomes this token, but a model might say it.
             bytes_of[id] = token_bytes(token) or token.encode(errors="replace")
-    return Tokenizer(ByteLevelBPE(ranks, pattern, source, nfc), bytes_of, added, files, bos)
+    bpe = ByteLevelBPE(ranks, pattern, source, nfc)
+    return Tokenizer(bpe, bytes_of, added, files, _put_before_texts(files, added, bos, unless_told=False))
 
 
 def _from_llama3_model(files: TokenizerFiles, name: str) -> Tokenizer:
     ranks = read_tiktoken(files.read(name) or b"", files.path(name))
     added = read_added_tokens(files, {}) or _llama3_added_tokens(len(ranks))
     bpe = ByteLevelBPE(ranks, LLAMA3_PATTERN, files.path(name))
-    return Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added, files, "<|begin_of_text|>")
+    bos = _put_before_texts(files, added, "<|begin_of_text|>")
+    return Tokenizer(bpe, {id: spelled for spelled, id in ranks.items()}, added, files, bos)
 
 
 def _llama3_added_tokens(first: int) -> dict[str, AddedToken]:
@@ -187,8 +191,7 @@ def _from_sentencepiece(files: TokenizerFiles, name: str) -> Tokenizer:
     model.prefix = _prefix(files, model)
     if not all(token.special for token in added.values()):
         model.cut_at_added_tokens()
-    add_bos = files.fields("tokenizer_config.json").boolean("add_bos_token", True)
-    return Tokenizer(model, model.bytes_of, added, files, model.bos if add_bos else None, model.eos)
+    return Tokenizer(model, model.bytes_of, added, files, _put_before_texts(files, added, model.bos), model.eos)
 
 
 def _prefix(files: TokenizerFiles, model: SentencePieceModel) -> Prefix:
@@ -226,8 +229,7 @@ def _from_sentencepiece_json(files: TokenizerFiles) -> Tokenizer:
         raise UserError(
             f"{error}. If it restates a SentencePiece model, put that, tokenizer.model, next to it"
         ) from error
-    bos = read_template_bos(content) or _config_bos(files)
-    return Tokenizer(sentencepiece, sentencepiece.bytes_of, added, files, bos)
+    return Tokenizer(sentencepiece, sentencepiece.bytes_of, added, files, _put_before_texts(files, added, None))
 
 
 def _check_restated(
@@ -250,8 +252,11 @@ def _check_restated(
             )
 
 
-def _config_bos(files: TokenizerFiles) -> str | None:
-    """The BOS that tokenizer_config.json asks to put before a text."""
-    if files.fields("tokenizer_config.json").boolean("add_bos_token", False):
-        return token_text(files.config.get("bos_token"))
-    return None
+def _put_before_texts(
+    files: TokenizerFiles, added: dict[str, AddedToken], bos: str | None, unless_told: bool = True
+) -> str | None:
+    """The BOS, if one is put before a text: tokenizer.json alone says so where it is there, as in transformers 5, else
+    add_bos_token, or `unless_told`, of the family's `bos`."""
+    if files.read("tokenizer.json") is not None:
+        return read_template_bos(files.fields("tokenizer.json"), {text: token.id for text, token in added.items()})
+    return bos if files.fields("tokenizer_config.json").boolean("add_bos_token", unless_told) else None

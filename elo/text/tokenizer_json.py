@@ -80,8 +80,9 @@ def read_pattern(content: Fields) -> str:
     raise UserError(f"{source}: the pre_tokenizers {' + '.join(kinds)} are not supported in this combination")
 
 
-def read_template_bos(content: Fields) -> str | None:
-    """The token that the post-processor puts in front of a text."""
+def read_template_bos(content: Fields, ids: dict[str, int]) -> str | None:
+    """The token that the post-processor puts in front of a text; `ids` of the added tokens."""
+    front: list[str | None] = []
     for step in _steps(content, "post_processor"):
         if step.get("type") == "ByteLevel":  # It moves offsets only.
             continue
@@ -89,13 +90,15 @@ def read_template_bos(content: Fields) -> str | None:
             raise UserError(f"{content.where}: the post_processor {step.get('type')!r:.60} is not supported")
         parts = Fields(step, content.where).array("single", [])
         tokens = takewhile(lambda part: isinstance(part, dict) and "SpecialToken" in part, parts)
-        front = [token_text(token["SpecialToken"], key="id") for token in tokens]
+        front += [token_text(token["SpecialToken"], key="id") for token in tokens]
         if len(front) > 1 or None in front:
             what = f"{len(front)} tokens" if len(front) > 1 else "None"
             raise UserError(f"{content.where}: its post_processor puts {what} before a text; one token is supported")
-        if front:
-            return front[0]
-    return None
+        means = Fields(step, content.where).object("special_tokens", {})
+        for token in filter(means.given, front):
+            if token in ids and means.object(token).array("ids", []) != [ids[token]]:
+                raise UserError(f"{content.where}: its post_processor puts another id than that of {token!r:.60}")
+    return front[0] if front else None
 
 
 @dataclass(frozen=True)

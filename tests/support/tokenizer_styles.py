@@ -47,8 +47,8 @@ def digits(individual: bool, use_regex: bool = True) -> pre_tokenizers.PreTokeni
     return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=individual), by_words])
 
 
-def begin_of_text(id: int) -> processors.PostProcessor:
-    template = processors.TemplateProcessing("<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", id)])
+def begin_of_text(id: int, token: str = "<|begin_of_text|>") -> processors.PostProcessor:
+    template = processors.TemplateProcessing(f"{token} $A", special_tokens=[(token, id)])
     return processors.Sequence([processors.ByteLevel(trim_offsets=False), template])
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import tokenizers
 from chat_checkpoints import (
     LLAMA3_TEMPLATE,
     SPECIALS,
@@ -15,6 +16,7 @@ from chat_checkpoints import (
     user,
 )
 from small_chats import chatml
+from tokenizer_styles import begin_of_text
 
 from elo.common.errors import UserError
 from elo.text.built_in_formats import CHATML, FORMATS
@@ -73,9 +75,11 @@ def test_override(tmp_path):
 
 def test_bos_of_a_chatml_fine_tune(tmp_path):
     """Its template tells; without one it is as in pretraining."""
-    specials, config = ("<s>", *CHATML), {"eos_token": "<|endoftext|>", "bos_token": "<s>", "add_bos_token": True}
     for case, template in enumerate([None, TEMPLATES["chatml"], "{{ bos_token }}" + TEMPLATES["chatml"]]):
-        directory = checkpoint(tmp_path / str(case), specials, template, tokenizer_config=config)
+        directory = checkpoint(tmp_path / str(case), ("<s>", *CHATML), template)
+        reference = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+        reference.post_processor = begin_of_text(reference.token_to_id("<s>"), "<s>")
+        reference.save(str(directory / "tokenizer.json"))
         tokenizer, format = open_format(directory, "chatml")
         has_bos = case != 1
         assert (format.prompt([user("Hi")])[0] == tokenizer.special_tokens["<s>"]) == has_bos

@@ -83,7 +83,7 @@ def test_a_tokenizer_json_that_restates_sentencepiece(tmp_path, scheme):
     assert pickle.loads(pickle.dumps(ours)).encode_batch(PIECES) == ours.encode_batch(PIECES)
     every = range(reference.get_vocab_size())
     assert [ours.decode([id]) for id in every] == [reference.decode([id]) for id in every]
-    content = llama_json(scheme) | {"post_processor": json.loads(begin_of_text(0).__getstate__())}
+    content = llama_json(scheme) | {"post_processor": json.loads(begin_of_text(500).__getstate__())}
     content["added_tokens"] = content["added_tokens"] + [{"id": 500, "content": "<|begin_of_text|>", "special": True}]
     assert load_tokenizer(write(tmp_path, tokenizer__json=content)).bos_id == 500
 

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizer_styles import PIECES, texts, trained, write
+from tokenizer_styles import PIECES, begin_of_text, texts, trained, write
 
 from elo.common.errors import UserError
 from elo.text.tokenizer import Tokenizer, load_tokenizer
@@ -29,13 +29,15 @@ def test_the_end_of_a_document_is_not_the_end_of_a_turn(tmp_path):
     assert load_tokenizer(directory).eos_id == 0
     content = json.loads(trained("qwen2"))
     content["added_tokens"] = content["added_tokens"][1:]
-    config = {"eos_token": {"content": "<|im_end|>"}, "bos_token": "<|im_start|>", "add_bos_token": True}
+    content["post_processor"] = json.loads(begin_of_text(1, "<|im_start|>").__getstate__())
+    config = {"eos_token": {"content": "<|im_end|>"}}
     ours = load_tokenizer(write(directory, tokenizer__json=content, tokenizer_config__json=config))
     assert (ours.bos_id, ours.eos_id) == (1, 2)
     with pytest.raises(UserError, match="no token ends a document"):
         load_tokenizer(write(directory, tokenizer_config__json={}))
+    content["post_processor"] = json.loads(begin_of_text(1, "<s>").__getstate__())
     with pytest.raises(UserError, match="BOS token '<s>'"):
-        load_tokenizer(write(directory, tokenizer_config__json=config | {"bos_token": "<s>"}))
+        load_tokenizer(write(directory, tokenizer__json=content, tokenizer_config__json=config))
 
 
 def test_added_tokens_of_a_fine_tune(sentencepiece_directory, tmp_path):

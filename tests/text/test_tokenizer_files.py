@@ -6,7 +6,9 @@ import shutil
 
 import pytest
 import tokenizers
-from tokenizer_styles import PIECES, SPECIALS, processor_of, trained, without_added_tokens, write
+from small_tokenizer import llama_json, sentencepiece_model
+from tokenizer_styles import PIECES, SPECIALS, begin_of_text, processor_of, trained, without_added_tokens, write
+from transformers import AutoTokenizer
 
 from elo.common.errors import UserError
 from elo.text.tokenizer import load_tokenizer
@@ -32,6 +34,34 @@ def test_vocab_json_needs_to_know_the_family(tmp_path):
         load_tokenizer(tmp_path)
     write(tmp_path, config__json={"model_type": "qwen2"}, added_tokens__json={"<|endoftext|>": 0})
     assert load_tokenizer(tmp_path).eos_id == 0
+
+
+def test_what_is_put_before_a_text(tmp_path):
+    """By tokenizer.json alone where it is there; else as add_bos_token says."""
+    named = {"bos_token": "<s>", "eos_token": "</s>", "tokenizer_class": "LlamaTokenizer"}
+    restated = llama_json() | {"post_processor": json.loads(begin_of_text(1, "<s>").__getstate__())}
+    for case, (content, says, bos) in enumerate([(restated, False, 1), (llama_json(), True, None)]):
+        directory = write(tmp_path / str(case), tokenizer__json=content)
+        write(directory, tokenizer_config__json=named | {"add_bos_token": says})
+        theirs = AutoTokenizer.from_pretrained(directory).encode("fox")
+        assert load_tokenizer(directory).bos_id == bos and (theirs[0] == bos) == (bos is not None)
+        assert load_tokenizer(write(directory, tokenizer__model=sentencepiece_model())).bos_id == bos
+        (directory / "tokenizer.json").unlink()
+        assert load_tokenizer(directory).bos_id == (1 if says else None)
+
+
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "Qwen2Tokenizer"])
+def test_what_is_put_before_a_text_by_vocab_json(tmp_path, kind):
+    """GPT-2's BOS is <|endoftext|> where no other is named; Qwen2 has none."""
+    tokenizers.Tokenizer.from_str(trained("qwen2")).model.save(str(tmp_path))
+    added = {str(id): {"content": text, "special": True} for id, text in enumerate(SPECIALS)}
+    config = {"tokenizer_class": kind, "added_tokens_decoder": added, "add_bos_token": True}
+    for more in ({}, {"bos_token": None}, {"bos_token": SPECIALS[1]}):
+        ours = load_tokenizer(write(tmp_path, tokenizer_config__json=config | more))
+        bos = [] if ours.bos_id is None else [ours.bos_id]
+        assert [*bos, *ours.encode("fox")] == AutoTokenizer.from_pretrained(tmp_path).encode("fox")
+    with pytest.raises(UserError, match=r"tokenizer_config.json: add_prefix_space is not supported with vocab.json"):
+        load_tokenizer(write(tmp_path, tokenizer_config__json=config | {"add_prefix_space": True}))
 
 
 def test_which_file_is_used(sentencepiece_directory, tmp_path):

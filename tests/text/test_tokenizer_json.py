@@ -5,7 +5,7 @@ import re
 
 import pytest
 from small_tokenizer import llama_json
-from tokenizer_styles import trained, write
+from tokenizer_styles import begin_of_text, trained, write
 from transformers import AutoTokenizer
 
 from elo.common.errors import UserError
@@ -44,6 +44,15 @@ REFUSED = {
     "post_processor puts None": {"post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": 1}]}},
     "puts 2 tokens": {
         "post_processor": {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": "<|im_end|>"}}] * 2}
+    },
+    "puts 2 tokens before": {
+        "post_processor": {
+            "type": "Sequence",
+            "processors": [json.loads(begin_of_text(2, "<|im_end|>").__getstate__())] * 2,
+        }
+    },
+    "puts another id than that of '<|im_end|>'": {
+        "post_processor": json.loads(begin_of_text(1, "<|im_end|>").__getstate__())
     },
     "type = 'WordPiece'": {"model": {"type": "WordPiece"}},
     "dropout = 0.1": {"model": {"dropout": 0.1}},
