@@ -2,7 +2,8 @@
 
 With a terminal this is a chat: an empty line is ignored, Ctrl-C stops an answer, and Ctrl-D, or Ctrl-C where a message
 is expected, ends the chat. Messages may also come through a pipe, one a line. With --prompt there is one answer; with
---raw the text is continued as it stands, without a chat format, as base models need it.
+--raw the text is continued as it stands, without a chat format, as base models need it. Of generation_config.json only
+the ends of an answer count, eos_token_id; how tokens are drawn is told here.
 """
 
 import sys
@@ -116,13 +117,14 @@ def main() -> None:
         raise UserError(f"--system: the chat format of {arguments.model} has no system message; leave it out")
     model = pack_weights(load_model(checkpoint, inference_device(), DTYPES[arguments.dtype]))
     writer = Writer(model, tokenizer, arguments.max_new_tokens, Sampling.from_arguments(arguments))
-    if format is None:
-        bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-        writer.answer([*bos, *tokenizer.encode(arguments.prompt)], {tokenizer.eos_id})
-    elif arguments.prompt is None:
+    if format and arguments.prompt is None:
         try:
-            chat(writer, format, system)
+            return chat(writer, format, system)
         except KeyboardInterrupt:  # where a message was expected; the writer sees to its own
-            show("")
-    else:
-        writer.answer(format.prompt([*system, *question]), format.stop_ids)
+            return show("")
+    bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+    prompt = format.prompt([*system, *question]) if format else [*bos, *tokenizer.encode(arguments.prompt)]
+    writer.answer(prompt, format.stop_ids if format else {tokenizer.eos_id})
+    if writer.full:
+        note(f"[the model's context of {checkpoint.config.context} tokens is full]")
+    return None

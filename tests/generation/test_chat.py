@@ -142,6 +142,12 @@ def test_messages_through_a_pipe_until_the_context_is_full(chat_model):
     assert notes[-1] == "[the conversation has filled the model's context of 150 tokens; start a new one]"
 
 
+@pytest.mark.parametrize("raw", [(), ("--raw",)])
+def test_one_answer_that_fills_the_context(chat_model, raw):
+    set_context(chat_model, 60)
+    assert run(chat_model, "--prompt", "글", *raw).stderr == "[the model's context of 60 tokens is full]\n"
+
+
 def test_one_answer_and_a_raw_continuation(chat_model):
     set_context(chat_model, 150)
     model, tokenizer = load_model(chat_model, "cpu", torch.float32), load_tokenizer(chat_model)
