@@ -50,8 +50,6 @@ class Record(Fields):
     def label(self, labels: Sequence[str], *names: str) -> int:
         """The index of the right choice: the field is one of `labels`, or the index itself."""
         value = self.get(*names)
-        if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(labels):
-            return value
         text = str(value).strip()
         if text in labels:
             return labels.index(text)
@@ -113,6 +111,8 @@ def _table(path: Path, columns: Sequence[str]) -> Iterator[Record]:
                 continue
             if not names:
                 names = [name.strip() for name in row]
+                if twice := [name for name in names if name and names.count(name) > 1]:
+                    raise UserError(f"{path}:{rows.line_num}: two columns are named {shown(twice[0])}")
                 continue
             where = f"{path}:{rows.line_num}"
             if tsv and (len(row) < len(names) or not all(row)):

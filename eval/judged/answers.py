@@ -37,7 +37,7 @@ from elo.text.chat_format import ChatFormat, Messages, chat_format, check_messag
 from elo.text.tokenizer import load_tokenizer
 from elo.variants.adapted import open_checkpoint
 from eval.jsonl import JsonLines, digest
-from eval.judged.benchmarks import BENCHMARKS, Benchmark, Question, read_questions
+from eval.judged.benchmarks import BENCHMARKS, Benchmark, Question, question_id, read_questions
 from eval.judged.sampling import sampling_options
 from eval.tables import table
 
@@ -171,9 +171,9 @@ def read_examples(benchmark: Benchmark, setting: str, path: Path) -> Messages:
 def answers_so_far(results: JsonLines, settings: dict[int | str, Record]) -> dict[int | str, Record]:
     """The answers in the file by question; UserError if they were made in another way than this run's would be."""
     answered = {}
-    for where, record in results.lines:
-        id = record.get("question_id")
-        if not isinstance(id, int | str) or id not in settings:
+    for line in results.lines:
+        where, record = line
+        if (id := question_id(line.fields)) not in settings:
             continue  # with a smaller --limit than before
         before = record.get("generate_params")
         if not isinstance(before, dict):

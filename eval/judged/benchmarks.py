@@ -130,11 +130,11 @@ def _question(benchmark: Benchmark, line: Line) -> Question:
 
 
 def question_id(fields: Fields, name: str = "question_id") -> int | str:
-    """The id of a question as a record has it: a whole number or a text."""
+    """The id of a question: a whole number, also where a record has it as a text, or another text."""
     value = fields.fields.get(name)
     if isinstance(value, bool) or not isinstance(value, int | str):
         raise UserError(f"{fields.where}: the id of a question is a number or a text, not {shown(value)}")
-    return value
+    return int(value) if re.fullmatch("0|[1-9][0-9]{0,17}", str(value)) else value
 
 
 def model_of(path: Path, record: dict[str, object]) -> str:

@@ -26,7 +26,7 @@ UNPARSED = -1  # FastChat's score for a judgment in which it finds no rating
 # FastChat's llm_judge/common.py: one_score_pattern and its backup; and LogicKor's evaluator.py.
 # At most nine digits here: a judge's text is no more to be trusted than any other.
 RATING = (re.compile(r"\[\[(\d{1,9}\.?\d{0,9})\]\]"), re.compile(r"\[(\d{1,9}\.?\d{0,9})\]"))
-KOREAN_RATING = (re.compile(r"점수:\s*(\d{1,9}(?:\.\d{1,9})?)"),)
+KOREAN_RATING = (re.compile(r"점수:\s*(\d{1,9}(?:\.\d{1,9})?)(?!\d|[.,]\d)"),)  # 8,5 is not 8
 SCALE = (0, 10)
 
 # What a judge's thoughts stand between, as models and servers write them: <think>, [THINK] (Magistral), Kimi's,

@@ -19,7 +19,7 @@ from elo.common.options import Parser
 from elo.common.terminal import note, show
 from eval.jsonl import Line, read_lines
 from eval.judged.benchmarks import BENCHMARKS, model_of, question_id, read_questions, short_category
-from eval.judged.judge_prompts import UNPARSED
+from eval.judged.judge_prompts import SCALE, UNPARSED
 from eval.tables import table
 
 
@@ -42,8 +42,11 @@ def main(arguments: Namespace) -> None:
     for name, figures in models.items():
         if figures["unparsed"]:
             note(f"{name}: {figures['unparsed']} judgments have no rating and count for nothing")
-    if len({figures["judgments"] for figures in models.values()}) > 1:
-        note("the models have not as many judgments each: their scores are of different questions")
+    judged: dict[tuple[str, str], set[tuple[int | str, int]]] = defaultdict(set)
+    for judgment in judgments:
+        judged[judgment.model, judgment.judge].add((judgment.question, judgment.turn))
+    if any(turns != judged[judgments[0].model, judgments[0].judge] for turns in judged.values()):
+        note("the models are not judged on the same questions and turns: their scores do not compare")
     if not all(judgment.category for judgment in judgments):
         note("the files do not tell the categories: --bench-dir")
     if arguments.json:
@@ -131,8 +134,8 @@ def _score(fields: Fields, name: str) -> float | None:
     value = fields.fields.get(name)
     if value is None or value == UNPARSED:
         return None
-    if not is_number(value) or not -1e9 < value < 1e9:
-        raise UserError(f"{fields.where}: {name} must be a number, not {shown(value)}")
+    if not is_number(value) or not SCALE[0] <= value <= SCALE[1]:
+        raise UserError(f"{fields.where}: {name} must be a number from {SCALE[0]} to {SCALE[1]}, not {shown(value)}")
     return value
 
 

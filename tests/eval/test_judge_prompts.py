@@ -114,6 +114,9 @@ def test_published_prompts_and_references(name, judge, tmp_path):
         ("점수: 없음", True, -1),
         ("7점", True, -1),
         ("점수: 100", True, -1),
+        ("점수: 8, 좋다", True, 8),
+        ("점수: 18,5", True, -1),
+        ("[[8,5]]", False, -1),
     ],
 )
 def test_ratings_are_read_as_upstream_reads_them(judgment, korean, score):

@@ -105,7 +105,7 @@ def test_fastchats_arithmetic(score, tmp_path):
     expected = {"first": 6.75, "second": 3.0, "average": 16.5 / 3, "judgments": 6, "unparsed": 3, "categories": {}}
     assert models["m"] == expected
     assert "m: 3 judgments have no rating and count for nothing" in err
-    assert "the models have not as many judgments each" in err
+    assert "the models are not judged on the same questions and turns" in err
     assert "--bench-dir" in err
     assert out.splitlines()[0].split() == ["model", "turn", "all", "judgments", "unparsed"]
 
@@ -134,13 +134,22 @@ def test_categories_come_from_the_questions_or_from_the_judgments(score, tmp_pat
 
 
 def test_the_last_judgment_of_a_turn_counts_and_judges_are_kept_apart(score, tmp_path):
-    lines = [judgment(81, 1, 2), judgment(81, 2, 4), judgment(81, 1, 6)]
+    lines = [judgment(81, 1, 2), judgment(81, 2, 4), judgment("81", 1, 6)]
     path = write_jsonl(tmp_path / "a.jsonl", lines)
     assert score(path)[3]["m"]["first"] == 6
     path.write_text(path.read_text() + '{"question_id": 8')  # a run that was killed
     assert score(path)[3]["m"]["average"] == 5
     other = write_jsonl(tmp_path / "b.jsonl", [judgment(81, 1, 1, judge="claude")])
     assert list(score(path, other)[3]) == ["m (gpt-4)", "m (claude)"]
+
+
+def test_models_that_are_judged_on_other_questions(score, tmp_path):
+    lines = [
+        judgment(question, 1, 5, model=model) for model, question in (("a", 81), ("a", 82), ("b", 82), ("b", "81"))
+    ]
+    assert "same questions" not in score(write_jsonl(tmp_path / "same.jsonl", lines))[2]
+    lines[-1]["question_id"] = "83"
+    assert "not judged on the same questions and turns" in score(write_jsonl(tmp_path / "other.jsonl", lines))[2]
 
 
 def test_korean_and_japanese_names(score, tmp_path):
@@ -160,8 +169,10 @@ def test_korean_and_japanese_names(score, tmp_path):
         ('{"question_id": 81, "choices": []}', "bad.jsonl:1: an answer that nobody has judged"),
         ('{"question_id": 81, "model_1": "a"}', "bad.jsonl:1: a comparison of two models"),
         (json.dumps(judgment(81, 3, 1)), "bad.jsonl:1: judge must be the judge and its prompt, and turn 1 or 2"),
-        (json.dumps(judgment(81, 1, "7")), "bad.jsonl:1: score must be a number, not '7'"),
-        (json.dumps(judgment(81, 1, float("nan"))), "bad.jsonl:1: score must be a number, not nan"),
+        (json.dumps(judgment(81, 1, "7")), "bad.jsonl:1: score must be a number from 0 to 10, not '7'"),
+        (json.dumps(judgment(81, 1, float("nan"))), "bad.jsonl:1: score must be a number from 0 to 10, not nan"),
+        (json.dumps(judgment(81, 1, 85)), "bad.jsonl:1: score must be a number from 0 to 10, not 85"),
+        (json.dumps(judgment(81, 1, -2)), "bad.jsonl:1: score must be a number from 0 to 10, not -2"),
         (json.dumps(judgment([], 1, 1)), "bad.jsonl:1: the id of a question is a number or a text"),
         ('{"id": 1, "query_single": {"judge_score": 1}}', "bad.jsonl:1: query_multi must be an object, not None"),
     ],

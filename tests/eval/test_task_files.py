@@ -90,6 +90,18 @@ def test_parquet_as_on_hugging_face(root, tmp_path, layout):
             benchmarks.load()[0]["kobest_wic"].questions(tmp_path)
 
 
+def test_labels_that_count_from_1_are_numbers_too(root, tmp_path):
+    """The upstream names in JSON lines or Parquet, where a label is no text."""
+    task = benchmarks.load()[0]["kobest_copa"]
+    for name, split, records in questions.kobest_rows():
+        if name == "copa":
+            columns = UPSTREAM[name][1]
+            lines = [dict(zip(columns, as_upstream(name, record, 0), strict=True)) for record in records]
+            questions.write_lines(tmp_path / f"kobest/COPA/{split}.jsonl", lines)
+    assert task.questions(tmp_path) == task.questions(root / "data")
+    assert {question.gold for question in task.questions(tmp_path)} == {0, 1}
+
+
 def replace(path, old, new):
     def change(data):
         text = (data / path).read_text()
@@ -123,6 +135,10 @@ def replace(path, old, new):
             "virology_test.csv:1: the label 'answer' is 'E'; it should be one of A, B, C, D",
         ),
         (replace("mmlu/dev/virology_dev.csv", ",a few", ""), "virology_dev.csv:1: 5 columns instead of 6 (question, A"),
+        (
+            lambda data: (data / "kobest/wic/test.jsonl").rename(data / "kobest/wic/test.tsv").write_text("a\tb\ta\n"),
+            "wic/test.tsv:1: two columns are named 'a'",
+        ),
         (lambda data: (data / "mmlu/test/virology_test.csv").write_text(""), "virology_test.csv: it has no records"),
         (lambda data: (data / "mmlu/dev/virology_dev.csv").unlink(), "virology_dev.*: not found; mmlu_virology needs"),
         (lambda data: (data / "kobest/wic/test.tsv").write_text("ID\n1\n"), "wic/test.jsonl and"),
