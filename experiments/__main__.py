@@ -38,6 +38,7 @@ NAMES = ("table1", "table2", "table3", "figure2", "figure3")
 METHODS = ("elo", "align", "full", "lora", "selective")
 # What all records of an experiment have in common; the rates are in the table.
 SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
+LATER = ("benchmarks", "judge_model")  # may be added to those that have none
 OWN = {"--model", "--target", "--source", "--data", "--gb", "--seed", "--out", "--elo", "--after", "--validation"}
 AMONG = 5000  # documents, from the beginning
 SIZES = range(200, 20_001)  # bytes of one that is held out
@@ -121,7 +122,7 @@ def main() -> None:
         check_inputs(options)
         if options.small and not (DEMO / "ko.train.jsonl").exists():
             texts.write_all(DEMO)
-    settings, runs = {name: getattr(options, name) for name in SETTINGS}, Runs(options)
+    settings, runs = {name: getattr(options, name) for name in SETTINGS + LATER}, Runs(options)
     hold_out(options)
     chosen = choose_rows(experiment.rows(options), options)
     rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
@@ -155,8 +156,12 @@ def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, 
     records = [line.record for line in read_lines(file)] if file.exists() else []
     for record in records:
         before = record.get("settings", {})
-        for name in [name for name in SETTINGS if name not in before or before[name] != (settings or before)[name]]:
-            raise UserError(f"{file}: its rows have another --{name.replace('_', '-')}; give another --out")
+        now = settings or before
+        other = [name for name in SETTINGS if name not in before or before[name] != now[name]]
+        other = other or [name for name in LATER if before.get(name) and now.get(name) and before[name] != now[name]]
+        for name in other:
+            option = f"--{name.replace('_', '-')}"
+            raise UserError(f"{file}: its rows have another {option}; move it away or give another --out")
     return records
 
 

@@ -78,8 +78,9 @@ class Kit:
         options, bench = self.runs.options, ("--bench", name, "--bench-dir", f"{self.runs.options.benchmarks}/{name}")
         answers = self.runs.do("eval answers", *bench, "--model", model, "--name", "row", "--out", "{here}", *JSON)
         asked = ("--judge-model", options.judge_model, *(["--base-url", options.base_url] if options.base_url else []))
-        self.result("eval judge", *bench, *asked, "--out", answers)
-        return self.result("eval score", answers)  # judgments are where the answers are
+        made = self.result("eval judge", *bench, *asked, "--out", answers)
+        # Judgments are where the answers are, those of other judges too.
+        return self.result("eval score", str(Path(answers, "model_judgment", Path(made.get("file", "")).name)))
 
     def result(self, command: str, *words: str) -> dict[str, Any]:
         """Empty where nothing is done yet."""

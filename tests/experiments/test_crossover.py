@@ -60,3 +60,5 @@ def test_too_few_points_tell_nothing():
     assert compare({}, {}) == ""
     bits, hours = measured(0.03)
     assert compare(bits, {**hours, "ELO": hours["ELO"][:-1]}) == ""  # what stage 1 alone took is not known
+    slower = [(u, 1.0 - 0.01 * u, 0.0) for u in UNITS]  # more text in less time: no cost is to be had of that
+    assert compare(bits, {**hours, "alignment only": slower}) == ""

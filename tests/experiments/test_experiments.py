@@ -185,8 +185,22 @@ def test_other_rows_and_seeds_keep_their_records(project, monkeypatch, capsys):
     assert run_here(monkeypatch, capsys, "table3", "--out", "out", "--report")[0] == 0
     assert (project / "out/table3.md").read_text() == before
     status, _, error = run_here(monkeypatch, capsys, *words("--only base --gb 0.00003"))
-    assert (status, error) == (2, "error: out/table3.jsonl: its rows have another --gb; give another --out\n")
+    assert (status, error) == (2, f"error: {OTHER} --gb{INSTEAD}")
     assert len(read(project)) == 3
+
+
+OTHER, INSTEAD = "out/table3.jsonl: its rows have another", "; move it away or give another --out\n"
+
+
+def test_scores_of_two_judges_are_in_no_table(project, monkeypatch, capsys):
+    """They may be added to rows that have none, and left out."""
+    pretending(monkeypatch, {})
+    (project / "logickor").mkdir()
+    judged = "--only 'alignment only' --benchmarks . --judge-model"
+    for more in ("--only base", f"{judged} a", "--only base"):
+        assert run_here(monkeypatch, capsys, *words(more))[0] == 0
+    for more, name in ((f"{judged} b", "judge-model"), (f"{judged} a --benchmarks {project}", "benchmarks")):
+        assert run_here(monkeypatch, capsys, *words(more))[::2] == (2, f"error: {OTHER} --{name}{INSTEAD}")
 
 
 def read(project):

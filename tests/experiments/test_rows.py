@@ -103,5 +103,15 @@ def test_chat_and_benchmarks(tmp_path):
     scripts = ["eval perplexity", "merge_chat_vector.py", "sft.py", "eval choice"]
     assert [run.script for run in kit.runs.plans][1:] == [*scripts, "eval answers", "eval judge", "eval score"]
     answers, judge, score = [*kit.runs.plans][-3:]
-    assert str(answers.directory) in kit.runs.command(score)  # where judgments are
+    assert f"{answers.directory}/model_judgment" in kit.runs.command(score)  # where judgments are
     assert str(judge.directory) not in kit.runs.command(score)
+
+
+def test_the_scores_are_those_of_the_judge(tmp_path, monkeypatch):
+    done = pretending(monkeypatch, {})
+    kit = Kit(begun(options(tmp_path, benchmarks="bench")), 0)
+    for kit.runs.options.judge_model in ("a", "b", "a"):
+        kit.judged("logickor", "model")
+    scored = [words[0] for script, _, words in done if script == "eval score"]
+    judged = [Run(script, words, tmp_path).option("--out") for script, _, words in done if script == "eval judge"]
+    assert scored == [f"{out}/model_judgment/{judge}_single.jsonl" for out, judge in zip(judged, "ab", strict=True)]

@@ -62,7 +62,7 @@ def pretending(monkeypatch, bits, seconds=2.0):
             {"file": file, "bits_per_byte": number} for file, number in zip(self.options.held_out, numbers, strict=True)
         ]
         line = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "seconds": seconds, "tokens": 7, "validation": validation}
-        result = {"files": validation}
+        result = {"files": validation, "file": f"there/{run.option('--judge-model')}_single.jsonl"}
         texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": json.dumps(result)}
         texts["elo.json"] = json.dumps({"scale": [0.1, 1.0]})
         run.directory.mkdir(parents=True, exist_ok=True)
