@@ -27,6 +27,7 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
+OF_CHECKPOINTS = (".json", ".safetensors", ".model", ".txt", ".jinja")  # ends of names
 STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -51,6 +52,9 @@ class Checkpoint:
         self.directory = Path(directory)
         if not self.directory.is_dir():
             raise UserError(f"{self.directory}: no such directory; a checkpoint is a Hugging Face directory")
+        for path in self.directory.iterdir():
+            if path.suffix in OF_CHECKPOINTS and not path.exists():  # a file that was meant to be there
+                raise UserError(f"{path}: a link that leads nowhere; copy what links lead to, as `cp -rL` does")
         self.config = ModelConfig.load(self.directory)
         self._stored = self._locate()
         if self.config.tie_word_embeddings and EMBEDDING not in self._stored and HEAD in self._stored:
@@ -113,6 +117,8 @@ class Checkpoint:
         if is_file(self.directory / ADAPTER_CONFIG) and (is_file(single) or is_file(index_path)):
             tell_once(f"{self.directory}: the LoRA adapter beside the model is not read; transformers would add it")
         if is_file(single):
+            if is_file(index_path):
+                tell_once(f"{index_path}: neither this nor its shards are read, but {SINGLE}, as by transformers")
             return _headers(single)
         if not is_file(index_path):
             hint = instead_of_a_model(self.directory)

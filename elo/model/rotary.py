@@ -93,20 +93,21 @@ def read_rope(config: Fields, max_position_embeddings: int, head_dim: int) -> Ro
         if low >= high:
             raise UserError(f"{rope.where}: low_freq_factor must be below high_freq_factor")
         return RopeConfig(kind, theta, rope.number("factor"), original, low, high)
-    factor = rope.number("factor", default=max_position_embeddings / original)
     if kind == "longrope":
+        factor = rope.number("factor", default=max_position_embeddings / original)
         if original < 2:
             raise UserError(f"{rope.where}: original_max_position_embeddings must be more than 1 for longrope")
         by_length = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
         attention = rope.number("attention_factor", default=by_length)
         short, long = (_divisors(rope, name, head_dim) for name in ("short_factor", "long_factor"))
         return RopeConfig(kind, theta, factor, original, attention_factor=attention, divisors=short, long_divisors=long)
+    factor = rope.number("factor")
     return RopeConfig(
         *(kind, theta, factor, original),
         attention_factor=_yarn_attention_factor(rope, factor),
         beta_fast=rope.number("beta_fast", default=32.0),
         beta_slow=rope.number("beta_slow", default=1.0),
-        truncate=rope.boolean("truncate", default=True),
+        truncate=rope.boolean("truncate", default="truncate" not in scaling),
     )
 
 

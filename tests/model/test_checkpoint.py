@@ -159,6 +159,29 @@ def test_index_that_promises_what_the_shard_lacks(tmp_path):
         Checkpoint(directory)
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "added_tokens.json", "chat_template.jinja"])
+def test_a_link_that_leads_nowhere_is_no_missing_file(name, tmp_path):
+    """As in a copy of Hugging Face's cache without its blobs; an index beside it would be read in its place."""
+    families.write("llama3", tmp_path, max_shard_size="40KB")
+    (tmp_path / name).symlink_to("../../blobs/0a1b")
+    (tmp_path / "README.md").symlink_to("../../blobs/2c3d")
+    with pytest.raises(UserError, match=f"{name}: a link that leads nowhere; copy what links lead to"):
+        Checkpoint(tmp_path)
+    (tmp_path / name).unlink()
+    Checkpoint(tmp_path)
+
+
+def test_a_single_file_beside_an_index_is_read_as_by_transformers(tmp_path, capsys):
+    families.write("llama3", tmp_path, max_shard_size="40KB")
+    assert Checkpoint(tmp_path) and "index.json" not in capsys.readouterr().err
+    families.write("llama3", tmp_path / "other", seed=1)
+    (tmp_path / "other/model.safetensors").rename(tmp_path / "model.safetensors")
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    ours = load_model(tmp_path, "cpu", torch.float32)
+    torch.testing.assert_close(ours(TOKENS), theirs(TOKENS).logits, atol=1e-5, rtol=0)
+    assert "index.json: neither this nor its shards are read, but model.safetensors" in capsys.readouterr().err
+
+
 def test_a_fingerprint_is_of_all_tensors_and_of_the_configuration(tmp_path):
     """Of a small file to the last number."""
     base = families.write("qwen2", tmp_path / "base")

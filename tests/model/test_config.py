@@ -83,7 +83,9 @@ REFUSED = [
     ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0, "alpha": 8}}, "alpha is not implemented"),
     ({**LLAMA, "rope_parameters": {"rope_type": "longrope", "short_factor": [1]}}, "short_factor must be a list of"),
     ({**LLAMA, "rope_parameters": {"rope_type": "proportional"}}, "'proportional'"),
-    ({**LLAMA, "rope_parameters": {"rope_type": "linear"}}, "factor must be a number above 0"),
+    ({**LLAMA, "rope_parameters": {"rope_type": "linear"}}, "rope_parameters: factor must be a number above 0"),
+    ({**LLAMA, "rope_scaling": {"type": "yarn"}}, "rope_scaling: factor must be a number above 0"),
+    ({**QWEN2, "rope_parameters": {"full_attention": {"rope_type": "default"}}}, "full_attention is not implemented"),
     ({**LLAMA, "rope_parameters": {"rope_type": "default", "mrope_section": [1]}}, "mrope_section"),
     (
         {**LLAMA, "rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 1.0}},

@@ -37,6 +37,7 @@ SETTINGS = {
     "Qwen2.5 with YaRN": (128, 1000000.0, YARN),
     "other betas": (128, 1000000.0, {**YARN, "beta_fast": 20.0, "beta_slow": 2.0}),
     "corners as they are": (64, 10000.0, {**YARN, "truncate": False}),
+    "null for false": (64, 10000.0, {**YARN, "truncate": None}),
     "an attention factor": (64, 10000.0, {**YARN, "attention_factor": 0.9}),
     "DeepSeek's scales": (64, 10000.0, {**YARN, "factor": 40.0, "mscale": 0.707, "mscale_all_dim": 0.5}),
     "linear": (128, 10000.0, {"rope_type": "linear", "factor": 4.0}),
