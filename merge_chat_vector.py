@@ -42,7 +42,8 @@ def main() -> None:
     vectors = tuple(ChatVector(Checkpoint(instruct), Checkpoint(base), scale) for instruct, base, scale in pairs)
     layers = arguments.layers and parse_ranges(arguments.layers, model.config.num_hidden_layers)
     merge = Merge(model, vectors, moved_tensors(model.names(), layers, arguments.skip_embeddings))
-    for remark in check(merge, arguments.shared_vocabulary_rows):
+    merge, remarks = check(merge, arguments.shared_vocabulary_rows)
+    for remark in remarks:
         note(f"note: {remark}")
 
     with replacing(written, others), tqdm(total=len(model.names()), unit="tensor", disable=None) as progress:

@@ -6,7 +6,7 @@ theta + scale * (theta_instruct - theta_base)
 import math
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -116,16 +116,24 @@ def parse_ranges(text: str, num_hidden_layers: int) -> tuple[int, ...]:
     return parse_layers(",".join(map(str, layers)), num_hidden_layers)
 
 
-def check(merge: Merge, shared_vocabulary_rows: bool) -> list[str]:
-    """Raises UserError if the models do not fit together; returns warnings about what may not be intended."""
+def check(merge: Merge, shared_vocabulary_rows: bool) -> tuple[Merge, list[str]]:
+    """The merge, which moves nothing where no vector has anything to add, and warnings about what may not be intended.
+
+    Raises UserError if the models do not fit together.
+    """
     for other in merge.others:
         _check_fits(merge, other, shared_vocabulary_rows)
     warnings = [*_other_mathematics(merge), *_check_tokenizer(merge)]
+    is_anything_added = False
     for vector in merge.vectors:
-        if all(are_equal(vector.instruct, name, vector.base, name) for name in merge.moved):
-            names = f"{vector.instruct.directory} and {vector.base.directory}"
+        names = f"{vector.instruct.directory} and {vector.base.directory}"
+        if not vector.scale:
+            warnings.append(f"--scale 0: the chat vector between {names} is not added")
+        elif all(are_equal(vector.instruct, name, vector.base, name) for name in merge.moved):
             warnings.append(f"{names} have the same weights: between them there is no chat vector, and none is added")
-    return list(dict.fromkeys(warnings))
+        else:
+            is_anything_added = True
+    return merge if is_anything_added else replace(merge, moved=()), list(dict.fromkeys(warnings))
 
 
 def _check_fits(merge: Merge, other: Checkpoint, shared_vocabulary_rows: bool) -> None:

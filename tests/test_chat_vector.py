@@ -193,11 +193,20 @@ def test_other_models_are_refused(which, family, fields, expected, trio, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_between_a_model_and_itself_there_is_no_vector(trio, tmp_path, monkeypatch, capsys):
-    model, base, _ = trio
-    merged = weights(merge(monkeypatch, tmp_path / "out", model, base, base))
-    assert re.search("note: .*base and .*base have the same weights.* and none is added", capsys.readouterr().err)
-    assert all(torch.equal(tensor, merged[name]) for name, tensor in weights(model).items())
+@pytest.mark.parametrize(
+    ("instruct", "scale", "note"),
+    [
+        (1, "1", "note: .*base and .*base have the same weights.* and none is added"),
+        (2, "0", "note: --scale 0: the chat vector between .*instruct and .*base is not added"),
+    ],
+)
+def test_where_there_is_no_vector_nothing_is_moved(instruct, scale, note, trio, tmp_path, monkeypatch, capsys):
+    model, base, *_ = trio
+    out = merge(monkeypatch, tmp_path / "out", model, base, trio[instruct], "--scale", scale)
+    said = capsys.readouterr()
+    assert re.search(note, said.err) and said.out.startswith("0 tensors of 39 were moved")
+    assert json.loads((out / "chat_vector.json").read_text())["tensors_moved"] == 0
+    assert_same_bits(weights(out), weights(model))
 
 
 def test_a_model_with_biases_takes_no_vector_without(trio, tmp_path, monkeypatch):
