@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object, write_json
+from elo.common.files import open_file
 from elo.common.terminal import note
 from elo.data.encoding import (
     BATCH,
@@ -45,6 +46,7 @@ from elo.text.tokenizer import Tokenizer, load_tokenizer
 FORMAT = 3  # part of every shard's name: a new format is built anew
 FILES = ("tokens.bin", "documents.bin", "counts.bin")
 BUILDING = ".building-"  # starts the name of a directory in which a shard is being built
+SAMPLES, SAMPLE = 16, 4096  # of each text file, and the bytes of one: a file of 64 KiB is read whole
 ABANDONED = 24 * 3600  # seconds without a change, after which nobody builds there any more
 
 
@@ -115,7 +117,7 @@ def tokenize(
     shard = TokenShard.open(cache / key, files)
     if shard is None:
         job = Job(str(tokenizer_directory), text_field)
-        sizes = [size for _, size, _ in states]
+        sizes = [size for _, size, *_ in states]
         # Starting a process takes a second, in which one tokenizes a few megabytes.
         workers = min(workers or len(os.sched_getaffinity(0)), math.ceil(sum(sizes) / (2 * BATCH)))
         bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, desc="tokenizing", disable=None if progress else True)
@@ -139,15 +141,20 @@ def tokenize(
     return shard
 
 
-def _states(files: Sequence[str]) -> list[tuple[str, int, int]]:
-    """What tells that a file is still the same: path, size and time of change."""
+def _states(files: Sequence[str]) -> list[tuple[str, int, int, str]]:
+    """What tells that a file is still the same: path, size, time of change, and samples: copies may keep the time."""
     states = []
     for file in files:
+        digest = hashlib.sha256()
         try:
-            status = os.stat(file)
+            with open_file(file) as content:
+                status = os.fstat(content.fileno())
+                for start in range(0, status.st_size, max(SAMPLE, status.st_size // SAMPLES)):
+                    content.seek(start)
+                    digest.update(content.read(SAMPLE))
         except OSError as error:
             raise UserError(f"{file}: cannot be read: {error.strerror}") from None
-        states.append((os.path.abspath(file), status.st_size, status.st_mtime_ns))
+        states.append((os.path.abspath(file), status.st_size, status.st_mtime_ns, digest.hexdigest()))
     return states
 
 

@@ -103,11 +103,17 @@ def test_a_shard_is_reused(tmp_path, build, monkeypatch):
     assert again.place(1) == "a.jsonl:2"
 
 
-def test_a_shard_is_rebuilt_when_an_input_changes(tmp_path, build, tokenizer):
+def test_a_shard_is_rebuilt_when_an_input_changes(tmp_path, build, tokenizer, monkeypatch):
     path = write_json_lines(tmp_path / "data.jsonl", TEXTS)
-    seen = [build(path).digest]
-
-    write_json_lines(path, ["first of all.", *TEXTS[1:]])  # as long as before
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "SAMPLE", 0)  # as between the samples of a large file
+        seen = [build(path).digest]
+        write_json_lines(path, ["first of all.", *TEXTS[1:]])  # as long as before
+        seen.append(build(path).digest)
+    before = path.stat()
+    write_json_lines(path, [*TEXTS[:-1], TEXTS[-1][:-1] + "!"])
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))  # as `cp -p` does
+    assert path.stat().st_size == before.st_size
     seen.append(build(path).digest)
     write_json_lines(tmp_path / "more.jsonl", TEXTS)
     seen.append(build(path, tmp_path / "more.jsonl").digest)
