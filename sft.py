@@ -9,7 +9,6 @@ loss of held-out conversations.
 """
 
 import math
-import os
 import time
 from argparse import Namespace
 from dataclasses import dataclass
@@ -110,12 +109,11 @@ def load_validation(arguments: Namespace, chat: ChatFormat, world: World) -> Con
     if not arguments.validation:
         return None
     fitting = {"seq_len": arguments.seq_len, "skip_malformed": arguments.skip_malformed}
-    files = list({os.path.realpath(file): file for file in arguments.validation}.values())  # each once
     try:
-        held_out, report = load_conversations(files, chat, **fitting)
+        held_out, report = load_conversations(arguments.validation, chat, **fitting)
     except UserError as error:
         raise UserError(f"--validation: {error}") from None
-    for number, file in enumerate(files):
+    for number, file in enumerate(held_out.files):
         if number not in held_out.table["file"]:
             raise UserError(f"--validation {file}: no conversation there has an answer that fits into --seq-len")
     world.say(*(f"held out: {line}" for line in report.lines()))
@@ -199,9 +197,9 @@ class Epochs:
         self.save(self.out, steps=steps)
 
 
-def number(loss: float) -> float:
-    """A loss to compare: nan is worse than any other."""
-    return math.inf if math.isnan(loss) else loss
+def number(loss: float | None) -> float:
+    """A loss to compare: one that is no number is worse than any other."""
+    return math.inf if loss is None or math.isnan(loss) else loss
 
 
 if __name__ == "__main__":

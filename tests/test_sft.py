@@ -10,7 +10,7 @@ import pytest
 import torch
 from commands import status_of
 from safetensors.torch import load_file, save_file
-from small_runs import lines
+from small_runs import interrupt, lines
 from small_tokenizer import add_chat_tokens, write_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -222,6 +222,21 @@ def test_the_best_epoch_is_no_nan(project, monkeypatch):
     options = ["--epochs", "3", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
     assert run(project, monkeypatch, *options) == 0
     assert json.loads((project / "out/sft.json").read_text())["epoch"] == 2
+
+
+def test_metrics_have_null_for_a_held_out_loss_that_is_none(project, monkeypatch, capfd):
+    """JSON has no NaN. A run that goes on, and what is said at its end, take it for worse than any other."""
+    losses = iter([math.nan, 2.0, math.inf])
+    monkeypatch.setattr(HeldOut, "evaluate", lambda *_: evaluated(next(losses)))
+    options = ["--epochs", "3", "--validation-fraction", "0.2", "--keep", "best", "--out", project / "out"]
+    with monkeypatch.context() as patch:
+        interrupt(patch, 8)
+        assert run(project, patch, *options) == 0
+    assert run(project, monkeypatch, *options) == 0
+    assert [line["validation_loss"] for line in lines(project / "out") if "epoch" in line] == [None, 2.0, None]
+    assert "NaN" not in (project / "out/metrics.jsonl").read_text()
+    assert json.loads((project / "out/sft.json").read_text())["epoch"] == 2
+    assert "the held-out one from nan to nan. The" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ batches = ConversationBatches(training, 64, 8192, epochs=10, seed=0, world=world
 """
 
 import heapq
+import os
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -107,7 +108,7 @@ def load_conversations(
     Raises UserError with file and line for a malformed record, unless `skip_malformed`; if there are too few
     conversations; and for records without a language if `languages` are asked for.
     """
-    files = [str(path) for path in paths]
+    files = [str(path) for path in {os.path.realpath(path): path for path in paths}.values()]  # each once
     report, found_languages = Report(), {name: number for number, name in enumerate(languages or [])}
     if samples is not None and samples < len(found_languages):
         raise UserError(f"--samples {samples} are fewer than the {len(found_languages)} languages")

@@ -41,8 +41,12 @@ def read_rows(
     largest: UserError for a file that unpacks to more bytes.
     """
     with _opened(path) as table:
-        size = 0
-        for batch in table.iter_batches(ROWS, columns=choose(table.schema_arrow.names), use_threads=False):
+        size, names = 0, table.schema_arrow.names
+        columns = choose(names)
+        for column in columns:
+            if names.count(column) > 1:
+                raise UserError(f"{path}: column {column!r} is there twice")
+        for batch in table.iter_batches(ROWS, columns=columns, use_threads=False):
             size += batch.nbytes
             if size > largest:
                 raise UserError(f"{path}: more than {largest:,} bytes of text; such a file has fewer")
@@ -62,8 +66,9 @@ def _opened(path: str | Path) -> Iterator["ParquetFile"]:
         # Without buffer_size a whole column of a row group is read at once.
         with pyarrow.parquet.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as table:
             yield table
-    # MemoryError: a text or a page that is said to be of gigabytes. OverflowError: sizes below 0.
-    except (pyarrow.ArrowException, UnicodeDecodeError, MemoryError, OverflowError, OSError) as error:
+    # ValueError: a field twice in a struct. MemoryError: a text or a page that is said to be of gigabytes.
+    # OverflowError: sizes below 0.
+    except (pyarrow.ArrowException, ValueError, MemoryError, OverflowError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise UserError(f"{path}: cannot be read: {error.strerror}") from None
         if "crypt" in str(error):

@@ -188,7 +188,8 @@ def read_metrics(out: Path) -> list[dict[str, Any]]:
         try:
             lines.append(json.loads(line))
             numbers = [lines[-1][name] for name in ("loss", "grad_norm", "seconds")]
-            numbers += [lines[-1].get(name, 0) for name in ("epoch", "validation_loss")]
+            others = (lines[-1].get(name) for name in ("epoch", "validation_loss"))
+            numbers += [value for value in others if value is not None]
             # Not all steps: after a power failure lines may be missing that a state on the disk knows of.
             are_numbers = all(is_number(value) and not abs(value) > 1e300 for value in numbers)
             is_right = isinstance(step := lines[-1]["step"], int) and step > before and are_numbers
@@ -238,7 +239,9 @@ class Metrics:
     def write(self, line: dict[str, Any]) -> None:
         if self.file is not None:
             try:
-                self.file.write(json.dumps(line).encode() + b"\n")
+                # A held-out loss may be NaN, which JSON has not.
+                finite = json.loads(json.dumps(line), parse_constant=lambda name: None)
+                self.file.write(json.dumps(finite).encode() + b"\n")
                 self.file.flush()
             except OSError as error:
                 raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None

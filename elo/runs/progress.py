@@ -1,5 +1,6 @@
 """What a run shows while it works, and when it is done."""
 
+import math
 import os
 import shlex
 import sys
@@ -69,7 +70,7 @@ def tell_result(world: World, out: Path, model: nn.Module, next_command: Sequenc
     if world.rank:
         return
     lines = read_metrics(out)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad and lines)
     every = sum(parameter.numel() for parameter in model.parameters())
     said = f"{trained / 1e6:,.1f} M of {every / 1e6:,.1f} M parameters were trained"
     if lines:
@@ -78,7 +79,8 @@ def tell_result(world: World, out: Path, model: nn.Module, next_command: Sequenc
         said += f" on {last['tokens']:,} tokens in {len(lines):,} steps and {timedelta(seconds=round(last['seconds']))}"
         said += f", with {memory:,.1f} GiB of memory in a process"
         said += f"; the loss went from {first['loss']:.4f} to {last['loss']:.4f}"
-        if held_out := [line["validation_loss"] for line in lines if "validation_loss" in line]:
+        measured = (line["validation_loss"] for line in lines if "validation_loss" in line)
+        if held_out := [math.nan if loss is None else loss for loss in measured]:
             since = f"from {held_out[0]:.4f} to" if len(held_out) > 1 else "is"
             said += f", the held-out one {since} {held_out[-1]:.4f}"
     world.say(f"{said}. The result is in {out}.", f"Next: {shown_command(next_command)}")

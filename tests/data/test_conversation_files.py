@@ -53,6 +53,10 @@ def test_every_format_gives_the_same_conversations(tmp_path, format):
         *(f"{tmp_path}/blank.jsonl:{line}" for line in (1, 3, 5)),
     ]
     assert report.lines() == ["6 conversations: 6 of 6"]
+    link = tmp_path / "link.json"
+    link.symlink_to("a.json")
+    once, _ = load_conversations([link, tmp_path / "a.json"], format, seq_len=1000)
+    assert len(once) == len(CHATS) and once.files == [f"{tmp_path}/a.json"]
 
 
 def test_conversations_that_the_template_refuses(tmp_path):
@@ -118,7 +122,14 @@ def test_files_that_cannot_be_used(tmp_path, format):
     (tmp_path / "x.txt").write_text(GOOD)
     (tmp_path / "empty.jsonl").write_text("")
     pyarrow.parquet.write_table(pyarrow.table({"id": [1], "text": ["x"]}), tmp_path / "columns.parquet")
+    columns = [pyarrow.array([CHATS[0]]), pyarrow.array([CHATS[1]])]
+    pyarrow.parquet.write_table(pyarrow.Table.from_arrays(columns, ["messages"] * 2), tmp_path / "twice.parquet")
+    turn = pyarrow.StructArray.from_arrays([pyarrow.array(["x"])] * 3, ["role", "content", "content"])
+    turns = pyarrow.ListArray.from_arrays(pyarrow.array([0, 1], pyarrow.int32()), turn)
+    pyarrow.parquet.write_table(pyarrow.table({"messages": turns}), tmp_path / "within.parquet")
     mistakes = {
+        "twice.parquet": "twice.parquet: column 'messages' is there twice",
+        "within.parquet": "within.parquet: damaged or incomplete: Converting to Python dictionary is not supported",
         "x.txt": "x.txt: not a file of conversations; supported are .jsonl, .ndjson, .json (each also",
         "empty.jsonl": "too few conversations: 1 needed, 0 usable; in the files there are none",
         "columns.parquet": "columns.parquet: needs a column 'conversations' or 'messages', and has id, text",

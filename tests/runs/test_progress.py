@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from forking import Fork, fork_group
 from shown_commands import main_of
 from small_runs import finish, lines, make_project, run_here, start_group
@@ -99,6 +100,12 @@ def test_the_next_command_works(project, amount, capfd):
     command = next_command(said)
     assert command == ["python", "-m", "elo.generation", "--model", "a run-aligned", "--raw", "--prompt", "Hello,"]
     assert run_next([*command, "--max-new-tokens", "3"])
+
+
+def test_without_a_step_nothing_was_trained(tmp_path, capfd):
+    world = SimpleNamespace(rank=0, say=lambda *lines: print(*lines))
+    progress.tell_result(world, tmp_path, torch.nn.Linear(1000, 1000), ["x.py"])
+    assert "0.0 M of 1.0 M parameters were trained. The" in capfd.readouterr().out
 
 
 def test_the_next_command_asks_for_no_byte_more_than_is_left(monkeypatch):
