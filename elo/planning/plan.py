@@ -207,6 +207,10 @@ def main() -> None:
     given = parser.parse_args(namespace=Namespace(**dict.fromkeys(vars(arguments))))  # None: left to its default
     if arguments.words and not arguments.best:
         raise UserError(f"{arguments.words[0]}: what stands after -- is for the command that --best prints")
+    of_sft = ("batch_conversations", "micro_batch_tokens")
+    for name in ("batch_tokens", "micro_batch", *of_sft) if arguments.stage or arguments.method else ():
+        if getattr(given, name) and (name in of_sft) != (arguments.stage == "sft"):
+            raise UserError(f"--{name.replace('_', '-')} is no option of {arguments.stage or 'train'}.py")
     check_output("--json", arguments.json, [arguments.model])
     if not arguments.model.exists():
         raise UserError(f"--model {arguments.model}: not found; give a checkpoint's directory or its config.json")
