@@ -1,5 +1,6 @@
 """What stages 1 and 2 share: continual pretraining on packed windows of the two-language corpus."""
 
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,6 +77,11 @@ def open_windows(
     languages = [("--target", find_texts("--target", arguments.target, held_out), arguments.target_field)]
     if arguments.target_fraction < 1:
         languages.append(("--source", find_texts("--source", arguments.source, held_out), arguments.source_field))
+        target, source = (
+            {(os.path.realpath(file), field or arguments.text_field) for file in files} for _, files, field in languages
+        )
+        for file, _ in sorted(target & source):
+            raise UserError(f"--source: {file} is in --target too; each language has texts of its own")
     load_tokenizer(arguments.model, config.vocab_size)
     cache = arguments.cache or arguments.out.parent / "token-cache"
 

@@ -146,13 +146,17 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(project, plain, t
 
 
 def test_each_language_has_its_own_field(project, plain, tmp_path):
-    """The same texts in other fields and other files are the same stream; --text-field stays for who has no other."""
+    """The same texts in other fields and other files, or in one, are the same stream; --text-field stays for who has no
+    other."""
     records = [json.loads(line)["text"] for line in (project / "ko.jsonl").read_text().splitlines()]
     (tmp_path / "ko.json").write_text(json.dumps([{"body": text, "text": "no"} for text in records]))
     english = (project / "en.jsonl").read_text().replace('"text"', '"content"')
     (tmp_path / "en.ndjson").write_text(english)
     files = ["--target", tmp_path / "ko.json", "--source", tmp_path / "en.ndjson", "--max-steps", "1"]
     run(project, tmp_path / "a", *files, "--target-field", "body", "--source-field", "content")
+    pairs = [{"body": text} | json.loads(line) for text, line in zip(records, english.splitlines(), strict=True)]
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    files = ["--target", tmp_path / "both.jsonl", "--source", tmp_path / "both.jsonl", "--max-steps", "1"]
     run(project, tmp_path / "b", *files, "--target-field", "body", "--text-field", "content")
     for out in ("a", "b"):
         stream = json.loads((tmp_path / out / "elo.json").read_text())["stream"]
@@ -223,11 +227,16 @@ MISTAKES = [
     (["--text-field", "body"], "ko.jsonl:1: no field 'body'"),
     (["--target-field", "body"], "ko.jsonl:1: no field 'body'"),
     (["--source-field", "body"], "en.jsonl:1: no field 'body'"),
+    (
+        ["--source", "HERE/en.jsonl", "HERE/../*/ko.jsonl"],
+        "ko.jsonl is in --target too; each language has texts of its",
+    ),
 ]
 
 
 @pytest.mark.parametrize(("options", "message"), MISTAKES, ids=[" ".join(options) for options, _ in MISTAKES])
 def test_mistakes_are_one_line(project, tmp_path, options, message, monkeypatch, capfd):
+    options = [option.replace("HERE", str(project)) for option in options]
     assert status_of(monkeypatch, train.main, "train.py", *words(project, tmp_path / "out", *options)) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("error: ")

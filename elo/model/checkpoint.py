@@ -54,7 +54,7 @@ class Checkpoint:
             raise UserError(f"{self.directory}: no such directory; a checkpoint is a Hugging Face directory")
         for path in self.directory.iterdir():
             if path.suffix in OF_CHECKPOINTS and not path.exists():  # a file that was meant to be there
-                raise UserError(f"{path}: a link that leads nowhere; copy what links lead to, as `cp -rL` does")
+                raise UserError(f"{path}: a link that leads nowhere; copy what links lead to, as by cp -rL")
         self.config = ModelConfig.load(self.directory)
         self._stored = self._locate()
         if self.config.tie_word_embeddings and EMBEDDING not in self._stored and HEAD in self._stored:
