@@ -48,17 +48,15 @@ class Record(Fields):
         return value
 
     def label(self, labels: Sequence[str], *names: str) -> int:
-        """The index of the right choice: the field is one of `labels`, or the index itself."""
+        """The index of the right choice: the field is one of `labels`, or, where these are words, the index itself."""
         value = self.get(*names)
-        text = str(value).strip()
-        if text in labels:
-            return labels.index(text)
-        if text.isascii() and text.isdigit() and int(text) < len(labels):
-            return int(text)
-        known = ", ".join(labels)
+        indices = [] if labels[0].isdigit() else list(map(str, range(len(labels))))
+        for known in (labels, indices):
+            if (text := str(value).strip()) in known:
+                return known.index(text)
         raise UserError(
-            f"{self.where}: the label {names[0]!r} is {shown(value)}; "
-            f"it should be one of {known}" + ("" if "0" in labels else f" (or 0 to {len(labels) - 1})")
+            f"{self.where}: the label {names[0]!r} is {shown(value)}; it should be one of {', '.join(labels)}"
+            + (f" (or 0 to {len(labels) - 1})" if indices else "")
         )
 
 

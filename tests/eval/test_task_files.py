@@ -100,6 +100,9 @@ def test_labels_that_count_from_1_are_numbers_too(root, tmp_path):
             questions.write_lines(tmp_path / f"kobest/COPA/{split}.jsonl", lines)
     assert task.questions(tmp_path) == task.questions(root / "data")
     assert {question.gold for question in task.questions(tmp_path)} == {0, 1}
+    questions.write_lines(tmp_path / "kobest/COPA/test.jsonl", [lines[0] | {"Answer": 0}])
+    with pytest.raises(UserError, match="the label 'Answer' is 0; it should be one of 1, 2$"):
+        task.questions(tmp_path)
 
 
 def replace(path, old, new):
