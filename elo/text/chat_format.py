@@ -162,7 +162,12 @@ def chat_format(
     bos = None if tokenizer.bos_id is None else text_of[tokenizer.bos_id]
     variables = template_variables(files, bos, text_of[tokenizer.eos_id])
     patterns = added_pattern(tokenizer.added), added_pattern(tokenizer.added, special_only=True)
-    own = find_template(files)
+    try:
+        own = find_template(files)
+    except UserError:
+        if override is None:
+            raise
+        own = None
     prefix = tokenizer.model.prefix.where if isinstance(tokenizer.model, SentencePieceModel) else "prepend"
 
     def made(text: str) -> ChatTemplate:

@@ -218,7 +218,10 @@ def unmarked(text: str) -> str:
 def find_template(files: TokenizerFiles) -> str | None:
     """The checkpoint's default template, from the first place that has one, as transformers looks for it."""
     if (data := files.read("chat_template.jinja")) is not None:
-        return data.decode("utf-8", "replace")
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"{files.path('chat_template.jinja')}: not UTF-8: {error}; --chat-format") from error
     for name in ("tokenizer_config.json", "chat_template.json"):
         template = files.json(name).get("chat_template")
         if isinstance(template, list):  # several, by name

@@ -73,6 +73,20 @@ def test_override(tmp_path):
         open_format(directory, "qwen2")
 
 
+@pytest.mark.parametrize("template", [b"\xff", [{"name": "rag", "template": "x"}], 7])
+def test_override_of_a_template_that_cannot_be_read(tmp_path, template):
+    directory = checkpoint(tmp_path, SPECIALS["llama3"], LLAMA3_TEMPLATE)
+    expected = open_format(directory, "llama3")[1].prompt([user("Hi")])
+    if isinstance(template, bytes):
+        (directory / "chat_template.jinja").write_bytes(template)
+    else:
+        (directory / "chat_template.jinja").unlink()
+        (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(UserError, match="chat.template.*--chat-format"):
+        open_format(directory)
+    assert open_format(directory, "llama3")[1].prompt([user("Hi")]) == expected
+
+
 def test_bos_of_a_chatml_fine_tune(tmp_path):
     """Its template tells; without one it is as in pretraining."""
     for case, template in enumerate([None, TEMPLATES["chatml"], "{{ bos_token }}" + TEMPLATES["chatml"]]):
