@@ -220,9 +220,10 @@ def hold_out(options: Namespace) -> None:
 
 def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     """The record of a row for one seed: its figures, or why there are none."""
+    several = f"{kit.runs.options.processes} x " * (kit.runs.options.processes > 1)
     record = {
         "row": row.name, "seed": kit.seed, "figures": {}, "rates": "",
-        "device": device_name(inference_device()), "date": time.strftime("%Y-%m-%d"),
+        "device": several + device_name(inference_device()), "date": time.strftime("%Y-%m-%d"),
     }  # fmt: skip
     try:
         model = row.model(kit)

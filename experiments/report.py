@@ -56,7 +56,8 @@ def markdown(title: str, rows: Rows, paper: dict[str, Any]) -> str:
         failed = [f"failed: {record['failed']}" for record in records if "failed" in record]
         cells += [*(failed[:1] or [records[0]["rates"]]), ",".join(str(record["seed"]) for record in records)]
         lines.append("| " + " | ".join(cells) + " |")
-    said = f"{last['device']}, {last['date']}; target, source: bits a byte; ± is the standard deviation"
+    devices = dict.fromkeys(record["device"] for records in rows.values() for record in records)
+    said = f"{' and '.join(devices)}, {last['date']}; target, source: bits a byte; ± is the standard deviation"
     without = [f"--{name}" for name in ("instruct", "conversations", "source") if not last["settings"][name]]
     without += [name for name in BENCHMARKS if name not in columns]
     return "\n".join([*lines, "", f"{said}. Without {', '.join(without) or 'nothing'}.\n"])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.fields import read_json_object
+from elo.common.terminal import note
 from elo.methods import DEFAULT_LAYERS
 from experiments.runs import Runs
 
@@ -66,6 +67,8 @@ class Kit:
         for name in options.benches:
             if name in JUDGED:
                 found = self.judged(name, chat).get("models", {}).get("row", {})
+                if found.get("unparsed"):
+                    note(f"{name}: {found['unparsed']} of {found['judgments']} judgments have no rating")
             else:
                 words = ("--model", chat, "--tasks", name, "--data", options.benchmarks)
                 made = self.result("eval choice", *words, "--samples", "{here}/samples.jsonl")

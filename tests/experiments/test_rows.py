@@ -107,6 +107,14 @@ def test_chat_and_benchmarks(tmp_path):
     assert str(judge.directory) not in kit.runs.command(score)
 
 
+def test_judgments_without_a_rating_are_told(tmp_path, monkeypatch, capsys):
+    found = {"models": {"row": {"average": 5.0, "judgments": 2, "unparsed": 1}}}
+    monkeypatch.setattr(Kit, "judged", lambda *_: found)
+    kit = Kit(Runs(options(tmp_path, benches=["logickor"])), 0)
+    assert kit.measure("model") == {"logickor": 5.0}
+    assert "logickor: 1 of 2 judgments have no rating" in capsys.readouterr().err
+
+
 def test_the_scores_are_those_of_the_judge(tmp_path, monkeypatch):
     done = pretending(monkeypatch, {})
     kit = Kit(begun(options(tmp_path, benchmarks="bench")), 0)
