@@ -236,8 +236,9 @@ def test_held_out_conversations_are_not_trained_on(files_only, written, capfd):
 
 def test_what_is_there_twice_is_not_held_out_and_trained_on(capfd):
     """Whichever is held out: nothing of it is left to train on."""
-    write_chats("twice.jsonl", range(20))
-    assert run_here("sft --epochs 1 --data twice.jsonl twice.jsonl") == 0
+    write_chats("once.jsonl", range(20))
+    write_chats("again.jsonl", range(20))
+    assert run_here("sft --epochs 1 --data once.jsonl again.jsonl once.jsonl") == 0
     left_out = int(re.search(r"--data: (\d+) conversations are left out, the same as", capfd.readouterr().err)[1])
     assert 2 < left_out <= 8
     assert lines(Path("out"))[-1]["conversations"] == 40 - 8 - left_out
