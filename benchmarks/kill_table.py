@@ -92,7 +92,7 @@ def appeared(out: Path, stage: str, steps: int = 0, since: float = 0) -> bool:
     if stage == "tokenizing":
         found = (out.parent / "token-cache").glob(".building-*")
     elif stage == "saving":
-        found = (path for path in out.glob("checkpoints/step-*") if not (path / ".metadata").exists())
+        found = (path for path in out.glob("checkpoints/step-*") if not (path / "state.json").exists())
     else:
         found = (path for pattern in (".saving-*", "epoch-*/.saving-*") for path in out.glob(pattern))
     with suppress(FileNotFoundError):  # gone while we look

@@ -31,8 +31,7 @@ from elo.model.saving import export
 from elo.optimizer import Optimizer, TrainingOptions
 from elo.runs.processes import process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.runs.state_files import checksum
-from elo.runs.states import States
+from elo.runs.states import States, checksum
 from elo.text.tokenizer import load_tokenizer
 
 DOCUMENTS = 5_000_000
@@ -122,7 +121,7 @@ def states_and_models(model: str, folder: Path) -> None:
         report(size / parameters, "bytes", "a state, for a trained parameter")
         report(size / copying / 1e9, "GB/s", "copying a state before training goes on, a process")
         report(size / whole / 1e9, "GB/s", "saving a state with checksum and fsync, a process")
-        (file,) = (folder / "states/step-2").glob("*.distcp")
+        (file,) = (folder / "states/step-2").glob("*.safetensors")
         report(size / seconds(lambda: checksum(file)) / 1e9, "GB/s", "the checksum of a file in the page cache")
         with redirect_stdout(sys.stderr):
             spent = seconds(states.load_newest)

@@ -83,6 +83,7 @@ def train(
             while step < steps:
                 # ---- one training step ------------------------------------------------------------------------------
                 started, feed.waited = time.perf_counter(), 0.0
+                torch.manual_seed(step * world.size + world.rank)  # a run that is resumed draws the same numbers
                 lr = learning_rate(step, steps, options)
                 optimizer.set_learning_rate(lr)
                 loss = accumulate(model, feed, batches.label_count(step), optimizer, world)

@@ -134,7 +134,7 @@ def test_a_signal_saves_and_resume_ends_as_if_nothing_had_been(project, plain, t
     assert processes or process.returncode == 0
     assert not (out / "config.json").exists()
     assert len(lines(out)) == 3
-    assert (out / "checkpoints" / "step-3" / ".metadata").exists()
+    assert (out / "checkpoints" / "step-3" / "state.json").exists()
 
     run(project, out, "--micro-batch", "2", processes=processes or 1)  # the same command goes on
     assert [line["step"] for line in lines(out)] == list(range(1, len(losses(plain)) + 1))
@@ -206,7 +206,7 @@ def test_an_error_of_the_thread_that_reads_is_the_runs(project, tmp_path, monkey
     assert capfd.readouterr().err.splitlines()[-1] == "error: the disk is gone"
     assert [line["step"] for line in lines(out)] == [1, 2, 3]
     assert [line["data_seconds"] // 1000 for line in lines(out)] == [2, 2, 2]  # each of two micro-batches
-    assert (out / "checkpoints" / "step-2" / ".metadata").exists()
+    assert (out / "checkpoints" / "step-2" / "state.json").exists()
     assert not any(thread.name.startswith("feed") for thread in set(threading.enumerate()) - threads)
 
 

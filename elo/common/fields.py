@@ -70,6 +70,15 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
+def replace_json(path: Path, content: dict[str, Any]) -> None:
+    """`write_json` by way of PATH.new, a rename of which a kill leaves the file before or all of this one."""
+    aside = path.with_name(f"{path.name}.new")
+    write_json(aside, content)
+    with open(aside, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(aside, path)
+
+
 def check_output(option: str, path: str | Path | None, inputs: Iterable[str | Path] = ()) -> None:
     """Before any work: raises UserError for a file that could not be written after it, or that is an input.
 

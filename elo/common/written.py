@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from elo.common.errors import UserError
-from elo.common.fields import read_json_object, write_json
+from elo.common.fields import read_json_object, replace_json
 
-RUN, NEW = "run.json", "run.json.new"  # which becomes run.json by rename
+RUN, NEW = "run.json", "run.json.new"  # of `replace_json`
 LIST = "written"  # in run.json
 BEGINNING = f'{{\n  "{LIST}": ['.encode()  # of every run.json, so that a part of one can be told from another file
 SAVING = ".saving-"  # begins the name of a folder that is listed with all that is in it
@@ -44,10 +44,7 @@ class Written:
     def save(self) -> None:
         if self.run is None:
             return
-        write_json(self.out / NEW, {LIST: sorted(self.names), **self.run})
-        with open(self.out / NEW, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(self.out / NEW, self.out / RUN)
+        replace_json(self.out / RUN, {LIST: sorted(self.names), **self.run})
 
     def obstacle(self, name: str, allowed: Collection[str] = ()) -> str | None:
         """What keeps a file from its place: one that is neither listed nor allowed to go, or a link in a folder's."""

@@ -205,8 +205,12 @@ def local_rows(parameter: Tensor) -> tuple[int, int]:
     """The rows of a parameter that this process holds, as (start, stop); all of them unless it is sharded."""
     if not isinstance(parameter, DTensor):
         return 0, parameter.shape[0]
-    # fully_shard splits the first dimension as `torch.chunk` does.
-    rows, axis = parameter.shape[0], parameter.placements.index(Shard(0))
-    chunk = -(-rows // parameter.device_mesh.size(axis))
-    start = min(chunk * parameter.device_mesh.get_local_rank(axis), rows)
+    mesh, axis = parameter.device_mesh, parameter.placements.index(Shard(0))
+    return dealt_rows(parameter.shape[0], mesh.size(axis), mesh.get_local_rank(axis))
+
+
+def dealt_rows(rows: int, parts: int, number: int) -> tuple[int, int]:
+    """One of equal parts of rows, as (start, stop): fully_shard splits as `torch.chunk` does."""
+    chunk = -(-rows // parts)
+    start = min(chunk * number, rows)
     return start, min(start + chunk, rows)

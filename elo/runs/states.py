@@ -1,43 +1,50 @@
-"""Resumable states of a run: OUT/checkpoints/step-N, written by torch.distributed.checkpoint while training goes on.
+"""Resumable states of a run: OUT/checkpoints/step-N, written by a thread while training goes on.
 
-A state has the trained parameters and the buffers, the optimizer, the number of steps done, which is also the position
-in the data and in the schedule, and the random state of every process. Frozen parameters come from the base again.
+A state has the trained parameters, AdamW's averages of their gradients, and the buffers; the number of steps done is
+also the position in the data and in the schedule, and what seeds a step's random numbers. Frozen parameters come from
+the base again.
+
+Of the processes that hold the model together each writes its rows of all tensors into a safetensors file. state.json,
+which names these files with their checksums, comes last, by rename: a directory without it was cut short.
 
 One that is damaged is passed over for the one before it. One that is as it was written and still cannot be read is
 another version's: it is worth keeping, and the run does not go on without it.
 """
 
 import os
-import platform
 import re
 import time
-from concurrent.futures import Future
+import zlib
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from elo.common.errors import EarlyExit, UserError
+from elo.common.fields import read_json_object, replace_json
 from elo.common.options import Interval
+from elo.model.checkpoint import dealt_rows, local_rows
 from elo.model.decoder import CausalLM
-from elo.runs.devices import random_state, set_random_state
+from elo.model.saving import save_file
 from elo.runs.processes import World, is_lost_connection
-from elo.runs.state_files import METADATA, StatePlanner, StateReader, SummingWriter, check_files, remove_state
 
-TRAINED_ONLY = StateDictOptions(ignore_frozen_params=True, strict=False)
+# The file of a state that comes last; before was that of torch.distributed.checkpoint.
+LAST = STATE, BEFORE = "state.json", ".metadata"
+FILE = re.compile(r"state\.json(\.new)?|part-[0-9]+\.safetensors|(\.metadata|__[0-9]+_[0-9]+\.distcp)(\.[a-z0-9]+)?")
 NAME = re.compile(r"step-(0|[1-9][0-9]{0,17})")
 DAMAGED = "damaged-"  # in front of it
 
 
 def complete(directory: Path) -> list[Path]:
     """The complete states in a run's folder of them, oldest first."""
-    return sorted((path for path in _all(directory) if (path / METADATA).exists()), key=_step_of)
+    return sorted((path for path in _all(directory) if any((path / name).exists() for name in LAST)), key=_step_of)
 
 
 def _all(directory: Path) -> list[Path]:
@@ -62,6 +69,7 @@ class States:
     saving: tuple[Path, Future] | None = None
     saved_step: int = 0
     saved_at: float = field(default_factory=lambda: time.monotonic())
+    thread: ThreadPoolExecutor = field(default_factory=partial(ThreadPoolExecutor, 1))
 
     def __enter__(self) -> "States":
         return self
@@ -104,28 +112,46 @@ class States:
     def save(self, step: int) -> None:
         """Begin to save: returns when training may go on."""
         self.finish_saving()
-        directory = self.directory / f"step-{step}"
-        state = self._state(step)
-        future = dcp.async_save(state, storage_writer=SummingWriter(directory), process_group=self.world.saving_group)
-        self.saving = directory, future
+        mesh = next(parameter for parameter in self.model.parameters() if parameter.requires_grad).device_mesh
+        number, count = mesh.get_local_rank(mesh.ndim - 1), mesh.size(mesh.ndim - 1)
+        rows = {}
+        if mesh.ndim == 1 or mesh.get_local_rank(0) == 0:  # with --shard all groups hold the same
+            for name, value in self._state(step).items():
+                is_sharded = isinstance(value, DTensor)
+                mine = value.to_local() if is_sharded else value[slice(*dealt_rows(len(value), count, number))]
+                rows[name] = mine.detach().to("cpu", copy=True)
+        part = self.directory / f"step-{step}" / f"part-{number}.safetensors"
+        self.saving = part.parent, self.thread.submit(self._write, part, rows)
         self.saved_step, self.saved_at = step, time.monotonic()
+
+    def _write(self, part: Path, rows: dict[str, Tensor]) -> None:
+        """In the thread. Raises OSError where this process's disk fails."""
+        sums: list[list[int] | None] = [None] * self.world.size
+        mine = None
+        try:
+            mine = [write_part(part, rows)] if rows else []
+        finally:
+            dist.all_gather_object(sums, mine, group=self.world.saving_group)
+        if self.world.rank == 0 and None not in sums:
+            replace_json(part.with_name(STATE), {"checksums": sum(sums, [])})
 
     def finish_saving(self) -> None:
         """Wait for the state that is being written. Raises UserError if it could not be."""
         if self.saving is None:
             return
         (directory, future), self.saving = self.saving, None
-        try:
-            future.result()
-        except CheckpointException as error:
+        error = future.exception()
+        if error is not None and not isinstance(error, OSError):
+            raise error
+        if failed := [error for error in self.world.gather(error) if error]:
             if self.world.rank == 0:
                 remove_state(directory)
-            _raise_lost_connection(error)
+            self.world.wait()
             before = self.complete()
             raise UserError(
-                f"{directory}: the state cannot be saved: {_cause(error)}; "
+                f"{directory}: the state cannot be saved: {failed[0].strerror or failed[0]}; "
                 f"the last saved state is {before[-1].name if before else 'none'}"
-            ) from None
+            )
         self._remove_all_but_newest()
         self.world.wait()  # no collective of the next step waits for the disk
 
@@ -167,53 +193,112 @@ class States:
         return self.saved_step
 
     def _load(self, directory: Path) -> str | None:
-        """Restore a state. Returns what is wrong with it, if anything is."""
-        world = self.world
-        reader = StateReader(directory)
-        damaged, unknown = check_files(reader, world)
-        if damaged:
+        """Restore a state. Returns what is damaged in it, if anything is. Each process checks its part of the files."""
+        sums = self.world.on_rank_0(read_checksums, directory)
+        if not sums:
+            return f"{STATE} cannot be read"
+        parts = [directory / f"part-{number}.safetensors" for number in range(len(sums))]
+        mine = [*zip(parts, sums, strict=True)][self.world.rank :: self.world.size]
+        damaged = [damage for path, expected in mine if (damage := damage_of(path, expected))]
+        if damaged := sum(self.world.gather(damaged), []):
             return damaged[0]
-        if unknown:
-            raise _another_versions(directory, unknown[0])
-        state = self._state(_step_of(directory))
-        known = reader.read_metadata().state_dict_metadata
-        # Another number of processes has other random states, as it has other parts of a batch.
-        mine = {name: value for name, value in state["random"].items() if f"random.{name}" in known}
-        state["random"] = mine
+        unknown = []
         try:
-            dcp.load(state, storage_reader=reader, planner=StatePlanner(), process_group=world.host_group)
-        except CheckpointException as error:
-            _raise_lost_connection(error)
-            if any(isinstance(cause, OSError) for cause, _ in error.failures.values()):
-                return _cause(error)
-            raise _another_versions(directory, _cause(error)) from None
-        set_state_dict(
-            self.model,
-            self.optimizers,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=TRAINED_ONLY,
-        )
-        if mine:
-            set_random_state(world.device, {name.split("-")[1]: value for name, value in mine.items()})
+            for name, value in self._state(_step_of(directory)).items():
+                read_rows(parts, name, value)
+        except (SafetensorError, ValueError) as error:
+            unknown = [str(error)]
+        if unknown := sum(self.world.gather(unknown), []):
+            raise another_versions(directory, unknown[0])
         return None
 
-    def _state(self, step: int) -> dict[str, Any]:
-        """What there is now, as references: loading writes into them, and saving copies them first."""
-        model, optimizer = get_state_dict(self.model, self.optimizers, options=TRAINED_ONLY)
-        # Without the second name of a tied head: it is trained or frozen as the embedding.
-        names = [name for name, _ in (*self.model.named_parameters(), *self.model.named_buffers())]
-        model = {name: model[name] for name in names if name in model}
-        random = {f"{self.world.rank}-{name}": value for name, value in random_state(self.world.device).items()}
-        return {"model": model, "optimizer": optimizer, "random": random}
+    def _state(self, step: int) -> dict[str, Tensor]:
+        """What there is now, as references: loading writes into them. AdamW's averages are made if there are none."""
+        state = dict(self.model.named_buffers())
+        adamws = {parameter: a for a in self.optimizers for group in a.param_groups for parameter in group["params"]}
+        for name, parameter in self.model.named_parameters():
+            if parameter.requires_grad:
+                own = adamws[parameter].state[parameter]
+                own["step"] = torch.tensor(float(step), device=parameter.device)
+                for average in ("exp_avg", "exp_avg_sq"):
+                    if average not in own:
+                        own[average] = torch.zeros_like(parameter)
+                    state[f"{name}.{average}"] = own[average]
+                state[name] = parameter
+        return state
 
 
-def _another_versions(directory: Path, reason: str) -> UserError:
+def write_part(path: Path, rows: dict[str, Tensor]) -> int:
+    """A file of tensors, which are let go one by one; its checksum. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a state that was cut short
+    save_file(path, {name: (tuple(value.shape), value.dtype) for name, value in rows.items()}, rows.pop)
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+    return checksum(path)
+
+
+def read_checksums(directory: Path) -> list[int]:
+    """Of each part; none if state.json is damaged. Raises UserError for a state of another version."""
+    if not (directory / STATE).exists():
+        raise another_versions(directory, f"it has {BEFORE} in place of {STATE}")
+    with suppress(UserError):
+        sums = read_json_object(directory / STATE).get("checksums")
+        if isinstance(sums, list):
+            return sums
+    return []
+
+
+def another_versions(directory: Path, reason: str) -> UserError:
     return UserError(
-        f"{directory}: this state is as it was written, but Python {platform.python_version()} with torch "
-        f"{torch.__version__} cannot read it ({reason}); go on with the versions that wrote it, which run.json names, "
-        "or move it away to go on from the state before it"
+        f"{directory}: this state is as it was written, but this version cannot read it ({reason}); go on with the "
+        "version that wrote it, or move it away to go on from the state before it"
     )
+
+
+def read_rows(files: list[Path], name: str, value: Tensor) -> None:
+    """Fill a tensor, of a sharded one this process's rows. Raises SafetensorError or ValueError for another tensor."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    start, stop = local_rows(value)
+    found = []
+    for number, path in enumerate(files):
+        first, last = dealt_rows(len(value), len(files), number)
+        if max(start, first) < min(stop, last):
+            with safe_open(path, "pt") as file:
+                found.append(file.get_slice(name)[max(start, first) - first : min(stop, last) - first])
+    if found:
+        rows = torch.cat(found)
+        if rows.shape != local.shape:
+            raise ValueError(f"{name} has rows of shape {tuple(rows.shape)}, not {tuple(local.shape)}")
+        local.detach().copy_(rows)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with open(path, "rb") as file:
+        while block := file.read(2**22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def damage_of(path: Path, expected: int) -> str | None:
+    """What is wrong with a file that had this checksum when it was written, if anything is."""
+    try:
+        return None if checksum(path) == expected else f"{path.name} has another checksum than when it was written"
+    except OSError as error:
+        return f"{path.name}: {error.strerror}"
+
+
+def remove_state(directory: Path) -> None:
+    """`LAST` first, so that a part is never taken for the whole. What is no state's stays, and what a link is."""
+    if directory.is_symlink():
+        return
+    for path in [*(directory / name for name in LAST), *directory.glob("*")]:
+        if FILE.fullmatch(path.name):
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        directory.rmdir()
 
 
 def remove_states(directory: Path) -> None:
@@ -229,16 +314,3 @@ def remove_states(directory: Path) -> None:
 
 def _step_of(directory: Path) -> int:
     return int(directory.name.removeprefix("step-"))
-
-
-def _cause(error: CheckpointException) -> str:
-    """One of the processes' reasons, in a line."""
-    cause = next(iter(error.failures.values()))[0]
-    return (isinstance(cause, OSError) and cause.strerror) or str(cause).splitlines()[0]
-
-
-def _raise_lost_connection(error: CheckpointException) -> None:
-    """A process that is gone is nothing that is wrong with a state."""
-    for cause, _ in error.failures.values():
-        if isinstance(cause, dist.DistError) or "gloo" in str(cause):
-            raise RuntimeError(str(cause)) from error

@@ -134,7 +134,7 @@ def test_names_of_states(names):
     with case_directory() as directory:
         for name in names:
             (directory / name).mkdir(exist_ok=True)
-            (directory / name / ".metadata").touch()
+            (directory / name / "state.json").touch()
         states = States(directory, None, [], WORLD, None, keep=1)
         result_or_user_error(states._remove_all_but_newest, writes=directory)
         others = {name for name in names if name not in ("step-3", "step-12")}

@@ -15,7 +15,7 @@ from small_runs import finish, go_on, losses, pausing, result, run_here, start, 
 from benchmarks import kill_table
 from elo import training
 from elo.common.errors import message_line
-from elo.runs.state_files import SummingWriter
+from elo.runs import states as states_module
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_a_process_whose_fellow_dies_says_so(project):
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried."), MemoryError()], ids=repr)
 def test_out_of_memory(project, error, monkeypatch, capfd):
     """One line; the state that is being written is waited for."""
-    accumulate, write_data = training.accumulate, SummingWriter.write_data
+    accumulate, write_part = training.accumulate, states_module.write_part
     steps = iter(range(9))
 
     def fail(*arguments):
@@ -49,7 +49,7 @@ def test_out_of_memory(project, error, monkeypatch, capfd):
     out = f"full-{type(error).__name__}"
     with monkeypatch.context() as patch:
         patch.setattr(training, "accumulate", fail)
-        patch.setattr(SummingWriter, "write_data", lambda *plan: time.sleep(0.5) or write_data(*plan))
+        patch.setattr(states_module, "write_part", lambda *part: time.sleep(0.5) or write_part(*part))
         assert run_here("train --save-every 3 --max-steps 4", out) == 2
     said = capfd.readouterr().err
     (line,) = [line for line in said.splitlines() if line.startswith("error")]

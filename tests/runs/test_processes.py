@@ -34,8 +34,6 @@ def gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: setattr(seen, "device", device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 1000 + device.index)
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: seen.state)
-    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: setattr(seen, "state", state))
     return seen
 
 
@@ -86,11 +84,6 @@ def test_what_is_asked_of_the_gpu(gpus):
     device = torch.device("cuda", 1)
     assert devices.device_name(device) == "GPU 1"
     assert devices.peak_memory(device) == 1001
-    state = devices.random_state(device)
-    assert state.keys() == {"cpu", "cuda"}
-    gpus.state = None
-    devices.set_random_state(device, state)
-    assert torch.equal(gpus.state, torch.arange(16, dtype=torch.uint8))
 
 
 def test_a_thread_pins_memory_for_its_processs_gpu(monkeypatch):
@@ -100,14 +93,6 @@ def test_a_thread_pins_memory_for_its_processs_gpu(monkeypatch):
     assert devices.pinned(tensor, torch.device("cuda", 1)) == ("pinned", tensor)
     assert taken == [torch.device("cuda", 1)]
     assert devices.pinned(tensor, torch.device("cpu")) is tensor
-
-
-def test_the_random_state_comes_back():
-    torch.manual_seed(3)
-    state = devices.random_state(torch.device("cpu"))
-    drawn = torch.rand(5)
-    devices.set_random_state(torch.device("cpu"), state)
-    assert torch.equal(torch.rand(5), drawn)
 
 
 def small_model(**fields):

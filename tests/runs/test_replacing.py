@@ -56,7 +56,7 @@ def test_what_others_put_beside_a_run_stays(project, monkeypatch, command):
         assert run_here(command) == 0
         assert all_there(*others)
         assert Path("out/epoch-1-backup/model.safetensors").exists()
-        assert Path(f"out/checkpoints/{newest}-copy/.metadata").exists()
+        assert Path(f"out/checkpoints/{newest}-copy/state.json").exists()
         command += " --overwrite"
 
 
@@ -80,7 +80,7 @@ def test_overwrite_replaces_files_by_their_exact_names(project, name, capfd):
 @pytest.mark.parametrize(
     ("name", "command"),
     [
-        ("checkpoints/step-1/.metadata", "train"),
+        ("checkpoints/step-1/state.json", "train"),
         ("checkpoints/notes", "train"),
         ("checkpoints", "train"),
         ("config.json/notes", "train"),
@@ -129,7 +129,7 @@ def test_files_put_there_while_it_trains(project, monkeypatch, capfd):
 
 @pytest.mark.parametrize("name", ["checkpoints", "adapter", "original", "epoch-1"])
 def test_nothing_is_removed_through_a_link(project, name, capfd):
-    files = "step-1/.metadata", "adapter_config.json", "tokenizer.model", "config.json", "notes"
+    files = "step-1/state.json", "adapter_config.json", "tokenizer.model", "config.json", "notes"
     put(*files, out="elsewhere")
     Path("out").mkdir()
     Path("out", name).symlink_to("../elsewhere")

@@ -113,7 +113,7 @@ def test_killed_while_the_model_is_written(project, alone, monkeypatch, command)
         assert not Path("out/config.json").exists()
     with monkeypatch.context() as patch:
         patch.setattr("elo.training.accumulate", kill)
-        patch.setattr("elo.runs.states.dcp.async_save", kill)
+        patch.setattr("elo.runs.states.write_part", kill)
         assert run_here(command) == 0
     assert result(Path("out")) == alone(command)
 

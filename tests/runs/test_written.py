@@ -32,7 +32,7 @@ def killed_at(monkeypatch, number, command):
         for name in ("replace", "unlink", "mkdir", "rmdir"):
             patch.setattr(os, name, once(getattr(os, name)))
         patch.setattr(shutil, "rmtree", once(shutil.rmtree))
-        patch.setattr("elo.common.written.write_json", once(write_json))
+        patch.setattr("elo.common.fields.write_json", once(write_json))
         try:
             assert run_here(command) == 0
         except Killed:

@@ -152,7 +152,7 @@ def result(out: Path) -> tuple[dict[str, bytes], list[dict]]:
 
 
 def states(out: Path) -> list[str]:
-    found = [path.parent.name for path in out.glob("checkpoints/step-*/.metadata")]
+    found = [path.parent.name for path in out.glob("checkpoints/step-*/state.json")]
     return sorted(found, key=lambda name: int(name[5:]))
 
 

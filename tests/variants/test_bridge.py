@@ -112,7 +112,7 @@ def test_goes_on_with_the_map_that_it_began_with(tmp_path, monkeypatch):
     """The state's; another machine would fit another one."""
     assert run_here(f"{ONLY} --save-every 3 --keep-checkpoints 9", "whole") == 0
     assert run_here(f"{ONLY} --save-every 3 --keep-checkpoints 9") == 0
-    for name in ("config.json", "checkpoints/step-6/.metadata"):
+    for name in ("config.json", "checkpoints/step-6/state.json"):
         (tmp_path / "out" / name).unlink()
     monkeypatch.setattr(bridge, "fit_all", lambda *_: pytest.fail("the state has the map, and a fit takes minutes"))
     assert run_here(f"{ONLY} --save-every 3 --keep-checkpoints 9") == 0
