@@ -95,6 +95,7 @@ def main(arguments: Namespace) -> None:
         "dtype": arguments.dtype,
         "batch_size": arguments.batch_size,
         "chat_format": format.name,
+        "stops": sorted(format.stop_ids),
         "setting": arguments.setting,
         "model": digest(checkpoint.fingerprint(), tokenizer.fingerprint),
     }

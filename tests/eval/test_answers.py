@@ -246,6 +246,14 @@ def test_answers_made_in_another_way_are_not_mixed(words, message, ask):
     assert f"tiny.jsonl:1: made in another way: {message}; use --overwrite" in line
 
 
+def test_answers_that_other_tokens_end_are_not_mixed(ask, tmp_path):
+    write_model(tmp_path / "tiny")
+    assert ask(directory=tmp_path / "tiny")[0] == 0
+    (tmp_path / "tiny/generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
+    status, err, _ = ask(directory=tmp_path / "tiny")
+    assert status == 2 and "made in another way: stops was [" in err
+
+
 def test_a_model_that_was_trained_on_is_another(ask, tmp_path):
     write_model(tmp_path / "tiny")
     assert ask(directory=tmp_path / "tiny")[0] == 0

@@ -115,7 +115,7 @@ def test_published_prompts_and_references(name, judge, tmp_path):
         ("7점", True, -1),
         ("점수: 100", True, -1),
         ("점수: 8, 좋다", True, 8),
-        ("점수: 18,5", True, -1),
+        ("점수: 8,5", True, -1),
         ("[[8,5]]", False, -1),
     ],
 )
