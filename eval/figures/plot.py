@@ -24,6 +24,7 @@ from elo.common.options import Parser
 from elo.common.terminal import say
 from eval.jsonl import read_lines
 from eval.judged.benchmarks import short_category
+from eval.judged.judge_prompts import SCALE
 
 Data = dict[str, Any]
 KINDS = (
@@ -108,12 +109,17 @@ def _recognize(path: Path) -> tuple[str, Data]:
     raise UserError(f"{path}: {KINDS}")
 
 
-def _number(value: object, where: str) -> float | None:
+def _number(value: object, where: str, most: float = 1e300) -> float | None:
+    """None for null and for what is not finite. UserError for what the figure's axes would hide."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise UserError(f"{where}: {value!r:.60} is not a number")
-    return float(value) if -1e300 < value < 1e300 else None
+    if not -1e300 < value < 1e300:
+        return None
+    if not 0 <= value <= most:
+        raise UserError(f"{where}: {value} is not from 0 to {most:g}")
+    return float(value)
 
 
 def scores(contents: Mapping[Path, Data]) -> Data:
@@ -135,11 +141,13 @@ def scores(contents: Mapping[Path, Data]) -> Data:
             if not isinstance(figures, dict) or not isinstance(figures.get("categories", {}), dict):
                 raise UserError(f"{path}: models.{name} must have figures, as eval score writes them")
             where = f"{path}: models.{name}"
-            models[name] = {turn: _number(figures.get(turn), where) for turn in TURNS}
+            models[name] = {turn: _number(figures.get(turn), where, SCALE[1]) for turn in TURNS}
             means = {}
             for category, values in figures.get("categories", {}).items():
                 mean = values.get("average") if isinstance(values, dict) else values
-                means[short_category(category)] = _number(mean, f"{where}.{category}")
+                if (short := short_category(category)) in means:
+                    raise UserError(f"{where}: two categories are called {short!r:.60}")
+                means[short] = _number(mean, f"{where}.{category}", SCALE[1])
             models[name]["categories"] = means
     for title, models in benchmarks.items():
         categories = list(dict.fromkeys(category for model in models.values() for category in model["categories"]))
@@ -188,7 +196,8 @@ def speed(contents: Mapping[Path, Data]) -> Data:
             if figures["tokens_per_second"] is None:
                 raise UserError(f"{where}: no tokens_per_second")
             label = f"{label}, {names[path]}" if len(contents) > 1 else label
-            bars.setdefault(label, {})[str(row.get("dtype", ""))] = figures
+            if bars.setdefault(label, {}).setdefault(str(row.get("dtype", "")), figures) is not figures:
+                raise UserError(f"{where}: another row has the same method, implementation and dtype")
         if content.get("figure3") is not None:
             if figure3 is not None:
                 raise UserError(f"{path}: another file has a figure3 too; draw one at a time")
@@ -203,6 +212,8 @@ def hours(content: object, where: str) -> Data:
     if not isinstance(content, dict) or not isinstance(content.get("gigabytes"), list):
         raise UserError(f"{where}: gigabytes must be a list")
     gigabytes = [_number(value, f"{where}.gigabytes") for value in content["gigabytes"]]
+    if None in gigabytes:
+        raise UserError(f"{where}: gigabytes must be numbers")
     checked: Data = {"gigabytes": gigabytes}
     for name in ("hours", "paper"):
         lines = content.get(name) or {}
@@ -213,4 +224,6 @@ def hours(content: object, where: str) -> Data:
             if len(values) != len(gigabytes):
                 raise UserError(f"{where}.{name}.{method}: {len(values)} hours for {len(gigabytes)} gigabytes")
             checked[name][method] = [_number(value, f"{where}.{name}.{method}") for value in values]
+            if 0 in checked[name][method]:
+                raise UserError(f"{where}.{name}.{method}: 0 hours have no place on a logarithmic axis")
     return checked

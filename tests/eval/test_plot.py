@@ -44,10 +44,10 @@ def scores_file(path, bench, categories, *models):
     figures = {}
     for shift, name in enumerate(models):
         means = {
-            category: {"first": 5.0, "second": 6.0, "average": 1.0 + index + shift / 4}
+            category: {"first": 5.0, "second": 6.0, "average": 1.0 + index + shift % 5 / 4}
             for index, category in enumerate(categories)
         }
-        figures[name] = {"first": 5.0 + shift, "second": 4.25, "average": 4.5, "categories": means}
+        figures[name] = {"first": 5.0 + shift % 5, "second": 4.25, "average": 4.5, "categories": means}
     path.write_text(json.dumps({"bench": bench, "models": figures}))
     return path
 
@@ -266,6 +266,13 @@ def test_bars_of_speed_and_figure_3(plot, tmp_path):
         ('{"models": {}}', "bad.json: no models"),
         ('{"models": {"m": 3}}', "bad.json: models.m must have figures"),
         ('{"models": {"m": {"first": "7"}}}', "bad.json: models.m: '7' is not a number"),
+        ('{"models": {"m": {"first": 85}}}', "bad.json: models.m: 85 is not from 0 to 10"),
+        ('{"models": {"m": {"categories": {"a": -3}}}}', "bad.json: models.m.a: -3 is not from 0 to 10"),
+        ('{"models": {"m": {"categories": {"수학(Math)": 3, "Math": 4}}}}', "two categories are called 'Math'"),
+        ('{"rows": [{"tokens_per_second": -1}]}', "rows[0].tokens_per_second: -1 is not from 0 to 1e+300"),
+        ('{"rows": [{"tokens_per_second": 1}, {"tokens_per_second": 2}]}', "rows[1]: another row has the same method"),
+        ('{"rows": [], "figure3": {"gigabytes": [1, NaN]}}', "figure3: gigabytes must be numbers"),
+        ('{"rows": [], "figure3": {"gigabytes": [1], "hours": {"a": [0]}}}', "hours.a: 0 hours have no place"),
         ('{"rows": []}', "bad.json: no rows"),
         ('{"rows": [{"method": "elo"}]}', "bad.json: rows[0]: no tokens_per_second"),
         ('{"rows": [3]}', "bad.json: rows[0] must be an object"),
