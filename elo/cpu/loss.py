@@ -1,8 +1,7 @@
 """Head and cross-entropy that train faster on a CPU.
 
 Tiles of many tokens and few columns of the vocabulary make faster products than whole rows of logits, and stay in
-cache. Where the head is trained its gradient needs each token's whole softmax, and so rows as elsewhere, by faster
-products. Outside of training it is torch's operators.
+cache. Where the head is trained its gradient needs each token's whole softmax, and so rows as elsewhere.
 """
 
 import math
@@ -11,23 +10,12 @@ import torch
 from torch import Tensor
 
 from elo.common.chunks import even_chunk, row_chunks
-from elo.cpu.linear import add_matmul, matmul_t, product_dtype
+from elo.cpu.linear import matmul_t, product_dtype
 
 # Logits at a time: few enough to stay in the last cache of a CPU.
 TILE_BYTES, TILE_ROWS = 12 * 2**20, 2**12
-# Where all logits of a token must be there at once.
-CHUNK_BYTES = 50 * 2**20
 # fp32 copies at a time of logits in another dtype.
 BLOCK_BYTES = 3 * 2**19
-
-
-def loss_and_gradients(
-    hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, needs_hidden: bool, needs_weight: bool
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """As `elo.model.loss.LinearCrossEntropy` has it, for training: one of them is needed."""
-    if needs_weight:
-        return _by_tokens(hidden, weight, labels, places, needs_hidden)
-    return *_by_vocabulary(hidden, weight, labels, places), None
 
 
 def softmax_(logits: Tensor) -> Tensor:
@@ -46,7 +34,7 @@ def softmax_(logits: Tensor) -> Tensor:
     return logsumexp
 
 
-def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
+def by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None) -> tuple[Tensor, Tensor]:
     """The loss and its gradient at `hidden`, a tile of the vocabulary after the other.
 
     The gradient is softmax(hidden @ weight.T) @ weight - weight[labels]: attention of the tokens over the vocabulary,
@@ -74,27 +62,3 @@ def _by_vocabulary(hidden: Tensor, weight: Tensor, labels: Tensor, places: Tenso
         loss += (logsumexp - target_logit).sum()
         hidden_grad[rows] = total.sub_(target).to(hidden.dtype)
     return loss, hidden_grad
-
-
-def _by_tokens(
-    hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, needs_hidden: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """The loss and its gradients at `hidden` and `weight`, some tokens after the others."""
-    weight = weight.to(product_dtype(hidden))
-    hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
-    weight_grad = torch.zeros_like(weight, dtype=torch.float32)
-    loss = torch.zeros((), dtype=torch.float32)
-    count = len(hidden) if places is None else len(places)
-    size = even_chunk(count, CHUNK_BYTES // (len(weight) * weight.itemsize))
-    for rows in row_chunks(count, size, places):
-        h, target = hidden[rows].to(weight.dtype), labels[rows, None]
-        logits = matmul_t(h, weight)  # (chunk, vocabulary)
-        target_logit = logits.gather(1, target)
-        losses = softmax_(logits) - target_logit
-        loss += losses.sum()
-        # The gradient at the logits is softmax - one_hot(label).
-        logits.scatter_(1, target, losses.neg_().expm1_().to(logits.dtype))
-        if needs_hidden:
-            hidden_grad[rows] = matmul_t(logits, weight.T).to(hidden.dtype)
-        add_matmul(weight_grad, logits.T, h)
-    return loss, hidden_grad, weight_grad

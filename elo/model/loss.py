@@ -28,6 +28,14 @@ def softmax_(logits: Tensor) -> Tensor:
     return largest + total.log()
 
 
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b in fp32, whatever the dtype of the factors."""
+    if a.device.type == "cuda" and a.dtype != total.dtype:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
+    else:
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
+
+
 class LinearCrossEntropy(nn.Module):
     """Summed cross-entropy of `hidden @ weight.T` against `labels`, in nats, as an fp32 scalar.
 
@@ -37,10 +45,13 @@ class LinearCrossEntropy(nn.Module):
     beyond the gradient of `hidden`; the gradient of a trained one is in fp32 if its `grad_dtype` is.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.softmax_ = softmax_
-        self.one_shape = False  # fill up the last tile: for a softmax that is compiled for one shape
+    one_shape = False  # fill up the last tile: for a softmax that is compiled for one shape
+    # What is faster in another way on some devices: products are x @ weight.T, in the dtype that is chosen for x.
+    softmax_, matmul_t, add_product_ = staticmethod(softmax_), staticmethod(F.linear), staticmethod(add_product_)
+
+    @staticmethod
+    def product_dtype(x: Tensor) -> torch.dtype:
+        return x.dtype
 
     def forward(self, hidden: Tensor, weight: Tensor, labels: Tensor, counted: int | None = None) -> Tensor:
         if not torch.is_grad_enabled():
@@ -60,27 +71,28 @@ class LinearCrossEntropy(nn.Module):
 
         places: the indices of the labels that count, None if all do.
         """
+        weight = weight.to(self.product_dtype(hidden))
         hidden_grad = torch.zeros_like(hidden) if needs_hidden else None
         weight_grad = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         count = len(labels) if places is None else len(places)
-        row_bytes = len(weight) * hidden.itemsize
+        row_bytes = len(weight) * weight.itemsize
         size = tile_rows(len(labels) if self.one_shape else count, row_bytes, hidden.device.type)
         for rows in row_chunks(count, size, places):
-            h, label = hidden[rows], labels[rows, None]
+            h, label = hidden[rows].to(weight.dtype), labels[rows, None]
             real = len(h)
             if self.one_shape and real < size:
                 h, label = F.pad(h, (0, 0, 0, size - real)), F.pad(label, (0, 0, 0, size - real))
-            logits = F.linear(h, weight)  # (rows, vocabulary)
+            logits = self.matmul_t(h, weight)  # (rows, vocabulary)
             label_logit = logits.gather(1, label)
             losses = self.softmax_(logits) - label_logit
             loss += losses[:real].sum()
             # The gradient at the logits is softmax - one_hot(label).
             logits.scatter_(1, label, losses.neg().expm1_().to(logits.dtype))
             if needs_hidden:
-                hidden_grad[rows] = (logits @ weight)[:real]
+                hidden_grad[rows] = self.matmul_t(logits, weight.T)[:real].to(hidden.dtype)
             if needs_weight:
-                add_product_(weight_grad, logits.T, h)
+                self.add_product_(weight_grad, logits.T, h)
             del logits  # before there is the next one
         return loss, hidden_grad, weight_grad
 
@@ -88,14 +100,6 @@ class LinearCrossEntropy(nn.Module):
 def tile_rows(count: int, row_bytes: int, device: str) -> int:
     """How many of `count` tokens go through the head together; row_bytes: a token's logits."""
     return even_chunk(count, TILE_BYTES[device] // row_bytes)
-
-
-def add_product_(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, whatever the dtype of the factors."""
-    if a.device.type == "cuda" and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

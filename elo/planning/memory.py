@@ -258,9 +258,8 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
         product = rows * width * (FP32 + size * is_rounded) + columns * width * FP32 * onednn
         work = tile + max(earlier, block(rows, columns), product)
         return rows * width * (size + FP32) + max(work, rows * width * 2 * FP32)
-    rows = even_chunk(tokens, cpu_loss.CHUNK_BYTES // (vocabulary * size))
+    rows = loss.tile_rows(tokens, vocabulary * size, "cpu")
     logits = rows * vocabulary * size
     # The head's gradient is summed of fp32 factors, by oneDNN apart.
     product = FP32 * vocabulary * (width * ONEDNN + rows * (is_rounded or ONEDNN))
-    work = max(logits if rows < tokens else 0, block(rows, vocabulary), product)
-    return head_gradient + logits + work
+    return head_gradient + logits + max(block(rows, vocabulary), product)

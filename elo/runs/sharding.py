@@ -59,14 +59,25 @@ def make_mesh(world: World, shard: int | None) -> DeviceMesh:
     return init_device_mesh(world.device.type, (world.size // shard, shard), mesh_dim_names=("replicate", "shard"))
 
 
+class CpuRows(LinearCrossEntropy):
+    """The decoder's loss with the operators of `elo.cpu`."""
+
+    softmax_, matmul_t = staticmethod(loss.softmax_), staticmethod(linear.matmul_t)
+    add_product_, product_dtype = staticmethod(linear.add_matmul), staticmethod(linear.product_dtype)
+
+
 class CpuCrossEntropy(LinearCrossEntropy):
     """Replaces the decoder's loss for training on a CPU; outside of training it is the same."""
 
     def loss_and_gradients(
         self, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, *needs: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        compute = loss.loss_and_gradients if self.training and any(needs) else super().loss_and_gradients
-        return compute(hidden, weight, labels, places, *needs)
+        factors, (needs_hidden, needs_weight) = (hidden, weight, labels, places), needs
+        if self.training and needs_weight:
+            return CpuRows().loss_and_gradients(*factors, *needs)
+        if self.training and needs_hidden:
+            return *loss.by_vocabulary(*factors), None
+        return super().loss_and_gradients(*factors, *needs)
 
 
 def use_faster_operators(model: nn.Module) -> None:

@@ -31,7 +31,6 @@ def sample(dtype=torch.float32, seed=0):
 @pytest.mark.parametrize("rows_at_a_time", [1, 10, 1000])
 def test_value_and_gradients(rows_at_a_time, frozen, linear_cross_entropy, monkeypatch):
     monkeypatch.setitem(plain_loss.TILE_BYTES, "cpu", 301 * 4 * rows_at_a_time)
-    monkeypatch.setattr(cpu_loss, "CHUNK_BYTES", 301 * 4 * rows_at_a_time)
     monkeypatch.setattr(cpu_loss, "TILE_ROWS", rows_at_a_time)
     monkeypatch.setattr(cpu_loss, "TILE_BYTES", 64 * 4 * rows_at_a_time)  # five tiles, the last one smaller
     hidden, weight, labels = sample()
