@@ -1,7 +1,9 @@
-"""The C library's allocator."""
+"""The host's memory: the C library's allocator, and what a process has taken."""
 
 import ctypes
 import os
+import resource
+from contextlib import suppress
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
@@ -17,3 +19,12 @@ def keep_freed_memory() -> None:
     if mallopt and not is_set:
         mallopt(M_MMAP_MAX, 0)
         mallopt(M_TRIM_THRESHOLD, -1)
+
+
+def peak_resident_memory() -> int:
+    """Bytes of this process at the highest point so far."""
+    with suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # or what the one that started it had, if more

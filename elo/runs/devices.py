@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from elo.common.errors import UserError
-from elo.cpu.memory import keep_freed_memory
+from elo.cpu.memory import keep_freed_memory, peak_resident_memory
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -72,8 +72,4 @@ def device_name(device: torch.device) -> str:
 
 def peak_memory(device: torch.device) -> int:
     """Bytes at the highest point so far: of the GPU's allocator, or of the resident process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident_memory()
