@@ -6,6 +6,7 @@ theta + scale * (theta_instruct - theta_base)
 import math
 import re
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -192,4 +193,12 @@ def _check_tokenizer(merge: Merge) -> Iterator[str]:
             raise UserError(
                 f"the tokenizer of {instruct.directory} has {size} tokens, but {ours.directory} has only {here} rows; "
                 "give it more rows first (in transformers: resize_token_embeddings)"
+            )
+    with suppress(UserError):  # which another command finds, or there is none
+        known, new = (load_tokenizer(checkpoint.directory).bytes_of for checkpoint in (ours, instruct))
+        others = [id for id in known if new.get(id, known[id]) != known[id]]
+        if others:
+            yield (
+                f"the result has the tokenizer of {instruct.directory}, in which {len(others):,} ids, such as "
+                f"{others[0]}, are other tokens than in that of {ours.directory}"
             )

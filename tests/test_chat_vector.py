@@ -223,6 +223,24 @@ def test_a_tie_matters_only_to_embedding_and_head(trio, tmp_path, monkeypatch):
     assert torch.equal(weights(out)[NORM], formula(*(one[NORM] for one in theirs), 1))
 
 
+def test_a_tokenizer_of_other_tokens_is_said(trio, tmp_path, monkeypatch, capsys):
+    """Of as many; special ones may have other names."""
+    for directory in (trio[0], trio[2]):
+        write_tokenizer(directory, vocab_size=300)
+    path = trio[2] / "tokenizer.json"
+    merge(monkeypatch, tmp_path / "same", *trio)
+    path.write_text(path.read_text().replace("<|endoftext|>", "</s>"))
+    merge(monkeypatch, tmp_path / "renamed", *trio)
+    assert "other tokens" not in capsys.readouterr().err
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["A"], vocab["B"] = vocab["B"], vocab["A"]
+    path.write_text(json.dumps(content))
+    merge(monkeypatch, tmp_path / "other", *trio)
+    said = f"in which 2 ids, such as {min(vocab['A'], vocab['B'])}, are other tokens than in that of {trio[0]}"
+    assert said in capsys.readouterr().err
+
+
 def test_other_mathematics_is_said(trio, tmp_path, monkeypatch, capsys):
     other = write(tmp_path / "other", 7, rms_norm_eps=1e-5)
     merge(monkeypatch, tmp_path / "out", trio[0], trio[1], other)

@@ -18,8 +18,9 @@ END_OF_DOCUMENT = ("<|endoftext|>", "<|end_of_text|>", "</s>")
 class Tokenizer:
     """Text to ids and back; made by `tokenizer.load_tokenizer`. Can be pickled.
 
-    vocab_size: 1 + the largest id. special_tokens: text -> id of all added and control tokens. bos_id and eos_id: what
-    the family puts before (None: nothing) and after a document in pretraining. fingerprint: SHA-256 (hex) of the files.
+    vocab_size: 1 + the largest id. special_tokens: text -> id of all added and control tokens. bytes_of: what the id of
+    any other token decodes to. bos_id and eos_id: what the family puts before (None: nothing) and after a document in
+    pretraining. fingerprint: SHA-256 (hex) of the files.
     """
 
     embeddings: int | None = None  # rows of the model's embedding, where that is known
@@ -45,7 +46,7 @@ class Tokenizer:
             token.id: model.shown(model.normalize(text) if token.normalized else text).encode(errors="replace")
             for text, token in as_text.items()
         }
-        self._bytes_of = bytes_of | shown
+        self.bytes_of = bytes_of | shown
         self._starts_with_space = model.starts_with_space
         if model.starts_with_space:
             self._starts_with_space |= {id for id, spelled in shown.items() if spelled[:1] == b" "}
@@ -103,7 +104,7 @@ class Tokenizer:
 
     def stream_decoder(self) -> "StreamDecoder":
         """A decoder that takes one id at a time."""
-        return StreamDecoder(self._bytes_of, self._starts_with_space)
+        return StreamDecoder(self.bytes_of, self._starts_with_space)
 
 
 class StreamDecoder:
