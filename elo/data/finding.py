@@ -20,7 +20,7 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
 
     Directories are searched to any depth, without hidden entries. Linked directories are followed, but none is searched
     twice. Other files in directories or globs are left out, and one line on stderr counts them by ending. A pattern
-    without any text file is a `UserError`.
+    without any text file is a `UserError`, and so is a link that may have led to a folder.
     """
     found: dict[str, str] = {}  # from where a file is, without links to directories, to how it is called
     left_out: set[str] = set()
@@ -34,6 +34,10 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
             for path in _entries_below(name) if os.path.isdir(name) else [name]:
                 if path.lower().endswith(DOCUMENT_ENDINGS) and (path == name or not _is_hidden(path)):
                     texts.append(path)
+                elif not (os.path.exists(path) or _is_hidden(path) or os.path.splitext(path)[1]):
+                    raise UserError(
+                        f"{path}: a link that leads nowhere, perhaps to a folder of texts; mend or remove it"
+                    )
                 else:
                     left_out.add(_place(path))
         if not texts:

@@ -64,6 +64,18 @@ def test_linked_folders_are_followed_once_each(tmp_path):
         assert find_files(patterns) == own + outside
 
 
+def test_a_link_to_a_folder_that_is_gone(tmp_path):
+    """As of a disk that is not mounted: its texts would be missing without a word."""
+    (tmp_path / "a.txt").touch()
+    (tmp_path / "disk").symlink_to("/absent/texts")
+    for pattern in (tmp_path, f"{tmp_path}/*", f"{tmp_path}/**", tmp_path / "disk"):
+        with pytest.raises(UserError, match="disk: a link that leads nowhere, perhaps to a folder of texts"):
+            find_files([pattern])
+    (tmp_path / "disk").rename(tmp_path / ".disk")
+    (tmp_path / "README.md").symlink_to("absent.md")
+    assert find_files([tmp_path]) == [tmp_path / "a.txt"]
+
+
 def test_the_files_left_out_are_counted(tmp_path, capsys, monkeypatch):
     names = "a.jsonl README.md b.md .c.txt .git/d.txt checksums e.CSV.gz f.tar.gz g.v1.bin h\x1b[1m"
     for name in [*names.split(" "), *(f"part.{number}" for number in range(9))]:
