@@ -56,9 +56,9 @@ def test_two_nodes_share_an_empty_cache(project):
     assert len(list(Path("shared-cache").iterdir())) == 2
 
 
-def run_and_stop(project, out, size, step):
+def run_and_stop(project, out, size, step, options=""):
     """SIGTERM to all processes after this step."""
-    group = start_group(project, SMALL_STEPS, size, out, before=pausing(step, out))
+    group = start_group(project, f"{SMALL_STEPS} {options}", size, out, before=pausing(step, out))
     wait_for(steps_done(out, step), *group)
     for process in group:
         process.send_signal(signal.SIGTERM)
@@ -66,12 +66,13 @@ def run_and_stop(project, out, size, step):
 
 
 def test_other_numbers_of_processes_go_on(project, monkeypatch):
-    """1 -> 2 -> 4 -> 1: the same data, and losses within rounding."""
+    """1 -> 2 -> 4, of which two hold a model together -> 1: the same data, and losses within rounding."""
     with monkeypatch.context() as patch:
         interrupt(patch, 8)
         assert run_here(SMALL_STEPS, "resized") == 0
     run_and_stop(project, "resized", 2, 12)
-    run_and_stop(project, "resized", 4, 15)
+    run_and_stop(project, "resized", 4, 15, "--shard 2")
+    assert len(list(Path("resized/checkpoints/step-15").iterdir())) == 3  # two parts, and state.json
     assert len(losses("alone")) > 15
     assert states(Path("resized"))[-2:] == ["step-12", "step-15"]
     assert run_here(SMALL_STEPS, "resized") == 0
