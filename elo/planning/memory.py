@@ -260,6 +260,6 @@ def loss_buffers(model: CausalLM, setup: Setup) -> int:
         return rows * width * (size + FP32) + max(work, rows * width * 2 * FP32)
     rows = loss.tile_rows(tokens, vocabulary * size, "cpu")
     logits = rows * vocabulary * size
-    # The head's gradient is summed of fp32 factors, by oneDNN apart.
-    product = FP32 * vocabulary * (width * ONEDNN + rows * (is_rounded or ONEDNN))
+    # The head's gradient is summed of fp32 factors, those of a model in fp32 by oneDNN apart.
+    product = FP32 * vocabulary * (width * onednn + rows * (is_rounded or ONEDNN))
     return head_gradient + logits + max(block(rows, vocabulary), product)
