@@ -1,20 +1,20 @@
 """SentencePiece, the tokenizer of Llama 2 and Mistral."""
 
 import re
-from collections.abc import Iterable
+import struct
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 import sentencepiece
-from google.protobuf.message import DecodeError
-from sentencepiece.sentencepiece_model_pb2 import ModelProto, TrainerSpec
 
 from elo.common.errors import UserError
 from elo.text.added_tokens import AddedToken
 from elo.text.merges import first_parts, numbered_merges
 from elo.text.tokenizer_json import SPACE, Prefix
 
-Piece = ModelProto.SentencePiece
+# `Type` of a piece in sentencepiece_model.proto
+_NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _BYTE = 1, 2, 3, 4, 6
 
 
 class SentencePieceModel:
@@ -36,8 +36,9 @@ class SentencePieceModel:
         try:
             self._read_pieces()
             self.forbid(self.control.values())
-        # ValueError: a piece that is not UTF-8, a byte piece that is not <0x..>. IndexError: no unknown token.
-        except (DecodeError, ValueError, IndexError) as error:
+        # ValueError: a piece that is not UTF-8, a byte piece that is not <0x..>. The others: no unknown token, or
+        # messages that SentencePiece, but not `_protobuf_fields`, can make something of.
+        except (ValueError, IndexError, KeyError, AttributeError, TypeError) as error:
             raise UserError(f"{source}: a damaged SentencePiece model: {error}") from error
 
     def _load(self, data: bytes) -> sentencepiece.SentencePieceProcessor:
@@ -49,24 +50,24 @@ class SentencePieceModel:
         return processor
 
     def _read_pieces(self) -> None:
-        processor, proto = self._processor, ModelProto.FromString(self._data)
+        processor = self._processor
         pieces = [processor.id_to_piece(id) for id in range(processor.get_piece_size())]
-        kinds = [piece.type for piece in proto.pieces]
-        self._user_defined = {id for id, kind in enumerate(kinds) if kind == Piece.USER_DEFINED}
+        self._user_defined = dict(_user_defined_symbols(self._data))
 
         def is_text(id: int) -> bool:
-            # SentencePiece finds user-defined ones in any text. Mistral's [REFERENCE_DOC_0] is text, <|im_end|> is not.
-            is_special = id in self._user_defined and re.fullmatch(r"<\|.*\|>", pieces[id])
-            return kinds[id] not in (Piece.CONTROL, Piece.UNKNOWN) and not is_special
+            if pieces[id] in self._user_defined:
+                # SentencePiece finds these in any text. Mistral's [REFERENCE_DOC_0] is text, <|im_end|> is not.
+                return not re.fullmatch(r"<\|.*\|>", pieces[id])
+            return not (processor.is_control(id) or processor.is_unknown(id))
 
-        normalizer = proto.normalizer_spec
-        self.adds_prefix = normalizer.add_dummy_prefix
-        self._normalizes = bool(normalizer.precompiled_charsmap) or normalizer.remove_extra_whitespaces
+        specs = [spec for number, spec in _protobuf_fields(self._data) if number == 3]
+        self._normalizer = dict(field for spec in specs for field in _protobuf_fields(spec))
+        self.adds_prefix = bool(self._normalizer.get(3, 1))  # add_dummy_prefix
         self.size = len(pieces)
         self.text = {piece: id for id, piece in enumerate(pieces) if is_text(id)}
         self.control = {piece: id for id, piece in enumerate(pieces) if piece not in self.text}
         self.bytes_of = {id: piece.replace(SPACE, " ").encode() for piece, id in self.text.items()}
-        self.bytes_of |= {id: bytes([int(pieces[id][3:-1], 16)]) for id in self.bytes_of if kinds[id] == Piece.BYTE}
+        self.bytes_of |= {id: bytes([int(pieces[id][3:-1], 16)]) for id in self.bytes_of if processor.is_byte(id)}
         self.bytes_of[processor.unk_id()] = processor.decode([processor.unk_id()]).encode()
         spaced = [id for piece, id in self.text.items() if piece.startswith(SPACE)]
         # Whether this model puts a space before a text shows in what it decodes.
@@ -77,18 +78,24 @@ class SentencePieceModel:
 
     def forbid(self, ids: Iterable[int]) -> None:
         """No text may become one of these user-defined symbols: from now on they are control tokens."""
-        if forbidden := self._user_defined.intersection(ids):
-            proto = ModelProto.FromString(self._data)
-            for id in forbidden:
-                proto.pieces[id].type = Piece.CONTROL
-                self.bytes_of.pop(id, None)
-            self._data = proto.SerializeToString()
-            self._processor = self._load(self._data)
+        ids = set(ids)
+        all_pieces = self.text | self.control
+        data = self._data
+        for symbol, message in self._user_defined.items():
+            if all_pieces[symbol] in ids:
+                kind = _number(3, _USER_DEFINED)  # the last field of a piece
+                if not message.endswith(kind):
+                    raise UserError(f"{self._source}: the piece {symbol!r} is not as SentencePiece writes it")
+                data = data.replace(message, message.removesuffix(kind) + _number(3, _CONTROL))
+                self.bytes_of.pop(all_pieces[symbol], None)
+        if data != self._data:
+            self._data = data
+            self._processor = self._load(data)
 
     def cut_at_added_tokens(self, also_whole: bool = False) -> None:
         """From now on texts come in parts; with `also_whole`, the first part and a whole text get a space in front as
         the other parts do, not as in SentencePiece. UserError where the model itself normalizes texts."""
-        if self._normalizes:
+        if self._normalizer.get(2) or self._normalizer.get(4, 1):  # precompiled_charsmap, remove_extra_whitespaces
             raise UserError(f"{self._source}: added tokens that are text are not supported beside its normalization")
         if (self.prefix.where != "never") != self.adds_prefix:
             raise UserError(
@@ -96,9 +103,8 @@ class SentencePieceModel:
                 "tokenizer.json or tokenizer_config.json"
             )
         self._also_whole = also_whole
-        plain = ModelProto.FromString(self._data)
-        plain.normalizer_spec.add_dummy_prefix = False
-        self._plain = self._load(plain.SerializeToString())
+        # Of a field that comes twice the last one counts: normalizer_spec = {add_dummy_prefix = false}.
+        self._plain = self._load(self._data + _bytes(3, _number(3, 0)))
 
     def normalize(self, text: str) -> str:
         """What is done to a text before the added tokens that are `normalized` are looked for."""
@@ -162,18 +168,17 @@ def sentencepiece_of(
     if unknown not in vocab or unknown in kept | _BYTES:
         raise UserError(f"{source}: the unk_token {unknown!r:.60} must be a token that no text becomes")
 
-    proto = ModelProto()
-    for token in sorted(vocab, key=vocab.__getitem__):
-        is_byte, is_unknown = token in _BYTES, token == unknown
-        kind = Piece.BYTE if is_byte else Piece.UNKNOWN if is_unknown else Piece.CONTROL
-        piece = token.encode(errors="replace").decode()
-        proto.pieces.add(piece=piece, score=-1.0 - rank.get(token, 0), type=Piece.NORMAL if token in kept else kind)
-    trainer, normalizer = proto.trainer_spec, proto.normalizer_spec
-    trainer.model_type, trainer.byte_fallback = TrainerSpec.BPE, True
-    trainer.unk_id, trainer.unk_piece = vocab[unknown], unknown
-    trainer.bos_id = trainer.eos_id = trainer.pad_id = -1
-    normalizer.add_dummy_prefix, normalizer.remove_extra_whitespaces = prefix.where != "never", False
-    model = SentencePieceModel(proto.SerializeToString(), source)
+    pieces = {}
+    for token, id in vocab.items():
+        kind = _NORMAL if token in kept else _BYTE if token in _BYTES else _UNKNOWN if token == unknown else _CONTROL
+        score = struct.pack("<f", -1.0 - rank.get(token, 0))
+        pieces[id] = _bytes(1, _bytes(1, token.encode(errors="replace")) + b"\x15" + score + _number(3, kind))
+    bpe, dummy_prefix = 2, int(prefix.where != "never")
+    trainer = _number(3, bpe) + _number(35, 1) + _number(40, vocab[unknown])  # model_type, byte_fallback, unk_id
+    trainer += b"".join(_number(id, -1) for id in (41, 42, 43)) + _bytes(45, unknown.encode())  # no BOS, EOS, PAD
+    normalizer = _number(3, dummy_prefix) + _number(4, 0)  # remove_extra_whitespaces
+    data = b"".join(pieces[id] for id in range(len(pieces))) + _bytes(2, trainer) + _bytes(3, normalizer)
+    model = SentencePieceModel(data, source)
     model.prefix = prefix
     model.cut_at_added_tokens(also_whole=True)
 
@@ -183,7 +188,7 @@ def sentencepiece_of(
     said = {token: id for token, id in vocab.items() if token not in model.text and token not in added}
     model.bytes_of |= {id: token.replace(SPACE, " ").encode(errors="replace") for token, id in said.items()}
     spaced = (id for id, spelled in model.bytes_of.items() if spelled[:1] == b" ")
-    model.starts_with_space = frozenset(spaced if prefix.where != "never" else ())
+    model.starts_with_space = frozenset(spaced if dummy_prefix else ())
 
     # Would the kept ones, after all, arrive at a pair that makes one of the others?
     listed = {(vocab[x], vocab[y]) for x, y in merges}
@@ -192,3 +197,57 @@ def sentencepiece_of(
         if len(end) == 2 and end in listed:
             raise UserError(f"{source}: SentencePiece cannot reproduce the merge of tokens {end[0]} and {end[1]}")
     return model
+
+
+# ---- sentencepiece_model.proto
+
+
+def _user_defined_symbols(model: bytes) -> Iterator[tuple[str, bytes]]:
+    """Text and message of the user-defined symbols in a ModelProto, whose field 1 are the pieces:
+    message SentencePiece { string piece = 1; float score = 2; Type type = 3; }"""
+    for number, message in _protobuf_fields(model):
+        if number == 1:
+            fields = dict(_protobuf_fields(message))
+            if fields.get(3) == _USER_DEFINED:
+                yield fields.get(1, b"").decode(), message
+
+
+def _protobuf_fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
+    """(field number, value) of a protobuf message that is known to be valid."""
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = message[at]
+            value |= (byte & 0x7F) << shift
+            at, shift = at + 1, shift + 7
+            if byte < 0x80:
+                return value
+
+    at = 0
+    while at < len(message):
+        number, wire_type = divmod(varint(), 8)
+        if wire_type == 0:
+            yield number, varint()
+            continue
+        length = {1: 8, 5: 4}.get(wire_type) or varint()
+        yield number, message[at : at + length]
+        at += length
+
+
+def _varint(value: int) -> bytes:
+    value &= (1 << 64) - 1  # a negative number as protobuf writes it
+    data = bytearray()
+    while value >= 0x80:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*data, value])
+
+
+def _number(field: int, value: int) -> bytes:
+    return _varint(field << 3) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _varint(field << 3 | 2) + _varint(len(value)) + value
