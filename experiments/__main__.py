@@ -230,7 +230,7 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
         training = kit.runs.made_of.get(model, [])
         record["rates"] = ", ".join(filter(None, (run.option("--lr") for run in training)))
         record["commands"] = [kit.runs.command(run) for run in training]
-        record["figures"]["hours"] = kit.runs.seconds(model) / 3600
+        record["figures"]["hours"] = kit.runs.seconds(model)[0] / 3600
         record["figures"]["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
         record["figures"] |= row.measure(kit, model)
     except FailedError as error:

@@ -163,7 +163,8 @@ def in_time_of(row: Row, name: str = "alignment only", method: str = "") -> Row:
     def units(kit: Kit) -> float:
         other, runs = (baseline(method) if method else row.control)(kit), kit.runs
         units = UNITS * float(runs.made_of[other][-1].option("--gb")) / runs.options.gb
-        return units * runs.seconds(row.model(kit)) / runs.seconds(other)
+        own, others = runs.seconds(row.model(kit), other)
+        return units * own / others
 
     chain = baseline(method, units) if method else stage("align", "align.py", units)
     return Row(f"{name}, in the time of {row.name}", chain)

@@ -141,10 +141,12 @@ class Runs:
 
     # ---- what came out
 
-    def seconds(self, model: str) -> float:
-        """Of its training; of what is not done yet by the planner."""
-        plans = {run: self.plans[run] for run in self.made_of.get(model, ())}
-        return sum(run.last_step.get("seconds", 3600 * plan.hours if plan else 0.0) for run, plan in plans.items())
+    def seconds(self, *models: str) -> list[float]:
+        """Of each one's training; all by the planner, whose GPU is not this machine, as long as some is not done."""
+        chains = [self.made_of.get(model, ()) for model in models]
+        if all(run.is_done for chain in chains for run in chain):
+            return [sum(run.last_step.get("seconds", 0.0) for run in chain) for chain in chains]
+        return [sum(3600 * plan.hours for run in chain if (plan := self.plans[run])) for chain in chains]
 
     def bits(self, model: str) -> float:
         """A byte of the target language's validation text; what is held out for the results has no say."""

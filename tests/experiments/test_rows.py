@@ -35,6 +35,18 @@ def test_equal_time(tmp_path, monkeypatch):
         assert "--after" not in last and ("lora" in last) == (name == "LoRA")
 
 
+def test_equal_time_is_planned_by_one_clock(tmp_path, monkeypatch):
+    """Seconds that ELO took here are not divided by those that the planner predicts for LoRA on a GPU."""
+    planned = []
+    for _ in range(2):
+        row = Row("ELO", align(elo()), alignment_only(elo()))
+        in_time_of(row, "LoRA", "lora").model(Kit(runs := Runs(options(tmp_path)), 0))
+        planned.append([run.words for run in runs.plans])
+        pretending(monkeypatch, {})
+        row.model(Kit(begun(options(tmp_path)), 0))  # now ELO is done and LoRA is not
+    assert planned[0] == planned[1]
+
+
 def test_the_scale_is_found_on_validation_text_alone(tmp_path, monkeypatch):
     done = pretending(monkeypatch, {})
     given = options(tmp_path)
