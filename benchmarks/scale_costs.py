@@ -31,7 +31,8 @@ from elo.model.saving import export
 from elo.optimizer import Optimizer, TrainingOptions
 from elo.runs.processes import process_group
 from elo.runs.sharding import ParallelOptions, parallelize
-from elo.runs.states import States, checksum
+from elo.runs.state_files import checksum
+from elo.runs.states import States
 from elo.text.tokenizer import load_tokenizer
 
 DOCUMENTS = 5_000_000

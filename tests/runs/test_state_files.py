@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import interrupt, lines, result, run_here, states
 
-from elo.runs.states import checksum
+from elo.runs.state_files import checksum
 
 
 def cut(state):
