@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from bench_files import MT_CATEGORIES, read_jsonl, write_bench, write_jsonl, write_model
+from bench_files import MT_CATEGORIES, read_jsonl, turns_of, write_bench, write_jsonl, write_model
 from chat_checkpoints import user
 from commands import status_of
 from forking import fork_group
@@ -42,10 +42,6 @@ def ask(model, benches, tmp_path, monkeypatch, capsys):
         return status, capsys.readouterr().err, read_jsonl(files[-1]) if files else []
 
     return run
-
-
-def turns_of(records):
-    return {record["question_id"]: record["choices"][0]["turns"] for record in records}
 
 
 def test_both_turns_equal_transformers(model, benches, ask):
@@ -267,11 +263,10 @@ def test_a_model_that_was_trained_on_is_another(ask, tmp_path):
 
 def test_mistakes_are_one_line(ask, tmp_path, benches):
     examples = tmp_path / "examples.json"
-    user = {"role": "user", "content": "a"}
     for content, message in (
         ({}, "'1-shot': it must be a list of messages"),
-        ({"1-shot": [user]}, "its last message must be the assistant's"),
-        ({"1-shot": [user, {"role": "judge", "content": ""}]}, "message 2 has the role 'judge'"),
+        ({"1-shot": [user("a")]}, "its last message must be the assistant's"),
+        ({"1-shot": [user("a"), {"role": "judge", "content": ""}]}, "message 2 has the role 'judge'"),
     ):
         examples.write_text(json.dumps(content))
         status, err, _ = ask("logickor", "--setting", "1-shot", "--examples", examples)

@@ -7,7 +7,7 @@ import warnings
 
 import numpy as np
 import pytest
-from bench_files import LOGICKOR_CATEGORIES, MT_CATEGORIES
+from bench_files import LOGICKOR_CATEGORIES, MT_CATEGORIES, scores_file
 
 from elo.common.errors import exit_status
 from eval import __main__ as evaluation
@@ -38,18 +38,6 @@ def plot(tmp_path, monkeypatch, capsys):
         return 0, err, drawn[-1], json.loads(result.read_text())
 
     return run
-
-
-def scores_file(path, bench, categories, *models):
-    figures = {}
-    for shift, name in enumerate(models):
-        means = {
-            category: {"first": 5.0, "second": 6.0, "average": 1.0 + index + shift % 5 / 4}
-            for index, category in enumerate(categories)
-        }
-        figures[name] = {"first": 5.0 + shift % 5, "second": 4.25, "average": 4.5, "categories": means}
-    path.write_text(json.dumps({"bench": bench, "models": figures}))
-    return path
 
 
 def visible_text(figure):

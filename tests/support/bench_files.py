@@ -115,3 +115,21 @@ def write_answers(directory, name, model="tiny", text="answer {} turn {}"):
         for id in ids
     ]
     return write_jsonl(directory / "model_answer" / f"{model}.jsonl", records)
+
+
+def turns_of(records):
+    """Of an answer file, by question."""
+    return {record["question_id"]: record["choices"][0]["turns"] for record in records}
+
+
+def scores_file(path, bench, categories, *models):
+    """What `eval score --json` writes, with made-up figures."""
+    figures = {}
+    for shift, name in enumerate(models):
+        means = {
+            category: {"first": 5.0, "second": 6.0, "average": 1.0 + index + shift % 5 / 4}
+            for index, category in enumerate(categories)
+        }
+        figures[name] = {"first": 5.0 + shift % 5, "second": 4.25, "average": 4.5, "categories": means}
+    path.write_text(json.dumps({"bench": bench, "models": figures}))
+    return path
