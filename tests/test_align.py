@@ -35,7 +35,7 @@ def project(request, tmp_path, monkeypatch):
     monkeypatch.setitem(families.VARIANTS, "sized", sized)
     base = families.write("sized", tmp_path / "base", dtype=torch.bfloat16)
     write_tokenizer(base)
-    for name in ("ko", "en"):
+    for name in ("ko", "en", "ja"):
         texts = [f"{name} {number} " * (number % 9 + 2) for number in range(300)]
         lines = [json.dumps({"text": text, "upper": text.upper()}) for text in texts]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
@@ -150,7 +150,7 @@ def test_what_does_not_fit_is_refused(project, monkeypatch, capfd):
         assert expected in line
     for options, message in {
         ("--seed", "7"): "other seed",
-        ("--target", directory / "en.jsonl"): "other documents",
+        ("--target", directory / "ja.jsonl"): "other documents",
         ("--target-field", "upper"): "other documents",
         ("--source-field", "upper"): "other documents",
         ("--gb", "1"): "GB of an earlier stage: 0.9",

@@ -10,7 +10,6 @@ from forking import fork_group
 from peft import PeftModel
 from safetensors.torch import load_file
 from small_runs import losses, make_base
-from torch.distributed.checkpoint import FileSystemReader
 from transformers import AutoModelForCausalLM
 
 import align
@@ -105,9 +104,9 @@ def test_any_layout_gives_the_same_run(project, plain, tmp_path, monkeypatch):
 
 def test_a_resumed_run_is_the_same_to_the_last_bit(project, plain, monkeypatch):
     weights, before = (plain / "adapter_model.safetensors").read_bytes(), losses(plain)
-    held = FileSystemReader(plain / "checkpoints/step-4").read_metadata().state_dict_metadata
-    assert len([name for name in held if name.startswith("model.model.")]) == 56
-    assert all("lora_" in name for name in held if name.startswith("model.model."))
+    held = load_file(plain / "checkpoints/step-4/part-0.safetensors")
+    assert len([name for name in held if name.endswith(".weight")]) == 56
+    assert all("lora_" in name for name in held)
     # as if it had been killed in its last step
     shutil.rmtree(plain / "checkpoints/step-6")
     for file in ("adapter_config.json", "adapter_model.safetensors", "elo.json"):
