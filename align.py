@@ -75,6 +75,12 @@ def run(arguments: Namespace, world: World) -> None:
         world.say(f"{what} is in {arguments.out}.", next_of_untrained(arguments.out, base.config.vocab_size))
         return
 
+    if arguments.elo and arguments.after:
+        (read, stream), (until, same) = map(pretraining.read_consumed, (arguments.elo, arguments.after))
+        if stream == same and until < read:
+            raise UserError(
+                f"--after {arguments.after}: it ended before the run of --elo, whose documents would come again"
+            )
     windows = pretraining.open_windows(arguments, base.config, world, arguments.after or arguments.elo, held_out)
     batches = pretraining.PackedBatches(windows, arguments.batch_tokens, arguments.micro_batch, world)
     open_run(arguments, world, goes_on, pretraining.data_of(base, trained, windows))

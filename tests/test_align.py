@@ -148,8 +148,11 @@ def test_what_does_not_fit_is_refused(project, monkeypatch, capfd):
         assert run(align, monkeypatch, *text, "--elo", broken, "--gb", "0.000003", "--out", directory / "out") == 2
         (line,) = capfd.readouterr().err.splitlines()
         assert expected in line
+    shutil.copytree(directory / "elo", directory / "less")
+    edit_json(directory / "less/elo.json", consumed={"position": 0})
     for options, message in {
         ("--seed", "7"): "other seed",
+        ("--after", directory / "less"): "it ended before the run of --elo, whose documents would come again",
         ("--target", directory / "ja.jsonl"): "other documents",
         ("--target-field", "upper"): "other documents",
         ("--source-field", "upper"): "other documents",
