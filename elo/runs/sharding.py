@@ -70,14 +70,18 @@ class CpuCrossEntropy(LinearCrossEntropy):
     """Replaces the decoder's loss for training on a CPU; outside of training it is the same."""
 
     def loss_and_gradients(
-        self, hidden: Tensor, weight: Tensor, labels: Tensor, places: Tensor | None, *needs: bool
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        places: Tensor | None,
+        needs_hidden: bool,
+        needs_weight: bool,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        factors, (needs_hidden, needs_weight) = (hidden, weight, labels, places), needs
-        if self.training and needs_weight:
-            return CpuRows().loss_and_gradients(*factors, *needs)
-        if self.training and needs_hidden:
-            return *loss.by_vocabulary(*factors), None
-        return super().loss_and_gradients(*factors, *needs)
+        if self.training and needs_hidden and not needs_weight:
+            return *loss.by_vocabulary(hidden, weight, labels, places), None
+        rows = CpuRows() if self.training and needs_weight else super()
+        return rows.loss_and_gradients(hidden, weight, labels, places, needs_hidden, needs_weight)
 
 
 def use_faster_operators(model: nn.Module) -> None:
