@@ -11,7 +11,6 @@ the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl,
 import json
 import random
 import shlex
-import sys
 import time
 from argparse import ArgumentTypeError, Namespace
 from importlib import import_module
@@ -44,7 +43,7 @@ AMONG = 5000  # documents, from the beginning
 SIZES = range(200, 20_001)  # bytes of one that is held out
 PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
 DEMO = Path("data/demo")
-# What `make demo` trains, in its sizes; rates that were not searched for. What else is given stands behind, and counts.
+# What `make demo` trains, in its sizes, as defaults; the rates were not searched for.
 SMALL = f"""--model models/SmolLM2-135M-Instruct --target {DEMO}/ko.train.jsonl --source {DEMO}/en.train.jsonl
     --training "--seq-len 256 --batch-tokens 512 --dtype {"bf16" if onednn.HAS_BF16 else "fp32"}" --held-out 12
     --rates elo=1e-3 align=1e-4 full=1e-4 lora=1e-3 selective=3e-4 --bytes-per-token 1.25 --gb 0.00004"""
@@ -80,7 +79,8 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--report", action="store_true", help="only make table and picture again")
     options = parser.parse_args()
     if options.small:
-        options = parser.parse_args([*shlex.split(SMALL), *sys.argv[1:]])
+        parser.set_defaults(**vars(parser.parse_args([options.name, *shlex.split(SMALL)])))
+        options = parser.parse_args()
     benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
     options.benches = [name for name in benchmarks if Path(options.benchmarks or "/dev/null", name).is_dir()]
     given, options.rates = options.rates, {}

@@ -22,11 +22,12 @@ class Parser(argparse.ArgumentParser):
 
     No value is empty, since an unset variable in a script gives one; `type=str` is for those that may be. A value may
     begin with a dash, as in --layers -2,-1: options begin with two. In a `Path`, and where the metavar is DIR, FILE or
-    PATH, ~ is the home directory.
+    PATH, ~ is the home directory. Of an option that is given twice the last value counts; lists are one.
     """
 
     def __init__(self, **settings: object) -> None:
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+        self.register("action", None, _Store)
 
     def _parse_optional(self, text: str) -> object:
         """argparse's question whether an argument is an option; None: it is a value."""
@@ -44,6 +45,15 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
+
+
+class _Store(argparse.Action):
+    """argparse's own, which forgets the list of --target ko --target ja but for its end."""
+
+    def __call__(self, _: object, namespace: Namespace, values: Any, option: str | None = None) -> None:
+        before = getattr(namespace, self.dest)
+        more = before if isinstance(values, list) and before is not self.default else []
+        setattr(namespace, self.dest, [*more, *values] if more else values)
 
 
 def option(description: str, default: Any = MISSING, **settings: Any) -> Any:

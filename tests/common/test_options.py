@@ -44,6 +44,19 @@ def test_values_with_a_dash_in_front():
         parser().parse_args(["--layer", "1"])
 
 
+def test_given_twice():
+    """The last value counts, as everywhere; of a list nothing is lost, and its default makes room."""
+    made = parser()
+    made.add_argument("--source", nargs="+", default=["en"])
+    read = made.parse_args(
+        ["--target", "ko", "--lr", "1", "--target", "ja", "zh", "--lr", "2", "--source", "a", "--source", "b"]
+    )
+    assert (read.target, read.lr, read.source) == (["ko", "ja", "zh"], 2.0, ["a", "b"])
+    made.set_defaults(target=["th"])
+    assert vars(made.parse_args(["--target", "vi"])).items() >= {"target": ["vi"], "source": ["en"]}.items()
+    assert made.parse_args([]).target == ["th"]
+
+
 def test_the_home_directory(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     parsed = parser().parse_args(["--out=~/runs", "--target", "~/a", "b~", "--layers", "~"])
