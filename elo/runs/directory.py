@@ -37,6 +37,8 @@ WATCHING = {"save_every", "keep_checkpoints", "stop_on_spike", "workers", "cache
 WATCHING |= {"validation", "validation_mb", "validation_field", "validate_every"}  # what it leaves out is data's
 # How the work is laid out, as is the number of processes: changes sums in their rounding, and nothing else.
 LAYOUT = {"micro_batch", "micro_batch_tokens", "activation_checkpointing", "cpu_offload", "gather_once", "shard"}
+# May be other ones on each node; of how the run is called rank 0's count.
+OF_A_NODE = {"cache", "workers"} | CALLS - {"out"}
 
 
 def add_arguments(parser: Parser, out: str) -> None:
@@ -63,6 +65,7 @@ def check_out(arguments: Namespace, world: World) -> bool:
     Raises UserError if --out has what only --overwrite or --restart may replace, or a run with other options, and
     EarlyExit if it has a finished one and --resume is given.
     """
+    check_same({_option(name): value for name, value in vars(arguments).items() if name not in OF_A_NODE}, world)
     return world.on_rank_0(_goes_on, arguments, world)
 
 
@@ -114,10 +117,22 @@ def open_run(arguments: Namespace, world: World, goes_on: bool, data: dict[str, 
     """Make --out this run's directory and note in run.json the command, options, versions and machine. Collective.
 
     data: what the run's numbers follow from besides its options, from a name to something that tells whether it is
-    still the same. Raises UserError if a run that goes on had other data.
+    still the same. Raises UserError if a run that goes on had other data, or another process has.
     """
     world.wait()  # until every process has seen what is there
+    check_same(data, world)
     world.on_rank_0(_open, arguments, world, goes_on, data)
+
+
+def check_same(named: dict[str, Any], world: World) -> None:
+    """Raises UserError unless all processes have these values: each node has its own command and files. Collective."""
+    first, *others = world.gather(named)
+    for rank, other in enumerate(others, start=1):
+        if different := [name for name, value in first.items() if other.get(name) != value]:
+            raise UserError(
+                f"process {rank} has another {' and '.join(different)} than process 0; "
+                "give every node the same command, and the same files"
+            )
 
 
 def _open(arguments: Namespace, world: World, goes_on: bool, data: dict[str, Any]) -> None:

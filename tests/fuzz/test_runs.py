@@ -31,6 +31,7 @@ WORLD = SimpleNamespace(
     on_rank_0=lambda function, *arguments: function(*arguments),
     locked=[],
     from_rank_0=lambda value: value,
+    gather=lambda value: [value],
 )
 TRAINING = {"resume": False, "restart": False, "overwrite": False, "lr": 0.1, "micro_batch": 4, "save_every": None}
 DATA = {"target texts": "a" * 64, "first document": 0}

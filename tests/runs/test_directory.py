@@ -10,6 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_runs import interrupt, kill, result, run_here, states
 
+from elo.runs.processes import World
+
 
 def stopped_run(monkeypatch, command="train", step=3):
     with monkeypatch.context() as patch:
@@ -113,6 +115,21 @@ def test_changed_data_is_refused(project, monkeypatch, what, capfd):
     assert f"its {what} changed" in line
     assert states(Path("out")) == ["step-3"]
     assert run_here(command) == 0  # a copy with another time of change is no change
+
+
+@pytest.mark.parametrize("name", ["--lr", "--out", "base model", "source texts", "first document"])
+def test_every_process_has_the_same_command_and_files(project, monkeypatch, name, capfd):
+    """Process 1, on another node, has its own cache and number of cores, and by mistake another `name`."""
+    others = dict.fromkeys((name, "--cache", "--workers"), "another node's")
+
+    def gather(_, mine):
+        return [mine, {known: others.get(known, value) for known, value in mine.items()}]
+
+    monkeypatch.setattr(World, "gather", gather)
+    assert run_here("train") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert f"process 1 has another {name} than process 0; give every node the same command, and" in line
+    assert not Path("out").exists()
 
 
 def test_a_finished_run_is_not_touched(project, capfd):
