@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from commands import status_of
+from commands import instead, status_of
 from forking import Fork, fork_group
 from safetensors.torch import load_file
 from small_runs import lines, losses, make_base, pausing, script_with
@@ -40,7 +40,7 @@ def project(tmp_path_factory):
 def words(project, out, *options):
     text = ["--target", project / "ko.jsonl", "--source", project / "en.jsonl"]
     fixed = ["--model", project / "base", "--seq-len", "32", "--batch-tokens", "160", "--lr", "1e-2", "--dtype", "fp32"]
-    return [str(word) for word in [*fixed, *text, "--out", out, *options]]
+    return [str(word) for word in instead([*fixed, *text, "--out", out], options)]
 
 
 def run(*arguments, processes=1, fails=False):

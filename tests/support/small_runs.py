@@ -12,6 +12,7 @@ from typing import NoReturn
 import families
 import pytest
 import torch
+from commands import instead
 from forking import Fork, fork_group
 from small_tokenizer import add_chat_tokens, write_tokenizer
 
@@ -59,7 +60,7 @@ def make_project(directory: Path, documents: int = 60) -> Path:
 
 def words(command: str, out: str) -> list[str]:
     script, *options = command.split()
-    return [script, *(CHATS if script == "sft" else TEXT).split(), *options, "--out", out]
+    return [script, *instead((CHATS if script == "sft" else TEXT).split(), options), "--out", out]
 
 
 def run_here(command: str, out: str = "out") -> int:
