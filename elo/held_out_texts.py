@@ -63,7 +63,7 @@ def watch(
 
 
 class HeldOutTexts(HeldOut):
-    """The texts of --validation, tokenized: --validation-mb in all, equal parts of each file's beginning."""
+    """The texts of --validation: they measure by --validation-mb in all, equal parts of each file's beginning."""
 
     def __init__(self, arguments: Namespace, embeddings: int) -> None:
         try:
@@ -75,7 +75,7 @@ class HeldOutTexts(HeldOut):
         if len(files) > MOST_FILES:
             raise UserError(f"--validation: {len(files)} files; give at most {MOST_FILES}, each with more text")
         super().__init__(files)
-        # Each document's tokens as a shard stores them, by its numbers of tokens and bytes, to find it there.
+        # A hash of each document's tokens as a shard stores them, by its numbers of tokens and bytes, to find it there.
         self.documents: dict[tuple[int, int], set[bytes]] = defaultdict(set)
         size = int((arguments.validation_mb or MEGABYTES) * 10**6) // len(files)
         field = arguments.validation_field or arguments.text_field
@@ -87,16 +87,15 @@ class HeldOutTexts(HeldOut):
                 raise UserError(f"--validation {file}: no token has a predecessor in the window and --validation-mb")
 
     def _beginning(self, documents: Iterable[str], tokenizer: Tokenizer, size: int) -> Iterator[Encoded]:
-        """Documents up to `size` bytes in all, the last of them perhaps cut."""
+        """Documents up to `size` bytes in all, the last of them perhaps cut. Those behind them are held out as well."""
         for document in documents:
-            text = document.encode("utf-8")[:size].decode("utf-8", "ignore")
-            if not text:
-                return
             whole = encode(tokenizer, document)
             ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *whole.ids, tokenizer.eos_id]
-            self.documents[len(ids), whole.bytes].add(np.array(ids, "<u4").tobytes())
-            yield (part := whole if text == document else encode(tokenizer, text))
-            size -= part.bytes
+            self.documents[len(ids), whole.bytes].add(hashlib.sha256(np.array(ids, "<u4")).digest())
+            text = document.encode("utf-8")[:size].decode("utf-8", "ignore")
+            size = size - len(text.encode("utf-8")) if text else 0
+            if text:
+                yield whole if text == document else encode(tokenizer, text)
 
     def find(self, shard: TokenShard) -> np.ndarray:
         """The numbers of those documents of a shard that are held out."""
@@ -106,7 +105,7 @@ class HeldOutTexts(HeldOut):
         found = []
         for number in np.flatnonzero(near).tolist():
             offset, tokens = int(table["offset"][number]), int(table["tokens"][number])
-            ids = shard.tokens[offset : offset + tokens].astype("<u4").tobytes()
+            ids = hashlib.sha256(shard.tokens[offset : offset + tokens].astype("<u4")).digest()
             if ids in self.documents.get((tokens, int(table["bytes"][number])), ()):
                 found.append(number)
         return np.array(found, np.int64)
