@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
+from elo.common.terminal import note
 from elo.model.checkpoint import Checkpoint, are_equal
 from elo.model.config import ModelConfig
+from elo.runs.replacing import read_written
 
 LAYER_NAME = re.compile(r"model\.layers\.(\d+)\.(.+)")
 
@@ -108,7 +110,8 @@ class Replaced(Checkpoint):
 def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int, ...]]:
     """A stage-1 result and the numbers of its layers in `base`.
 
-    Raises UserError if it was not detached from this base: its configuration, embedding, norm or head differs.
+    Raises UserError if it was not detached from this base: its configuration, embedding, norm or head differs. If only
+    other layers may differ, a line on stderr says so.
     """
     notes_path, number = directory / "elo.json", base.config.num_hidden_layers
     layers = read_json_object(notes_path).get("layers")
@@ -124,4 +127,10 @@ def open_slice(directory: Path, base: Checkpoint) -> tuple[Checkpoint, tuple[int
     for name in trained.names():
         if LAYER_NAME.fullmatch(name) is None and not are_equal(trained, name, base, name):
             raise UserError(f"{directory}: {name}, which stage 1 froze, differs from that of {base.directory}")
+    run = read_written(directory)
+    if run.is_run and run.run["data"].get("base model") not in (None, base.fingerprint()):
+        note(
+            f"{directory}: its run did not begin with the files of {base.directory}; if these are no copy, its layers "
+            "were trained for another model, which has the same embedding, norm and head"
+        )
     return trained, layers

@@ -164,3 +164,11 @@ def test_what_does_not_fit_is_refused(project, monkeypatch, capfd):
         assert run(align, monkeypatch, *fixed) == 2
         assert message in capfd.readouterr().err
     assert not (directory / "out").exists()
+    # A sibling of the base that another training made of it, without its embedding, norm and head.
+    put_back = [*text, "--elo", directory / "elo", "--gb", "0", "--overwrite", "--out", directory / "out"]
+    for is_sibling in (False, True):
+        if is_sibling:
+            edit_tensors(directory / "base", lambda tensors: tensors["model.layers.2.mlp.up_proj.weight"].neg_())
+        capfd.readouterr()
+        assert run(align, monkeypatch, *put_back) == 0
+        assert ("its layers were trained for another model, which has the same" in capfd.readouterr().err) == is_sibling
