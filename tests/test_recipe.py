@@ -37,7 +37,7 @@ TUNING = f"--batch-conversations 9 --epochs 16 --micro-batch-tokens 120 --seq-le
 def base(request, tmp_path, monkeypatch):
     """A model in fp32, so that nothing is rounded away; with biases, or tied. Many copies of a text need no order."""
     architecture, config = families.VARIANTS[request.param]()
-    config.vocab_size = 450
+    config.vocab_size, config.pad_token_id = 450, 0  # which ends documents, and is read at the start of the next
     monkeypatch.setitem(families.VARIANTS, "small", lambda: (architecture, config))
     families.write("small", tmp_path / "base")
     write_tokenizer(tmp_path / "base")

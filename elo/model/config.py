@@ -45,6 +45,12 @@ class ModelConfig:
         stretch = self.rope.factor if self.rope.type == "dynamic" else 1
         return int(self.max_position_embeddings * stretch)
 
+    @property
+    def padding_idx(self) -> int | None:
+        """The token whose row of a trained embedding learns nothing from where it is read, as in transformers."""
+        token = self.json.get("pad_token_id")
+        return token if type(token) is int and -self.vocab_size <= token < self.vocab_size else None
+
     def check_seq_len(self, seq_len: int) -> None:
         """Raises UserError for a --seq-len beyond `context`."""
         if seq_len > self.context:

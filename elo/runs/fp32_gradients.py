@@ -17,20 +17,20 @@ class Embedding(nn.Embedding):
     """torch's embedding with a gradient in fp32."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return _Embedding.apply(tokens, self.weight)
+        return _Embedding.apply(tokens, self.weight, -1 if self.padding_idx is None else self.padding_idx)
 
 
 class _Embedding(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, tokens: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN001
+    def forward(ctx, tokens: Tensor, weight: Tensor, padding_idx: int) -> Tensor:  # noqa: ANN001
         ctx.save_for_backward(tokens)
-        ctx.rows = len(weight)
+        ctx.shape = len(weight), padding_idx
         return nn.functional.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[None, Tensor]:  # noqa: ANN001
+    def backward(ctx, grad: Tensor) -> tuple[None, Tensor, None]:  # noqa: ANN001
         (tokens,) = ctx.saved_tensors
-        return None, torch.ops.aten.embedding_dense_backward(grad.float(), tokens, ctx.rows, -1, False)
+        return None, torch.ops.aten.embedding_dense_backward(grad.float(), tokens, *ctx.shape, False), None
 
 
 def shard_root(model: CausalLM, shard: Callable[..., object], dtype: torch.dtype) -> None:

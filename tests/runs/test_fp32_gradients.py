@@ -11,7 +11,7 @@ from elo.runs import sharding
 from elo.runs.processes import process_group
 from elo.runs.sharding import ParallelOptions, parallelize
 
-LLAMA = {**families.SMALL, "architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+LLAMA = {**families.SMALL, "architectures": ["LlamaForCausalLM"], "model_type": "llama", "pad_token_id": 3}
 
 
 @pytest.mark.parametrize("form", ["cpu", "plain"])
@@ -43,7 +43,7 @@ def test_beside_fp64(tied, form, monkeypatch):
     # fully_shard gives the head, and not the norm, its weight in bf16.
     exact = {name: (w.bfloat16() if name == "head" else w).double().requires_grad_() for name, w in weights.items()}
     for tokens, (ids, its_grad, _), (x, grad, hidden) in zip(batches, *seen.values(), strict=True):
-        F.embedding(ids, exact["embedding"]).backward(its_grad.double())
+        F.embedding(ids, exact["embedding"], config.padding_idx).backward(its_grad.double())
         F.rms_norm(x.double(), (x.shape[-1],), exact["norm"], config.rms_norm_eps).backward(grad.double())
         logits = hidden.double() @ exact["head"].T
         F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="sum").backward()
