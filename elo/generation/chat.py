@@ -19,8 +19,9 @@ from elo.model.checkpoint import load_model
 from elo.model.decoder import CausalLM
 from elo.model.packed import pack_weights
 from elo.runs.devices import DTYPES, inference_device
-from elo.text.chat_format import ChatFormat, Messages, chat_format
+from elo.text.chat_format import ChatFormat, Messages, chat_format, generation_stops
 from elo.text.tokenizer import Tokenizer, load_tokenizer
+from elo.text.tokenizer_files import TokenizerFiles
 from elo.variants.adapted import open_checkpoint
 
 
@@ -52,13 +53,14 @@ class Writer:
         try:
             for (token,) in steps:
                 self.ids.append(token)
-                show(decoder.push(token), end="")
+                if token not in stops:  # which may be text, if it is an added token that is not special
+                    show(decoder.push(token), end="")
         except KeyboardInterrupt:
             interrupted = True
         show(decoder.flush())
         if not interrupted and not self.full and token not in stops:
             note(f"[cut off after {self.max_new_tokens} tokens: --max-new-tokens]")
-        return self.tokenizer.decode(self.ids[len(prompt) :])
+        return self.tokenizer.decode([id for id in self.ids[len(prompt) :] if id not in stops])
 
     @property
     def full(self) -> bool:
@@ -124,7 +126,8 @@ def main() -> None:
             return show("")
     bos = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     prompt = format.prompt([*system, *question]) if format else [*bos, *tokenizer.encode(arguments.prompt)]
-    writer.answer(prompt, format.stop_ids if format else {tokenizer.eos_id})
+    stops = format.stop_ids if format else {tokenizer.eos_id} | generation_stops(TokenizerFiles(checkpoint.directory))
+    writer.answer(prompt, stops)
     if writer.full:
         note(f"[the model's context of {checkpoint.config.context} tokens is full]")
     return None

@@ -188,7 +188,7 @@ def chat_format(
     end = template.end_of_turn()
     stops = FORMATS[name].stops if name in FORMATS else (end or text_of[tokenizer.eos_id],)
     stop_ids = {special[token] for token in stops if token in special}
-    return ChatFormat(name, tokenizer, template, is_own, end, frozenset(stop_ids | _generation_stops(files)), prefix)
+    return ChatFormat(name, tokenizer, template, is_own, end, frozenset(stop_ids | generation_stops(files)), prefix)
 
 
 def _built_in(name: str, bos: str | None, prefix: str) -> str:
@@ -255,7 +255,7 @@ def _guess(files: TokenizerFiles, tokenizer: Tokenizer) -> str:
     )
 
 
-def _generation_stops(files: TokenizerFiles) -> set[int]:
+def generation_stops(files: TokenizerFiles) -> set[int]:
     """eos_token_id, one or several, of generation_config.json, or without that file of config.json."""
     name = "config.json" if files.read("generation_config.json") is None else "generation_config.json"
     eos = files.json(name).get("eos_token_id")

@@ -250,7 +250,7 @@ def answer(
         for row in rows:
             ids = ids_of.get(row, [])
             # FastChat and LogicKor strip answers too, and the second turn sees the stripped one.
-            text = format.tokenizer.decode(ids).strip()
+            text = format.tokenizer.decode([id for id in ids if id not in format.stop_ids]).strip()
             conversations[row].append({"role": "assistant", "content": text})
             answers[row].turns.append(text)
             answers[row].tokens.append(len(ids))

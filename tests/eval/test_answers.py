@@ -243,11 +243,13 @@ def test_answers_made_in_another_way_are_not_mixed(words, message, ask):
 
 
 def test_answers_that_other_tokens_end_are_not_mixed(ask, tmp_path):
-    write_model(tmp_path / "tiny")
-    assert ask(directory=tmp_path / "tiny")[0] == 0
-    (tmp_path / "tiny/generation_config.json").write_text(json.dumps({"eos_token_id": 5}))
-    status, err, _ = ask(directory=tmp_path / "tiny")
-    assert status == 2 and "made in another way: stops was [" in err
+    """And what ends them is no part of them, text or not."""
+    tiny = write_model(tmp_path / "tiny")
+    assert ask(directory=tiny)[0] == 0
+    (tiny / "generation_config.json").write_text(json.dumps({"eos_token_id": [*range(300)]}))
+    assert "made in another way: stops was [" in ask(directory=tiny)[1]
+    turns = turns_of(ask("mt_bench", "--overwrite", directory=tiny)[2]).values()
+    assert {text for pair in turns for text in pair} == {""}
 
 
 def test_a_model_that_was_trained_on_is_another(ask, tmp_path):
@@ -256,9 +258,7 @@ def test_a_model_that_was_trained_on_is_another(ask, tmp_path):
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
     theirs.model.layers[2].mlp.up_proj.weight.data += 1e-3
     theirs.save_pretrained(tmp_path / "tiny")
-    status, err, _ = ask(directory=tmp_path / "tiny")
-    assert status == 2
-    assert "made in another way: model was" in err
+    assert "made in another way: model was" in ask(directory=tmp_path / "tiny")[1]
 
 
 def test_mistakes_are_one_line(ask, tmp_path, benches):

@@ -86,17 +86,24 @@ def test_characters_of_several_tokens_are_written_whole(writer, monkeypatch, cap
     text = "둘째로 🙂 끝"
     ids = writer.tokenizer.encode(text)
     assert len(ids) > len(text)
-    monkeypatch.setattr(generation, "stream", lambda *arguments, **settings: ([id] for id in ids))
-    assert writer.answer([5], {ids[-1]}) == text
+    monkeypatch.setattr(generation, "stream", lambda *arguments, **settings: ([id] for id in (*ids, 0)))
+    assert writer.answer([5], {0}) == text
     assert capsys.readouterr().out == text + "\n"
+
+
+def test_the_token_that_ends_an_answer_is_not_said(writer, monkeypatch, capsys):
+    """Not if it is text either, as an added token is that is not special."""
+    *said, end = writer.tokenizer.encode("some text!")
+    monkeypatch.setattr(generation, "stream", lambda *_, **__: ([id] for id in (*said, end)))
+    assert writer.answer([0], {end}) == "some text" and capsys.readouterr().out == "some text\n"
 
 
 def test_an_answer_cannot_command_the_terminal(writer, monkeypatch, capsys):
     """Escaped piece by piece; newlines and tabs are the answer's own, and what goes on is the answer as it is."""
     text = "a\n\tb \x1b[2J\x9b1m \u202eb\x07"
     ids = writer.tokenizer.encode(text)
-    monkeypatch.setattr(generation, "stream", lambda *arguments, **settings: ([id] for id in ids))
-    assert writer.answer([5], {ids[-1]}) == text
+    monkeypatch.setattr(generation, "stream", lambda *arguments, **settings: ([id] for id in (*ids, 0)))
+    assert writer.answer([5], {0}) == text
     assert capsys.readouterr().out == "a\n\tb \\x1b[2J\\x9b1m \\u202eb\\x07\n"
 
 
@@ -162,6 +169,17 @@ def test_one_answer_and_a_raw_continuation(chat_model):
         done = run(chat_model, *options, *flags, "--max-new-tokens=16")
         (answer,) = generate(model, [prompt], [format.stop_ids | {tokenizer.eos_id}], 16, sampling)
         assert done.stdout == printable(tokenizer.decode(answer), keep="\n\t") + "\n", done.stderr
+
+
+def test_a_raw_continuation_ends_as_generation_config_says(chat_model, tmp_path, monkeypatch, capsys):
+    directory = shutil.copytree(chat_model, tmp_path / "model")
+    tokenizer, model = load_tokenizer(directory), load_model(directory, "cpu", torch.float32)
+    (ids,) = generate(model, [tokenizer.encode("First of")], [{tokenizer.eos_id}], 16, GREEDY)
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [0, ids[9]]}))
+    words = ["--raw", "--prompt", "First of", "--max-new-tokens", "16", "--dtype", "fp32", "--temperature", "0"]
+    monkeypatch.setattr(sys, "argv", ["elo.generation", "--model", str(directory), *words])
+    generation.main()
+    assert capsys.readouterr().out == printable(tokenizer.decode(ids[: ids.index(ids[9])]), keep="\n\t") + "\n"
 
 
 @pytest.mark.parametrize("options", [("--raw",), ("--raw", "--prompt", "a", "--system", "b")], ids=" ".join)
