@@ -93,9 +93,10 @@ class HeldOutTexts(HeldOut):
             ids = [*([] if tokenizer.bos_id is None else [tokenizer.bos_id]), *whole.ids, tokenizer.eos_id]
             self.documents[len(ids), whole.bytes].add(hashlib.sha256(np.array(ids, "<u4")).digest())
             text = document.encode("utf-8")[:size].decode("utf-8", "ignore")
-            size = size - len(text.encode("utf-8")) if text else 0
+            part = whole if text == document else encode(tokenizer, text)
+            size = size - part.bytes if text else 0
             if text:
-                yield whole if text == document else encode(tokenizer, text)
+                yield part
 
     def find(self, shard: TokenShard) -> np.ndarray:
         """The numbers of those documents of a shard that are held out."""
