@@ -9,39 +9,40 @@ the same command goes on where it was interrupted. Records go to OUT/NAME.jsonl,
 """
 
 import json
-import random
 import shlex
 import time
 from argparse import ArgumentTypeError, Namespace
 from importlib import import_module
-from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from elo.common.errors import UserError, exit_status
+from elo.common.fields import is_number, read_json_object
 from elo.common.options import Parser, positive, positive_int, seed
 from elo.common.terminal import say, show
 from elo.cpu import onednn
-from elo.data.documents import read_documents
-from elo.data.finding import find_files
 from elo.planning.run import GPUS
 from elo.runs.devices import device_name, inference_device
 from eval.jsonl import read_lines
 from examples import texts
-from experiments import report
+from experiments import inputs, report
 from experiments.rows import BENCHMARKS, LIKELIHOOD, Kit, Row, in_time_of
-from experiments.runs import FailedError, Runs
+from experiments.runs import FailedError, Run, Runs
 
 NAMES = ("table1", "table2", "table3", "figure2", "figure3")
+RECORD = {
+    "row": str,
+    "seed": int,
+    "rates": str,
+    "figures": dict,
+    "model": str,
+    "device": str,
+    "date": str,
+    "settings": dict,
+}
 METHODS = ("elo", "align", "full", "lora", "selective")
-# What all records of an experiment have in common; the rates are in the table.
-SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
-LATER = ("benchmarks", "judge_model")  # may be added to those that have none
 OWN = {"--model", "--target", "--source", "--data", "--gb", "--seed", "--out", "--elo", "--after", "--validation"}
-AMONG = 5000  # documents, from the beginning
-SIZES = range(200, 20_001)  # bytes of one that is held out
-PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
 DEMO = Path("data/demo")
 # What `make demo` trains, in its sizes, as defaults; the rates were not searched for.
 SMALL = f"""--model models/SmolLM2-135M-Instruct --target {DEMO}/ko.train.jsonl --source {DEMO}/en.train.jsonl
@@ -97,40 +98,28 @@ def parse_arguments() -> Namespace:
     return options
 
 
-def check_inputs(options: Namespace) -> None:
-    """Before hours of work. Raises UserError for what is wanted only after them."""
-    wanted = [("instruct", options.instruct), *(("conversations", path) for path in options.conversations or ())]
-    for name, path in [*wanted, ("benchmarks", options.benchmarks)]:
-        if path and not Path(path).exists():
-            raise UserError(f"--{name} {path}: not found")
-    if options.benchmarks and not options.benches:
-        benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
-        raise UserError(f"--benchmarks {options.benchmarks}: none of {', '.join(benchmarks)} is a folder there")
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out}: {error.strerror}") from None
-    import_module("eval.figures.charts")  # or that matplotlib is missing
-
-
 def main() -> None:
     options = parse_arguments()
     experiment, file = import_module(f"experiments.{options.name}"), options.out / f"{options.name}.jsonl"
     if options.report:
         return tell(experiment, read_records(file, None), file)
+    if options.small and not options.dry_run and not (DEMO / "ko.train.jsonl").exists():
+        texts.write_all(DEMO)
+    options.contents = inputs.contents(options)
     if not options.dry_run:
-        check_inputs(options)
-        if options.small and not (DEMO / "ko.train.jsonl").exists():
-            texts.write_all(DEMO)
-    settings, runs = {name: getattr(options, name) for name in SETTINGS + LATER}, Runs(options)
-    hold_out(options)
+        inputs.check(options)
+    held_out, runs = inputs.hold_out(options), Runs(options)
     chosen = choose_rows(experiment.rows(options), options)
     rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
     for kit, row in rows:
-        row.measure(kit, row.model(kit))
+        row.measure(kit, row.model(kit), {})
     if options.dry_run:
         return runs.show()
     runs.begin()
+    (options.out / "texts").mkdir(exist_ok=True)
+    for path, lines in held_out.items():
+        Path(path).write_text(lines)
+    settings = inputs.settings(options)
     records = {(r["row"], r["seed"]): r for r in read_records(file, settings)}
     for kit, row in rows:
         records[row.name, kit.seed] = do_row(kit, row) | {"settings": settings}
@@ -152,16 +141,18 @@ def tell(experiment: ModuleType, records: list[dict[str, Any]], file: Path) -> N
 
 
 def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Raises UserError for those of an experiment with other settings, where there are some."""
+    """Raises UserError for what is no record, and for those of an experiment with other settings."""
     records = [line.record for line in read_lines(file)] if file.exists() else []
-    for record in records:
-        before = record.get("settings", {})
-        now = settings or before
-        other = [name for name in SETTINGS if name not in before or before[name] != now[name]]
-        other = other or [name for name in LATER if before.get(name) and now.get(name) and before[name] != now[name]]
-        for name in other:
-            option = f"--{name.replace('_', '-')}"
-            raise UserError(f"{file}: its rows have another {option}; move it away or give another --out")
+    for number, record in enumerate(records, start=1):
+        is_whole = all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
+        if not (is_whole and all(is_number(record["figures"].get(name, 0)) for name in report.COLUMNS)):
+            raise UserError(f"{file}: record {number} is none of an experiment, or of an older one; move it away")
+        before, now = record["settings"], settings or record["settings"]
+        for name in sorted(before.keys() | now.keys()):
+            values = before.get(name), now.get(name)
+            if values[0] != values[1] and not (name in inputs.LATER and (None in values or [None] in values)):
+                option = "--benchmarks" if name in BENCHMARKS else f"--{name.replace('_', '-')}"
+                raise UserError(f"{file}: its rows have another {option}; move it away or give another --out")
     return records
 
 
@@ -195,47 +186,39 @@ def choose_rows(rows: list[Row], options: Namespace) -> list[Row]:
     return [row for row in rows if not options.only or row.name in options.only]
 
 
-def hold_out(options: Namespace) -> None:
-    """Sets `options.held_out` to files for --validation that no run trains on, the target's for choosing first."""
-    folder, number = options.out / "texts", options.held_out
-    languages = [name for name in ("target", "source") if getattr(options, name)]
-    paths = {(name, part): folder / f"{name}.{part}.jsonl" for part in PARTS for name in languages}
-    options.held_out = list(map(str, paths.values()))
-    options.validation_mb = max(4.0, len(paths) * number * SIZES[-1] / 1e6)  # equal parts, each a whole file
-    for name in languages if not options.dry_run else ():
-        every = islice(read_documents(find_files(getattr(options, name))), AMONG)
-        documents = list(dict.fromkeys(text for text in every if len(text.encode()) in SIZES))
-        if len(documents) < 3 * number:
-            raise UserError(f"--{name}: {len(documents)} documents of {SIZES[0]} to {SIZES[-1]} bytes; "
-                            f"of {3 * number} and more --held-out {number} leaves enough")  # fmt: skip
-        random.Random(0).shuffle(documents)
-        for part, times in PARTS.items():
-            chosen, path = [documents.pop() for _ in range(round(times * number) or 1)], paths[name, part]
-            lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in chosen)
-            if path.exists() and path.read_text() != lines:
-                raise UserError(f"--out {options.out}: an experiment on other texts is there; give another directory")
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(lines)
-
-
 def do_row(kit: Kit, row: Row) -> dict[str, Any]:
-    """The record of a row for one seed: its figures, or why there are none."""
-    several = f"{kit.runs.options.processes} x " * (kit.runs.options.processes > 1)
+    """The record of a row for one seed: its figures, or why some are missing."""
+    figures, runs = dict[str, Any](), kit.runs
     record = {
-        "row": row.name, "seed": kit.seed, "figures": {}, "rates": "",
-        "device": several + device_name(inference_device()), "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "row": row.name,
+        "seed": kit.seed,
+        "model": Path(runs.options.model).name,
+        "rates": "",
+        "figures": figures,
+    }
+    record |= {"device": device_name(inference_device()), "date": time.strftime("%Y-%m-%d")}
     try:
         model = row.model(kit)
-        training = kit.runs.made_of.get(model, [])
-        record["rates"] = ", ".join(filter(None, (run.option("--lr") for run in training)))
-        record["commands"] = [kit.runs.command(run) for run in training]
-        record["figures"]["hours"] = kit.runs.seconds(model)[0] / 3600
-        record["figures"]["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
-        record["figures"] |= row.measure(kit, model)
+        training = runs.made_of.get(model, [])
+        record["commands"] = [runs.command(run) for run in training]
+        record["rates"] = ", ".join(rate_of(run, runs.options.rates.get(run.method, [])) for run in training)
+        figures["hours"] = runs.seconds(model)[0] / 3600
+        figures["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
+        for run in training:  # where and when: some may have been done before
+            was = read_json_object(run.directory / "run.json")
+            several = f"{was['processes']} x " * (was["processes"] > 1)
+            record |= {"device": several + was["device"], "date": was["started"][:10]}
+        row.measure(kit, model, figures)
     except FailedError as error:
         record["failed"] = str(error)
     return record
+
+
+def rate_of(run: Run, tried: list[str]) -> str:
+    """With a star if it is the lowest or highest of those that were tried, beyond which there may be a better one."""
+    rate = run.option("--lr") or ""
+    is_end = len(tried) > 1 and float(rate) in (min(map(float, tried)), max(map(float, tried)))
+    return rate + "*" * is_end
 
 
 if __name__ == "__main__":

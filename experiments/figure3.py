@@ -3,15 +3,15 @@
 from argparse import Namespace
 from typing import Any
 
-from experiments.rows import Kit, Row, base
+from experiments.inputs import field
+from experiments.rows import Kit, Row, base, shared
 
 
 def rows(options: Namespace) -> list[Row]:
-    pairs = zip(options.training, options.training[1:], strict=False)
-    same = [part for pair in pairs if pair[0] in ("--dtype", "--seq-len") for part in pair]
-    given = ("--methods", "elo,full,lora", "--figure3", "--rounds", "1", "--dtype", "bf16", *same)
+    given = ["--methods", "elo,full,lora", "--figure3", "--rounds", "1", "--dtype", "bf16", *shared(options.training)]
+    given += ["--text-field", field(options, "target")]
 
-    def measure(kit: Kit, model: str) -> dict[str, Any]:
-        return kit.result("benchmarks.training_step", "--model", model, *given, "--data", *options.target)
+    def measure(kit: Kit, model: str, figures: dict[str, Any]) -> None:
+        figures |= kit.result("benchmarks.training_step", "--model", model, *given, "--data", *options.target)
 
     return [Row("hours", base, measure=measure)]

@@ -1,5 +1,6 @@
 """Records -> a Markdown table in the paper's layout, the paper's figures beside ours, and a picture."""
 
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from types import ModuleType
@@ -28,7 +29,9 @@ def write(experiment: ModuleType, records: Records, table: Path, picture: Path) 
     else:
         along = getattr(experiment, "ALONG", None)
         text = markdown(title, rows, getattr(experiment, "PAPER", {}))
-        if along and (compared := compare(points(rows, "target", along), points(rows, "hours", along))):
+        common = set.intersection(*({record["seed"] for record in of_row} for of_row in rows.values()))
+        shared = {name: [record for record in of_row if record["seed"] in common] for name, of_row in rows.items()}
+        if along and (compared := compare(points(shared, "target", along), points(shared, "hours", along))):
             text += f"\n{compared}"
         panels = {f"{name}, bits a byte": points(rows, name, along) for name in LANGUAGES}
         if any(panels.values()):
@@ -46,7 +49,7 @@ def mean(records: Records, column: str) -> tuple[float, float] | None:
 def markdown(title: str, rows: Rows, paper: dict[str, Any]) -> str:
     last = [*rows.values()][-1][-1]
     columns = [name for name in COLUMNS if any(mean(records, name) for records in rows.values())]
-    published = paper.get(Path(last["settings"]["model"]).name, {})
+    published = paper.get(last["model"], {})
     papers = [name for name in COLUMNS if any(name in row for row in published.values())]
     head = ["", *columns, *(f"{name}, paper" for name in papers), "rates", "seeds"]
     lines = [title, "", "| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
@@ -58,7 +61,9 @@ def markdown(title: str, rows: Rows, paper: dict[str, Any]) -> str:
         lines.append("| " + " | ".join(cells) + " |")
     devices = dict.fromkeys(record["device"] for records in rows.values() for record in records)
     said = f"{' and '.join(devices)}, {last['date']}; target, source: bits a byte; ± is the standard deviation"
-    without = [f"--{name}" for name in ("instruct", "conversations", "source") if not last["settings"][name]]
+    if "*" in "".join(record["rates"] for records in rows.values() for record in records):
+        said += "; * is at an end of --rates, beyond which there may be better ones"
+    without = [f"--{name}" for name in ("instruct", "conversations", "source") if not any(last["settings"][name])]
     without += [name for name in BENCHMARKS if name not in columns]
     return "\n".join([*lines, "", f"{said}. Without {', '.join(without) or 'nothing'}.\n"])
 
@@ -75,6 +80,6 @@ def points(rows: Rows, column: str, along: str | None) -> dict[str, list[tuple[s
     series: dict[str, list[tuple[str | float, float, float]]] = {}
     for name, records in rows.items():
         label, _, place = name.rpartition(" ") if along else ("", "", name)
-        if figure := mean(records, column):
+        if (figure := mean(records, column)) and isfinite(figure[0]):
             series.setdefault(label.rstrip(" +,"), []).append((float(place) if along else place, *figure))
     return series

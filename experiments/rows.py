@@ -1,15 +1,15 @@
 """Of what the rows of an experiment are made: chains of the stages' own commands."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from elo.common.fields import read_json_object
 from elo.common.terminal import note
 from elo.methods import DEFAULT_LAYERS
-from experiments.runs import Runs
+from experiments.runs import FailedError, Runs, option
 
 LIKELIHOOD = ("mmlu", "kobest", "marc_ja")
 JUDGED = ("mt_bench", "logickor", "japanese_mt_bench")
@@ -51,39 +51,45 @@ class Kit:
             model = self.runs.do("sft.py", *words, "--save-every", "5m", "--out", "{here}")
         return model
 
-    def measure(self, model: str) -> dict[str, float]:
-        """Bits a byte of the pretrained model on what is held out, and benchmarks after chat vector and SFT."""
-        options, made = self.runs.options, self.runs.made_of.get(model, [])
+    def measure(self, model: str, figures: dict[str, Any]) -> None:
+        """Bits a byte of the pretrained model on what is held out, and benchmarks after chat vector and SFT.
+
+        Raises FailedError, after all figures that do not fail.
+        """
+        options, made, failed = self.runs.options, self.runs.made_of.get(model, []), []
         if made and made[-1].option("--validation"):
-            files = made[-1].last_step.get("validation", [])
+            bits = bits_of(made[-1].last_step.get("validation", []))
         else:
-            given = zip(options.training, options.training[1:], strict=False)
-            same = [word for pair in given if pair[0] in ("--seq-len", "--dtype") for word in pair]
-            found = self.result("eval perplexity", "--model", model, "--data", *options.held_out, *same)
-            files = found.get("files", [])
-        held_out = [(Path(line["file"]).name.split("."), line["bits_per_byte"]) for line in files]
-        figures = {language: bits for (language, part, _), bits in held_out if part == "heldout"}
+            words = ("--model", model, "--data", *options.held_out, *shared(options.training))
+            bits = bits_of(self.result("eval perplexity", *words).get("files", []))
+        figures |= {name.partition(".")[0]: value for name, value in bits.items() if name.endswith(".heldout")}
         chat = self.chat(model)
         for name in options.benches:
-            if name in JUDGED:
-                found = self.judged(name, chat).get("models", {}).get("row", {})
-                if found.get("unparsed"):
-                    note(f"{name}: {found['unparsed']} of {found['judgments']} judgments have no rating")
-            else:
-                words = ("--model", chat, "--tasks", name, "--data", options.benchmarks)
-                made = self.result("eval choice", *words, "--samples", "{here}/samples.jsonl")
-                found = made.get("results", {}).get(name, {})
-            if (score := found.get("acc", found.get("average"))) is not None:  # no judgment could be read
-                figures[name] = score
-        return figures
+            try:
+                score = self.judged(name, chat) if name in JUDGED else self.chosen(name, chat)
+                figures |= {} if score is None else {name: score}
+            except FailedError as error:
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
-    def judged(self, name: str, model: str) -> dict[str, Any]:
+    def chosen(self, name: str, model: str) -> float | None:
+        words = ("--model", model, "--tasks", name, "--data", self.runs.options.benchmarks)
+        made = self.result("eval choice", *words, "--samples", "{here}/samples.jsonl")
+        return made.get("results", {}).get(name, {}).get("acc")
+
+    def judged(self, name: str, model: str) -> float | None:
+        """None if no judgment could be read."""
         options, bench = self.runs.options, ("--bench", name, "--bench-dir", f"{self.runs.options.benchmarks}/{name}")
         answers = self.runs.do("eval answers", *bench, "--model", model, "--name", "row", "--out", "{here}", *JSON)
         asked = ("--judge-model", options.judge_model, *(["--base-url", options.base_url] if options.base_url else []))
         made = self.result("eval judge", *bench, *asked, "--out", answers)
         # Judgments are where the answers are, those of other judges too.
-        return self.result("eval score", str(Path(answers, "model_judgment", Path(made.get("file", "")).name)))
+        score = self.result("eval score", str(Path(answers, "model_judgment", Path(made.get("file", "")).name)))
+        found = score.get("models", {}).get("row", {})
+        if found.get("unparsed"):
+            note(f"{name}: {found['unparsed']} of {found['judgments']} judgments have no rating")
+        return found.get("average")
 
     def result(self, command: str, *words: str) -> dict[str, Any]:
         """Empty where nothing is done yet."""
@@ -96,7 +102,18 @@ class Row:
     name: str
     model: Chain  # after pretraining, before the chat vector
     control: Chain | None = None  # of ELO: alignment only, which --equal-time makes as long
-    measure: Callable[[Kit, str], dict[str, Any]] = Kit.measure  # the model's figures
+    measure: Callable[[Kit, str, dict[str, Any]], None] = Kit.measure  # adds the model's figures
+
+
+def bits_of(files: list[dict[str, Any]]) -> dict[str, float]:
+    """By their names without folder and .jsonl: a directory may have been moved."""
+    return {Path(line["file"]).stem: line["bits_per_byte"] for line in files}
+
+
+def shared(training: list[str]) -> list[str]:
+    """What evaluation takes of --training."""
+    names = ("--seq-len", "--dtype", "--text-field")
+    return [word for name in names if (value := option(training, name)) for word in (name, value)]
 
 
 def stage(method: str, script: str, units: float | Callable[[Kit], float], *words: Word) -> Chain:
@@ -106,15 +123,23 @@ def stage(method: str, script: str, units: float | Callable[[Kit], float], *word
         return kit.pretrain(script, units(kit) if callable(units) else units, rate, words)
 
     def bits(kit: Kit, rate: str) -> float:
-        made = attempt(kit, rate)
-        if method == "elo":
-            same, first = [word for word in words if word in ALONE], kit.runs.options.rates.get("align", [None])[0]
-            made = kit.pretrain("align.py", 1, first, ("--elo", made, *same))
-        return kit.runs.bits(made)
+        """On the validation text of the target language: what is held out for the results has no say."""
+        try:
+            made = attempt(kit, rate)
+            if method == "elo":
+                same, first = [word for word in words if word in ALONE], kit.runs.options.rates.get("align", [None])[0]
+                made = kit.pretrain("align.py", 1, first, ("--elo", made, *same))
+        except FailedError:  # reported, and as bad as it can be
+            return math.inf
+        found = bits_of(kit.runs.made_of[made][-1].last_step.get("validation", [])).get("target.validation", math.inf)
+        return found if math.isfinite(found) else math.inf
 
     def do(kit: Kit) -> str:
         rates, first = kit.runs.options.rates.get(method, [None]), replace(kit, seed=kit.runs.options.seeds[0])
-        return attempt(kit, min(rates, key=partial(bits, first)) if len(rates) > 1 else rates[0])
+        found = {rate: bits(first, rate) for rate in rates} if len(rates) > 1 else {rates[0]: 0.0}
+        if kit.runs.lock and min(found.values()) == math.inf:
+            raise FailedError(f"--rates {method}={','.join(rates)}: with none of them a run ends with a finite loss")
+        return attempt(kit, min(found, key=found.get))
 
     return do
 

@@ -5,8 +5,6 @@ interrupted goes on by its own resume.
 """
 
 import fcntl
-import hashlib
-import math
 import os
 import shlex
 import signal
@@ -14,6 +12,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from elo.planning.plan import make_parser, make_plans, would_fit
 from elo.runs.directory import read_metrics
 from elo.runs.replacing import CHECKPOINTS
 from elo.runs.states import remove_states
+from eval.jsonl import digest
 
 ROOT = Path(__file__).resolve().parents[1]
 PRETRAINING = ("train.py", "align.py")
@@ -36,14 +36,23 @@ class FailedError(Exception):
     """A command failed; what needs it cannot be done."""
 
 
+def option(words: Sequence[str], name: str) -> str | None:
+    """Its value; of one that is given twice the last, which counts."""
+    return dict(zip(words, words[1:], strict=False)).get(name)
+
+
 class Run(NamedTuple):
     script: str
     words: tuple[str, ...]
     directory: Path
 
     def option(self, name: str) -> str | None:
-        """Its value; of one that is given twice the last, which counts."""
-        return dict(zip(self.words, self.words[1:], strict=False)).get(name)
+        return option(self.words, name)
+
+    @property
+    def method(self) -> str:
+        """As --rates names it."""
+        return "align" if self.script == "align.py" else self.option("--method") or "elo"
 
     @property
     def is_done(self) -> bool:
@@ -89,8 +98,8 @@ class Runs:
 
         Raises FailedError if it fails, or has failed before.
         """
-        known = "\0".join([script, *(word.removeprefix(f"{self.options.out}/") for word in words)])
-        name = f"{script.removesuffix('.py').replace(' ', '-')}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
+        known = [self.options.contents.get(word, word).removeprefix(f"{self.options.out}/") for word in words]
+        name = f"{script.removesuffix('.py').replace(' ', '-')}-{digest(script, *known)}"
         here = self.options.out / "runs" / name
         run = Run(script, tuple(word.replace("{here}", str(here)) for word in words), here)
         needed = [word for option, word in zip(("", *words), words, strict=False) if option != "--after"]
@@ -148,12 +157,6 @@ class Runs:
             return [sum(run.last_step.get("seconds", 0.0) for run in chain) for chain in chains]
         return [sum(3600 * plan.hours for run in chain if (plan := self.plans[run])) for chain in chains]
 
-    def bits(self, model: str) -> float:
-        """A byte of the target language's validation text; what is held out for the results has no say."""
-        by_file = self.made_of[model][-1].last_step.get("validation", [])
-        found = [line["bits_per_byte"] for line in by_file if line["file"] == self.options.held_out[0]]
-        return found[0] if found and math.isfinite(found[0]) else math.inf
-
     # ---- what it would take
 
     def plan(self, run: Run) -> Plan | None:
@@ -168,10 +171,10 @@ class Runs:
 
     def show(self) -> None:
         """--dry-run."""
-        gpus, trained = f"{self.options.processes} x {self.options.gpu}", [plan for plan in self.plans.values() if plan]
-        whole = max((plan.computed for plan in trained), default=0)
+        gpus, left = f"{self.options.processes} x {self.options.gpu}", [run for run in self.plans if not run.is_done]
+        whole = max((plan.computed for plan in self.plans.values() if plan), default=0)
         sums = [0.0, 0.0, 0.0]
-        for run, plan in self.plans.items():
+        for run, plan in ((run, self.plans[run]) for run in left):
             size = (plan.computed if plan else whole) if run.script.endswith(".py") else 0
             spent = [*([plan.run.tokens, plan.hours * self.options.processes] if plan else [0.0, 0.0]), 2 * size / 1e9]
             sums = list(map(sum, zip(sums, spent, strict=True)))
@@ -180,7 +183,8 @@ class Runs:
             if plan and not plan.fits:
                 say(f"    does not fit on {gpus}; it would with: {would_fit(plan)}")
         # Weight and both moments in fp32; two states are kept while the next one is written.
-        states = 3 * 12 * max((plan.trained for plan in trained), default=0) / 1e9
-        say(f"together {AMOUNTS.format(*sums)}, and up to {states:,.1f} GB for the states of the run at work")
+        states = 3 * 12 * max((self.plans[run].trained for run in left if self.plans[run]), default=0) / 1e9
+        done = f"; {ended} more are done" if (ended := len(self.plans) - len(left)) else ""
+        say(f"together {AMOUNTS.format(*sums)}, and up to {states:,.1f} GB for the states of the run at work{done}")
         say(f"on {gpus} at the planner's utilization and {self.options.bytes_per_token} bytes a token; tuning on "
             "conversations and evaluation are not counted")  # fmt: skip

@@ -68,3 +68,13 @@ def read_file_lines(path: str | Path, largest: int, longest: int) -> Iterator[by
                 yield line
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def samples(path: Path) -> Iterator[bytes]:
+    """A large file's name, size and 256 samples of 4 KiB from the beginning on: any training of weights shows there."""
+    size = path.stat().st_size
+    yield f"{path.name} {size} ".encode()
+    with open(path, "rb") as file:
+        for start in sorted({size * sample // 256 // 4096 * 4096 for sample in range(256)}):
+            file.seek(start)
+            yield file.read(4096)

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from elo.common.errors import UserError
 from elo.common.fields import read_json_object
-from elo.common.files import is_file
+from elo.common.files import is_file, samples
 from elo.model.config import ModelConfig, tell_once
 from elo.model.decoder import CausalLM, build
 from elo.model.not_a_model import ADAPTER_CONFIG, instead_of_a_model, names_instead
@@ -87,16 +87,12 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """A hash that differs after any training of the weights, and is the same for a copy.
 
-        It covers each file's size and 256 samples of 4 KiB from the beginning on, so large files are not read in full.
+        It covers each file's size and samples of it, so large files are not read in full.
         """
         digest = hashlib.sha256(json.dumps(self.config.json, sort_keys=True).encode())
         for path in sorted({stored.file for stored in self._stored.values()}):
-            size = path.stat().st_size
-            digest.update(f"{path.name} {size} ".encode())
-            with open(path, "rb") as file:
-                for start in sorted({size * sample // 256 // 4096 * 4096 for sample in range(256)}):
-                    file.seek(start)
-                    digest.update(file.read(4096))
+            for part in samples(path):
+                digest.update(part)
         return digest.hexdigest()[:32]
 
     def load_into(self, model: CausalLM, source: Callable[[str], str | None] = lambda name: name) -> None:

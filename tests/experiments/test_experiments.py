@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 
 import pytest
+from commands import instead
 from experiment_runs import begun, options, pretending, run_here, words
 from forking import Fork
 
 from elo.common.errors import EarlyExit
 from experiments import __main__ as command
+from experiments import inputs
 from experiments.rows import Kit, Row, align, alignment_only, baseline, elo
 from experiments.runs import Runs
 
@@ -147,7 +149,9 @@ def test_what_is_held_out_is_measured_alike(tmp_path):
     (tmp_path / "ko.jsonl").write_text("".join(json.dumps({"text": f"{n} " + "x" * 15_000}) + "\n" for n in range(620)))
     given = options(tmp_path, target=[str(tmp_path / "ko.jsonl")], source=None, held_out=200, dry_run=False)
     given.training = command.words("--seq-len=64 --dtype fp32 --clip=0")
-    command.hold_out(given)
+    (tmp_path / "texts").mkdir()
+    for path, text in inputs.hold_out(given).items():
+        Path(path).write_text(text)
     lines = [Path(file).read_text().splitlines() for file in given.held_out]
     texts = [sum(len(json.loads(line)["text"]) for line in of_file) for of_file in lines]
     assert texts[1] > 2_000_000
@@ -156,7 +160,7 @@ def test_what_is_held_out_is_measured_alike(tmp_path):
     (run,) = runs.made_of[model]
     (read,) = [float(word.split("=")[1]) for word in run.words if word.startswith("--validation-mb=")]
     assert read * 1e6 / len(texts) >= max(texts)
-    Kit(runs, 0).measure(given.model)
+    Kit(runs, 0).measure(given.model, {})
     _, of_base = runs.plans
     for option in ("--seq-len", "--dtype"):
         assert of_base.option(option) == run.option(option) in ("64", "fp32")
@@ -189,6 +193,60 @@ def test_other_rows_and_seeds_keep_their_records(project, monkeypatch, capsys):
     assert len(read(project)) == 3
 
 
+def test_runs_are_told_apart_by_what_they_read(project, monkeypatch, capsys):
+    """The same under another name is the same run, in a directory that was moved too; and another under that name is
+    another one."""
+    done, more = pretending(monkeypatch, {"1e-3": 2.0, "1e-2": 3.0}), "--only 'layers 1,4' --rates align=1e-2"
+    assert run_here(monkeypatch, capsys, *words(more))[0] == 0
+    before, ran = (project / "out/table3.md").read_text(), len(done)
+    (project / "out").rename(project / "moved")
+    (project / "base").rename(project / "model")
+    (project / "ko.jsonl").rename(project / "korean.jsonl")
+    given = instead(words(more, "moved"), ["--model", "model", "--target", f"{project}/korean.jsonl"])
+    assert run_here(monkeypatch, capsys, *given)[0] == 0
+    assert len(done) == ran and (project / "moved/table3.md").read_text() == before
+    (record,) = [json.loads(line) for line in (project / "moved/table3.jsonl").read_text().splitlines()]
+    assert (record["rates"], record["device"], record["date"]) == ("1e-2, 1e-3*", "here", "2026-01-02")  # of the runs
+    planned = run_here(monkeypatch, capsys, *given, "--dry-run", "--bytes-per-token", "4")[1]
+    assert planned.startswith("together 0 tokens") and f"; {ran} more are done\n" in planned
+    lines = (project / "korean.jsonl").read_text().splitlines()
+    (project / "korean.jsonl").write_text("\n".join([lines[0].replace("0", "9", 1), *lines[1:]]))
+    inputs.digest.cache_clear()  # of a process, in which nothing changes
+    assert run_here(monkeypatch, capsys, *given)[2] == f"error: {OTHER} --target{INSTEAD}".replace("out/", "moved/")
+    (project / "moved/table3.jsonl").unlink()
+    assert run_here(monkeypatch, capsys, *given)[0] == 0
+    assert len(done) == 2 * ran
+    tokenizer = project / "model/tokenizer.json"
+    tokenizer.write_text(tokenizer.read_text() + "\n")
+    inputs.digest.cache_clear()
+    assert "another --model;" in run_here(monkeypatch, capsys, *given)[2]
+
+
+@pytest.mark.parametrize("wrong", [{"figures": {"target": "low"}}, {"date": None}, {"settings": None}])
+def test_records_that_somebody_wrote(project, monkeypatch, capsys, wrong):
+    pretending(monkeypatch, {})
+    assert run_here(monkeypatch, capsys, *words("--only base"))[0] == 0
+    (record,) = read(project)
+    (project / "out/table3.jsonl").write_text(json.dumps({**record, **wrong}) + "\n")
+    status, _, error = run_here(monkeypatch, capsys, "table3", "--out", "out", "--report")
+    assert status == 2 and error.startswith("error: out/table3.jsonl") and error.count("\n") == 1
+
+
+def test_texts_in_another_field(project, monkeypatch, capsys):
+    """What is held out has it too, so that the runs and `eval perplexity` find it."""
+    done = pretending(monkeypatch, {})
+    text = (project / "ko.jsonl").read_text().replace('"text"', '"body"')
+    (project / "ko.jsonl").write_text(text)
+    english = (project / "en.jsonl").read_text().replace('"text"', '"said"')
+    (project / "en.jsonl").write_text(english)
+    given = words("--only base 'alignment only' --training '--text-field body --source-field said'")
+    status, _, error = run_here(monkeypatch, capsys, *given)
+    assert status == 0, error
+    assert all("body" in json.loads(path.read_text().splitlines()[0]) for path in project.glob("out/texts/*"))
+    (measured,) = [words for script, _, words in done if script == "eval perplexity"]
+    assert measured[measured.index("--text-field") + 1] == "body"
+
+
 OTHER, INSTEAD = "out/table3.jsonl: its rows have another", "; move it away or give another --out\n"
 
 
@@ -199,8 +257,12 @@ def test_scores_of_two_judges_are_in_no_table(project, monkeypatch, capsys):
     judged = "--only 'alignment only' --benchmarks . --judge-model"
     for more in ("--only base", f"{judged} a", "--only base"):
         assert run_here(monkeypatch, capsys, *words(more))[0] == 0
-    for more, name in ((f"{judged} b", "judge-model"), (f"{judged} a --benchmarks {project}", "benchmarks")):
-        assert run_here(monkeypatch, capsys, *words(more))[::2] == (2, f"error: {OTHER} --{name}{INSTEAD}")
+    assert run_here(monkeypatch, capsys, *words(f"{judged} b"))[::2] == (2, f"error: {OTHER} --judge-model{INSTEAD}")
+    assert (
+        run_here(monkeypatch, capsys, *words(f"{judged} a --benchmarks {project}"))[0] == 0
+    )  # the same by another name
+    (project / "logickor/questions.jsonl").write_text("{}")
+    assert run_here(monkeypatch, capsys, *words(f"{judged} a"))[::2] == (2, f"error: {OTHER} --benchmarks{INSTEAD}")
 
 
 def read(project):

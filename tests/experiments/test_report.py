@@ -11,8 +11,8 @@ from experiments.runs import Runs
 
 
 def test_table_and_picture(tmp_path):
-    settings = {"model": "models/Llama-3.1-8B", "instruct": None, "conversations": ["c"], "source": ["en"]}
-    record = {"rates": "1e-3", "device": "CPU", "date": "today", "settings": settings}
+    settings = {"instruct": [None], "conversations": ["c"], "source": ["en"]}
+    record = {"model": "Llama-3.1-8B", "rates": "1e-3", "device": "CPU", "date": "today", "settings": settings}
     found = [
         {**record, "row": "layers 1,32", "seed": seed, "figures": {"target": value, "hours": 1.0, "kobest": 0.5}}
         for seed, value in enumerate((1.0, 1.1, 1.2))
@@ -30,8 +30,8 @@ def test_table_and_picture(tmp_path):
 
 
 def test_series_of_a_figure(tmp_path):
-    settings = {"model": "m", "instruct": None, "conversations": None, "source": None}
-    record = {"seed": 0, "rates": "", "device": "CPU", "date": "today", "settings": settings}
+    settings = {"instruct": [None], "conversations": [None], "source": [None]}
+    record = {"model": "m", "seed": 0, "rates": "", "device": "CPU", "date": "today", "settings": settings}
     rows = {"ELO + 0.5": 2.0, "ELO + 4": 1.0, "alignment only, 4": 1.5, "alignment only, in the time of ELO + 4": 1.25}
     found = [{**record, "row": name, "figures": {"target": value}} for name, value in rows.items()]
     assert report.points({line["row"]: [line] for line in found}, "target", figure2.ALONG) == {
@@ -70,16 +70,31 @@ def test_figure_3(tmp_path, monkeypatch, capsys):
 
 
 def test_small(tmp_path, monkeypatch, capsys):
-    """The demo's texts, which are there already; the model's configuration is enough to plan."""
+    """The model's configuration is enough to plan: the demo's texts are written by the run."""
     options(tmp_path)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
     (tmp_path / "base").rename(tmp_path / "models/SmolLM2-135M-Instruct")
-    (tmp_path / "data/demo").mkdir(parents=True)
-    (tmp_path / "data/demo/ko.train.jsonl").write_text("")
     given = ["table3", "--small", "--dry-run", "--gb", "0.00002", "--training", "--lr 7"]
     status, out, error = run_here(monkeypatch, capsys, *given)
     assert status in (None, 0), error
     trained = [line for line in out.splitlines() if "train.py" in line]
     assert trained and all("data/demo/ko.train.jsonl" in line and "--lr 1e-3" in line for line in trained)
     assert all("--gb 1.8e-05 " in line and "--seq-len 256 " in line and "--lr 7" in line for line in trained)
+
+
+def test_the_crossover_is_of_seeds_that_both_have(tmp_path):
+    """Seed 1 reads other documents, on which all losses are higher by 1: ELO's alone would be behind."""
+    settings = {"instruct": [None], "conversations": [None], "source": [None]}
+    record = {"model": "m", "rates": "1e-3*", "device": "CPU", "date": "today", "settings": settings}
+    rows = [(f"{name}{units:g}", units) for name in ("ELO + ", "alignment only, ") for units in (0, 0.5, 1, 2)]
+    found = [
+        {**record, "row": name, "seed": seed, "figures": {"target": 2 - units / 4 + seed, "hours": 1 + units}}
+        for name, units in rows
+        for seed in (0, 1)
+        if name[0] == "E" or seed == 0
+    ]
+    text = report.write(figure2, found, tmp_path / "figure.md", tmp_path / "figure.png")
+    assert "| 1 | +0.000 |" in text and "* is at an end of --rates" in text
+    found[-1]["figures"]["target"] = float("nan")  # of a loss that was none: a point less
+    report.write(figure2, found, tmp_path / "figure.md", tmp_path / "figure.png")

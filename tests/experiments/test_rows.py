@@ -1,14 +1,17 @@
 """Which runs make a row of a table, and with which learning rates, scales and sizes."""
 
+import json
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from experiment_runs import begun, options, pretending
 
 from elo.slicing import parse_layers
+from experiments import table3
 from experiments.__main__ import NAMES
 from experiments.rows import Kit, Row, align, alignment_only, baseline, elo, found_scale, in_time_of
-from experiments.runs import Run, Runs
+from experiments.runs import FailedError, Run, Runs
 
 
 def test_the_best_rate_is_that_of_the_first_seed(tmp_path, monkeypatch):
@@ -91,6 +94,38 @@ def test_rows(experiment, tmp_path):
         assert [run for run in trained if "--bridge" in run.words]
 
 
+@pytest.mark.parametrize("count", range(2, 9))
+def test_layers_of_small_models(tmp_path, count):
+    given = options(tmp_path)
+    config = Path(given.model, "config.json")
+    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": count}))
+    names = [row.name.removeprefix("layers ") for row in table3.rows(given) if row.name.startswith("layers")]
+    assert [parse_layers(name.partition(", no")[0], count) for name in names]
+
+
+def test_a_rate_that_fails_is_not_taken(tmp_path, monkeypatch):
+    """It ends no row as long as another one is left."""
+    pretending(monkeypatch, {"1": None, "2": 2.0, "3": float("nan"), "4": 2.5})
+    kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["4"], "full": ["1", "3"]})), 0)
+    aligned = align(elo())(kit)
+    assert [run.option("--lr") for run in kit.runs.made_of[aligned]] == ["2", "4"]
+    with pytest.raises(FailedError, match="--rates full=1,3: with none of them a run ends with a finite loss"):
+        baseline("full")(kit)
+
+
+def test_a_benchmark_that_fails_leaves_the_others(tmp_path, monkeypatch):
+    def chosen(kit, name, model):
+        if name == "mmlu":
+            raise FailedError("no such thing")
+        return 0.5
+
+    monkeypatch.setattr(Kit, "chosen", chosen)
+    kit = Kit(Runs(options(tmp_path, benches=["mmlu", "kobest"])), 0)
+    with pytest.raises(FailedError, match="no such thing"):
+        kit.measure("model", figures := {})
+    assert figures == {"kobest": 0.5}
+
+
 def test_rates_of_elo_are_judged_after_alignment(tmp_path, monkeypatch):
     done = pretending(monkeypatch, {"1": 1.0, "2": 2.0, "3": 3.0, "4": 2.0})
     kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["3", "4"]})), 0)
@@ -111,7 +146,8 @@ def test_chat_and_benchmarks(tmp_path):
     kit = Kit(Runs(options(tmp_path, **changes, benches=["kobest", "logickor"])), 0)
     assert kit.chat("chat") != "chat"
     assert [run.script for run in kit.runs.plans] == ["sft.py"]
-    assert kit.measure("model") == {}  # neither a figure nor None, which has no mean
+    kit.measure("model", figures := {})
+    assert figures == {}  # neither a figure nor None, which has no mean
     scripts = ["eval perplexity", "merge_chat_vector.py", "sft.py", "eval choice"]
     assert [run.script for run in kit.runs.plans][1:] == [*scripts, "eval answers", "eval judge", "eval score"]
     answers, judge, score = [*kit.runs.plans][-3:]
@@ -121,9 +157,9 @@ def test_chat_and_benchmarks(tmp_path):
 
 def test_judgments_without_a_rating_are_told(tmp_path, monkeypatch, capsys):
     found = {"models": {"row": {"average": 5.0, "judgments": 2, "unparsed": 1}}}
-    monkeypatch.setattr(Kit, "judged", lambda *_: found)
-    kit = Kit(Runs(options(tmp_path, benches=["logickor"])), 0)
-    assert kit.measure("model") == {"logickor": 5.0}
+    monkeypatch.setattr(Kit, "result", lambda *_: found)
+    Kit(Runs(options(tmp_path, benches=["logickor"])), 0).measure("model", figures := {})
+    assert figures == {"logickor": 5.0}
     assert "logickor: 1 of 2 judgments have no rating" in capsys.readouterr().err
 
 

@@ -33,7 +33,7 @@ def options(tmp_path, **changes):
     given |= {"benchmarks": None, "judge_model": None, "base_url": None, "gb": 10.0, "processes": 1, "out": tmp_path}
     given |= {"rates": {}, "training": [], "sft": [], "seeds": [0], "benches": [], "equal_time": False, "only": None}
     given |= {"held_out": [f"{tmp_path}/{language}.{part}.jsonl" for part, language in HELD_OUT]}
-    given |= {"bytes_per_token": 4.0, "gpu": "H100", "validation_mb": 4.0}
+    given |= {"bytes_per_token": 4.0, "gpu": "H100", "validation_mb": 4.0, "contents": {}}
     return Namespace(**(given | changes))
 
 
@@ -65,6 +65,7 @@ def pretending(monkeypatch, bits, seconds=2.0):
         result = {"files": validation, "file": f"there/{run.option('--judge-model')}_single.jsonl"}
         texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": json.dumps(result)}
         texts["elo.json"] = json.dumps({"scale": [0.1, 1.0]})
+        texts["run.json"] = json.dumps({"device": "here", "processes": 1, "started": "2026-01-02T03:04:05+0000"})
         run.directory.mkdir(parents=True, exist_ok=True)
         (run.directory / "aside.json").write_text(json.dumps(texts))
         code = "import json, os; [open(n, 'w').write(t) for n, t in json.load(open('aside.json')).items()]"
