@@ -31,14 +31,9 @@ from experiments.rows import BENCHMARKS, LIKELIHOOD, Kit, Row, in_time_of
 from experiments.runs import FailedError, Run, Runs
 
 NAMES = ("table1", "table2", "table3", "figure2", "figure3")
-RECORD = {
-    "row": str,
+RECORD = dict.fromkeys(("row", "rates", "model", "device", "date"), str) | {
     "seed": int,
-    "rates": str,
     "figures": dict,
-    "model": str,
-    "device": str,
-    "date": str,
     "settings": dict,
 }
 METHODS = ("elo", "align", "full", "lora", "selective")
@@ -189,19 +184,13 @@ def choose_rows(rows: list[Row], options: Namespace) -> list[Row]:
 def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     """The record of a row for one seed: its figures, or why some are missing."""
     figures, runs = dict[str, Any](), kit.runs
-    record = {
-        "row": row.name,
-        "seed": kit.seed,
-        "model": Path(runs.options.model).name,
-        "rates": "",
-        "figures": figures,
-    }
-    record |= {"device": device_name(inference_device()), "date": time.strftime("%Y-%m-%d")}
+    record = {"row": row.name, "seed": kit.seed, "rates": "", "figures": figures, "date": time.strftime("%Y-%m-%d")}
+    record |= {"model": Path(runs.options.model).name, "device": device_name(inference_device())}
     try:
         model = row.model(kit)
         training = runs.made_of.get(model, [])
         record["commands"] = [runs.command(run) for run in training]
-        record["rates"] = ", ".join(rate_of(run, runs.options.rates.get(run.method, [])) for run in training)
+        record["rates"] = ", ".join(rate_of(run, runs.options.rates) for run in training if run.option("--lr"))
         figures["hours"] = runs.seconds(model)[0] / 3600
         figures["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
         for run in training:  # where and when: some may have been done before
@@ -214,11 +203,10 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     return record
 
 
-def rate_of(run: Run, tried: list[str]) -> str:
+def rate_of(run: Run, rates: dict[str, list[str]]) -> str:
     """With a star if it is the lowest or highest of those that were tried, beyond which there may be a better one."""
-    rate = run.option("--lr") or ""
-    is_end = len(tried) > 1 and float(rate) in (min(map(float, tried)), max(map(float, tried)))
-    return rate + "*" * is_end
+    rate, tried = run.option("--lr"), sorted(map(float, rates.get(run.method, [])))
+    return f"{rate}*" if len(tried) > 1 and float(rate) in (tried[0], tried[-1]) else rate
 
 
 if __name__ == "__main__":

@@ -135,7 +135,8 @@ def stage(method: str, script: str, units: float | Callable[[Kit], float], *word
         return found if math.isfinite(found) else math.inf
 
     def do(kit: Kit) -> str:
-        rates, first = kit.runs.options.rates.get(method, [None]), replace(kit, seed=kit.runs.options.seeds[0])
+        rates = kit.runs.options.rates.get(method, [None]) if units else [None]
+        first = replace(kit, seed=kit.runs.options.seeds[0])
         found = {rate: bits(first, rate) for rate in rates} if len(rates) > 1 else {rates[0]: 0.0}
         if kit.runs.lock and min(found.values()) == math.inf:
             raise FailedError(f"--rates {method}={','.join(rates)}: with none of them a run ends with a finite loss")

@@ -12,11 +12,10 @@ PAPER = {"Llama-3.1-8B": {"layers 1,32": {"logickor": 7.76}, "layers 8,24": {"lo
 
 def rows(options: Namespace) -> list[Row]:
     n = ModelConfig.load(Path(options.model)).num_hidden_layers
-    choices = [(1, n), (1, n // 2, n), (1, n // 2), (n // 4, 3 * n // 4), (1, 2), (n - 1, n)]
-    there = [sorted({min(max(1, place), n) for place in places}) for places in choices]  # also where n is small
+    places = [(1, n), (1, n // 2, n), (1, n // 2), (n // 4, 3 * n // 4), (1, 2), (n - 1, n)]
     control = alignment_only(elo())
     rows = [Row("base", base), Row("alignment only", control)]
-    for layers in dict.fromkeys(",".join(map(str, places)) for places in there):
+    for layers in dict.fromkeys(",".join(map(str, sorted({max(1, place) for place in layers}))) for layers in places):
         chain = elo() if layers == f"1,{n}" else elo(layers)  # by the words that other experiments have
         rows.append(Row(f"layers {layers}", align(chain), control))
     if options.source:

@@ -1,14 +1,11 @@
 """Which runs make a row of a table, and with which learning rates, scales and sizes."""
 
-import json
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 from experiment_runs import begun, options, pretending
 
 from elo.slicing import parse_layers
-from experiments import table3
 from experiments.__main__ import NAMES
 from experiments.rows import Kit, Row, align, alignment_only, baseline, elo, found_scale, in_time_of
 from experiments.runs import FailedError, Run, Runs
@@ -94,21 +91,15 @@ def test_rows(experiment, tmp_path):
         assert [run for run in trained if "--bridge" in run.words]
 
 
-@pytest.mark.parametrize("count", range(2, 9))
-def test_layers_of_small_models(tmp_path, count):
-    given = options(tmp_path)
-    config = Path(given.model, "config.json")
-    config.write_text(json.dumps({**json.loads(config.read_text()), "num_hidden_layers": count}))
-    names = [row.name.removeprefix("layers ") for row in table3.rows(given) if row.name.startswith("layers")]
-    assert [parse_layers(name.partition(", no")[0], count) for name in names]
-
-
 def test_a_rate_that_fails_is_not_taken(tmp_path, monkeypatch):
     """It ends no row as long as another one is left."""
     pretending(monkeypatch, {"1": None, "2": 2.0, "3": float("nan"), "4": 2.5})
     kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["4"], "full": ["1", "3"]})), 0)
     aligned = align(elo())(kit)
     assert [run.option("--lr") for run in kit.runs.made_of[aligned]] == ["2", "4"]
+    kit.runs.options.rates["align"] = ["4", "5"]
+    (*_, put_back) = kit.runs.made_of[align(elo(), 0)(kit)]  # at no rate: nothing is trained
+    assert put_back.option("--gb") == "0" and not put_back.option("--lr")
     with pytest.raises(FailedError, match="--rates full=1,3: with none of them a run ends with a finite loss"):
         baseline("full")(kit)
 
