@@ -94,13 +94,13 @@ def test_rows(experiment, tmp_path):
 def test_a_rate_that_fails_is_not_taken(tmp_path, monkeypatch):
     """It ends no row as long as another one is left."""
     pretending(monkeypatch, {"1": None, "2": 2.0, "3": float("nan"), "4": 2.5})
-    kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["4"], "full": ["1", "3"]})), 0)
+    kit = Kit(begun(options(tmp_path, rates={"elo": ["1", "2"], "align": ["4"], "full": ["3", "1"]})), 0)
     aligned = align(elo())(kit)
     assert [run.option("--lr") for run in kit.runs.made_of[aligned]] == ["2", "4"]
     kit.runs.options.rates["align"] = ["4", "5"]
     (*_, put_back) = kit.runs.made_of[align(elo(), 0)(kit)]  # at no rate: nothing is trained
     assert put_back.option("--gb") == "0" and not put_back.option("--lr")
-    with pytest.raises(FailedError, match="--rates full=1,3: with none of them a run ends with a finite loss"):
+    with pytest.raises(FailedError, match="--rates full=3,1: with none of them a run ends with a finite loss"):
         baseline("full")(kit)
 
 
