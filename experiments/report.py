@@ -57,15 +57,21 @@ def markdown(title: str, rows: Rows, paper: dict[str, Any]) -> str:
         cells = [name, *(shown(mean(records, column), column) for column in columns)]
         cells += [f"{published.get(name, {}).get(column, '')}" for column in papers]
         failed = [f"failed: {record['failed']}" for record in records if "failed" in record]
-        cells += [*(failed[:1] or [records[0]["rates"]]), ",".join(str(record["seed"]) for record in records)]
+        cells += [*(failed[:1] or [distinct(records, "rates")]), ",".join(str(record["seed"]) for record in records)]
         lines.append("| " + " | ".join(cells) + " |")
-    devices = dict.fromkeys(record["device"] for records in rows.values() for record in records)
-    said = f"{' and '.join(devices)}, {last['date']}; target, source: bits a byte; ± is the standard deviation"
-    if "*" in "".join(record["rates"] for records in rows.values() for record in records):
+    every = [record for records in rows.values() for record in records]
+    said = ", ".join(distinct(every, name) for name in ("device", "date"))
+    said += "; target, source: bits a byte; ± is the standard deviation"
+    if "*" in distinct(every, "rates"):
         said += "; * is at an end of --rates, beyond which there may be better ones"
     without = [f"--{name}" for name in ("instruct", "conversations", "source") if not any(last["settings"][name])]
     without += [name for name in BENCHMARKS if name not in columns]
     return "\n".join([*lines, "", f"{said}. Without {', '.join(without) or 'nothing'}.\n"])
+
+
+def distinct(records: Records, name: str) -> str:
+    """What seeds and rows have in common, or else each."""
+    return " and ".join(dict.fromkeys(record[name] for record in records))
 
 
 def shown(figure: tuple[float, float] | None, column: str) -> str:

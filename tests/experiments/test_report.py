@@ -17,12 +17,13 @@ def test_table_and_picture(tmp_path):
         {**record, "row": "layers 1,32", "seed": seed, "figures": {"target": value, "hours": 1.0, "kobest": 0.5}}
         for seed, value in enumerate((1.0, 1.1, 1.2))
     ]
+    found[2]["rates"], found[2]["date"] = "1e-4", "later"  # of a run for another first seed, on another day
     found.append({**record, "row": "layers 1,2", "seed": 0, "figures": {}, "failed": "it broke", "device": "8 x H100"})
     files = tmp_path / "table.md", tmp_path / "table.png"
     text = report.write(table3, found, *files)
-    assert "| layers 1,32 | 1.1 ± 0.1 | 0.5 | 1 | 7.76 | 1e-3 | 0,1,2 |" in text
+    assert "| layers 1,32 | 1.1 ± 0.1 | 0.5 | 1 | 7.76 | 1e-3 and 1e-4 | 0,1,2 |" in text
     assert "| layers 1,2 |  |  |  |  | failed: it broke | 0 |" in text
-    assert "CPU and 8 x H100, today;" in text  # hours of both do not compare
+    assert "CPU and 8 x H100, today and later;" in text  # hours of both do not compare
     assert "Without --instruct, mmlu, marc_ja, mt_bench, logickor, japanese_mt_bench." in text
     assert files[0].read_text() == text and files[1].read_bytes().startswith(b"\x89PNG")
     rows = {"layers 1,32": found[:3], "layers 1,2": found[3:]}
