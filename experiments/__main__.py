@@ -185,7 +185,10 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     """The record of a row for one seed: its figures, or why some are missing."""
     figures, runs = dict[str, Any](), kit.runs
     record = {"row": row.name, "seed": kit.seed, "rates": "", "figures": figures, "date": time.strftime("%Y-%m-%d")}
-    record |= {"model": Path(runs.options.model).name, "device": device_name(inference_device())}
+    record |= {
+        "model": Path(runs.options.model).name,
+        "device": machine(runs.options.processes, device_name(inference_device())),
+    }
     try:
         model = row.model(kit)
         training = runs.made_of.get(model, [])
@@ -195,12 +198,15 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
         figures["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
         for run in training:  # where and when: some may have been done before
             was = read_json_object(run.directory / "run.json")
-            several = f"{was['processes']} x " * (was["processes"] > 1)
-            record |= {"device": several + was["device"], "date": was["started"][:10]}
+            record |= {"device": machine(was["processes"], was["device"]), "date": was["started"][:10]}
         row.measure(kit, model, figures)
     except FailedError as error:
         record["failed"] = str(error)
     return record
+
+
+def machine(processes: int, device: str) -> str:
+    return f"{processes} x {device}" if processes > 1 else device
 
 
 def rate_of(run: Run, rates: dict[str, list[str]]) -> str:
