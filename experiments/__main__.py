@@ -122,8 +122,9 @@ def main() -> None:
         file.with_suffix(".new").write_text("".join(lines))
         file.with_suffix(".new").replace(file)
     tell(experiment, list(records.values()), file)
-    if failed := list(runs.failed.values()):
-        raise UserError(f"{len(failed)} commands failed, the rest is done; the same command tries again: {failed[0]}")
+    done = [records[row.name, kit.seed] for kit, row in rows]
+    if failed := [record["failed"] for record in done if "failed" in record]:
+        raise UserError(f"{len(failed)} rows failed, the rest is done; the same command tries again: {failed[0]}")
     return None
 
 
@@ -196,9 +197,9 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
         record["rates"] = ", ".join(rate_of(run, runs.options.rates) for run in training if run.option("--lr"))
         figures["hours"] = runs.seconds(model)[0] / 3600
         figures["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
-        for run in training:  # where and when: some may have been done before
-            was = read_json_object(run.directory / "run.json")
-            record |= {"device": machine(was["processes"], was["device"]), "date": was["started"][:10]}
+        if made := [read_json_object(run.directory / "run.json") for run in training]:  # some perhaps long before
+            machines = dict.fromkeys(machine(run["processes"], run["device"]) for run in made)
+            record |= {"device": " and ".join(machines), "date": made[-1]["started"][:10]}
         row.measure(kit, model, figures)
     except FailedError as error:
         record["failed"] = str(error)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import random
+import zlib
 from argparse import Namespace
 from contextlib import nullcontext, suppress
 from importlib import import_module
@@ -49,7 +50,7 @@ def contents(options: Namespace) -> dict[str, str]:
             raise UserError(f"--{name} {path}: not found")
     benches = {name: f"{folder}/{name}" for name in options.benches}
     paths = [options.model, options.instruct, *chats, *benches.values()]
-    found = {path: hashed(files_in(path)) for path in paths if path}
+    found = {path: named(path, files_in(path)) for path in paths if path}
     return found | {folder: "".join(found[path] for name, path in benches.items() if name in LIKELIHOOD)}
 
 
@@ -58,6 +59,11 @@ def files_in(path: str) -> list[Path]:
     place = Path(path)
     files = [file for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
     return [file for file in files if not any(part.startswith(".") for part in file.relative_to(place).parts)]
+
+
+def named(path: str, files: list[Path]) -> str:
+    """Of a directory the names in it count, too."""
+    return f"{hashed(files)} {zlib.crc32(str([str(file.relative_to(path)) for file in files]).encode())}"
 
 
 def hashed(files: list[Path]) -> str:

@@ -29,7 +29,7 @@ def write(experiment: ModuleType, records: Records, table: Path, picture: Path) 
     else:
         along = getattr(experiment, "ALONG", None)
         text = markdown(title, rows, getattr(experiment, "PAPER", {}))
-        common = set.intersection(*({record["seed"] for record in of_row} for of_row in rows.values()))
+        common = set.intersection(*({r["seed"] for r in of_row if "failed" not in r} for of_row in rows.values()))
         shared = {name: [record for record in of_row if record["seed"] in common] for name, of_row in rows.items()}
         if along and (compared := compare(points(shared, "target", along), points(shared, "hours", along))):
             text += f"\n{compared}"

@@ -127,7 +127,7 @@ def stage(method: str, script: str, units: float | Callable[[Kit], float], *word
         try:
             made = attempt(kit, rate)
             if method == "elo":
-                same, first = [word for word in words if word in ALONE], kit.runs.options.rates.get("align", [None])[0]
+                same, first = ALONE if ALONE[0] in words else (), kit.runs.options.rates.get("align", [None])[0]
                 made = kit.pretrain("align.py", 1, first, ("--elo", made, *same))
         except FailedError:  # reported, and as bad as it can be
             return math.inf
@@ -166,8 +166,8 @@ def found_scale(stage_1: Chain) -> Chain:
     """What --scale auto finds on the target language's validation text."""
 
     def found(kit: Kit) -> str:
-        validation = f"--validation={kit.runs.options.held_out[0]}"
-        here = kit.pretrain("align.py", 0, None, ("--elo", stage_1, "--scale", "auto", validation))
+        validation = ("--validation", kit.runs.options.held_out[0])
+        here = kit.pretrain("align.py", 0, None, ("--elo", stage_1, "--scale", "auto", *validation))
         return ",".join(map(str, read_json_object(Path(here, "elo.json"))["scale"])) if kit.runs.lock else "auto"
 
     return found

@@ -112,6 +112,8 @@ class Runs:
                 self.start(run)
             if run in self.failed:
                 raise FailedError(self.failed[run])
+        if self.lock:
+            remove_states(here / CHECKPOINTS)  # of all parameters: those of a whole table would fill the disk
         return str(here)
 
     def command(self, run: Run) -> list[str]:
@@ -139,7 +141,6 @@ class Runs:
             self.failed[run] = f"{run.directory.name} ended with status {status}: {said[-1]}"
             note(f"{self.failed[run]} (all of it: {log})")
         elif plan:
-            remove_states(run.directory / CHECKPOINTS)  # of all parameters: those of a whole table would fill the disk
             self.spent = [self.spent[0] + time.monotonic() - begun, self.spent[1] + plan.run.tokens * plan.flops.total]
 
     def remaining(self) -> str:

@@ -55,7 +55,7 @@ def test_the_scale_is_found_on_validation_text_alone(tmp_path, monkeypatch):
         align(elo(), units, "--scale", found_scale(elo()))(kit)
     stage_1, search, *both = (Run(script, words, tmp_path) for script, _, words in done)
     assert (search.option("--gb"), search.option("--scale")) == ("0", "auto")
-    assert f"--validation={given.held_out[0]}" in search.words and not set(given.held_out) & set(search.words)
+    assert search.option("--validation") == given.held_out[0] and len(set(given.held_out) & set(search.words)) == 1
     assert [run.option("--scale") for run in both] == ["0.1,1.0"] * 2
     assert [run.option("--gb") for run in (stage_1, *both)] == ["9", "0", "1"]
 
@@ -89,6 +89,13 @@ def test_rows(experiment, tmp_path):
         bridged = {f"ELO, bridge, scale {scale}, without alignment" for scale in ("0.5", "1")}
         assert controls | scales | bridged | {"base", "instruct", "FFT", "ELO + alignment"} < set(names)
         assert [run for run in trained if "--bridge" in run.words]
+
+
+def test_rates_of_a_small_model(tmp_path, monkeypatch):
+    """Layer 1 alone is no share of the target language."""
+    done = pretending(monkeypatch, {})
+    align(elo("1"))(Kit(begun(options(tmp_path, rates={"elo": ["1", "2"]})), 0))
+    assert all(words.count("1") == 1 for script, _, words in done if script == "align.py")  # of --gb
 
 
 def test_a_rate_that_fails_is_not_taken(tmp_path, monkeypatch):
