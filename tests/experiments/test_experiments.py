@@ -232,21 +232,6 @@ def test_records_that_somebody_wrote(project, monkeypatch, capsys, wrong):
     assert status == 2 and error.startswith("error: out/table3.jsonl") and error.count("\n") == 1
 
 
-def test_texts_in_another_field(project, monkeypatch, capsys):
-    """What is held out has it too, so that the runs and `eval perplexity` find it."""
-    done = pretending(monkeypatch, {})
-    text = (project / "ko.jsonl").read_text().replace('"text"', '"body"')
-    (project / "ko.jsonl").write_text(text)
-    english = (project / "en.jsonl").read_text().replace('"text"', '"said"')
-    (project / "en.jsonl").write_text(english)
-    given = words("--only base 'alignment only' --training '--text-field body --source-field said'")
-    status, _, error = run_here(monkeypatch, capsys, *given)
-    assert status == 0, error
-    assert all("body" in json.loads(path.read_text().splitlines()[0]) for path in project.glob("out/texts/*"))
-    (measured,) = [words for script, _, words in done if script == "eval perplexity"]
-    assert measured[measured.index("--text-field") + 1] == "body"
-
-
 OTHER, INSTEAD = "out/table3.jsonl: its rows have another", "; move it away or give another --out\n"
 
 
@@ -258,9 +243,8 @@ def test_scores_of_two_judges_are_in_no_table(project, monkeypatch, capsys):
     for more in ("--only base", f"{judged} a", "--only base"):
         assert run_here(monkeypatch, capsys, *words(more))[0] == 0
     assert run_here(monkeypatch, capsys, *words(f"{judged} b"))[::2] == (2, f"error: {OTHER} --judge-model{INSTEAD}")
-    assert (
-        run_here(monkeypatch, capsys, *words(f"{judged} a --benchmarks {project}"))[0] == 0
-    )  # the same by another name
+    by_another_name = words(f"{judged} a --benchmarks {project}")
+    assert run_here(monkeypatch, capsys, *by_another_name)[0] == 0
     (project / "logickor/questions.jsonl").write_text("{}")
     assert run_here(monkeypatch, capsys, *words(f"{judged} a"))[::2] == (2, f"error: {OTHER} --benchmarks{INSTEAD}")
 
