@@ -19,8 +19,9 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
     """The text files that files, directories and globs (`**` too) name, sorted, each once.
 
     Directories are searched to any depth, without hidden entries. Linked directories are followed, but none is searched
-    twice. Other files in directories or globs are left out, and one line on stderr counts them by ending. A pattern
-    without any text file is a `UserError`, and so is a link that may have led to a folder.
+    twice. Other files in directories or globs are left out, and one line on stderr counts them by ending; another one
+    tells of files that are there packed and unpacked. A pattern without any text file is a `UserError`, and so is a
+    link that may have led to a folder.
     """
     found: dict[str, str] = {}  # from where a file is, without links to directories, to how it is called
     left_out: set[str] = set()
@@ -47,7 +48,11 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
     if left_out := left_out - set(found):
         more = f" and {len(patterns) - 1} more" if len(patterns) > 1 else ""
         note(f"{patterns[0]}{more}: left out, as no texts: {_counted(left_out)}")
-    return sorted(map(Path, found.values()), key=os.path.abspath)
+    names = set(found.values())
+    if twice := sorted(name for name in names if name.endswith(PACKED) and os.path.splitext(name)[0] in names):
+        more = f", as are {len(twice) - 1} more of such pairs" if len(twice) > 1 else ""
+        note(f"{twice[0]}: it is there without {os.path.splitext(twice[0])[1]} too, and both are read{more}")
+    return sorted(map(Path, names), key=os.path.abspath)
 
 
 def _matches(pattern: str) -> Iterator[str]:

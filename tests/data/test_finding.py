@@ -94,6 +94,18 @@ def test_the_files_left_out_are_counted(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == ""
 
 
+def test_files_that_are_packed_and_unpacked_are_told(tmp_path, capsys):
+    """Their texts would be trained on twice."""
+    for name in ("a.jsonl", "a.jsonl.gz", "b.txt", "b.txt.zst", "c.jsonl.gz", "d/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+    assert len(find_files([tmp_path])) == 6
+    told = f"{tmp_path}/a.jsonl.gz: it is there without .gz too, and both are read, as are 1 more of such pairs\n"
+    assert capsys.readouterr().err == told
+    find_files([tmp_path / "a.jsonl.gz", tmp_path / "b.txt"])
+    assert capsys.readouterr().err == ""
+
+
 def test_a_pattern_without_text_files(tmp_path):
     (tmp_path / "a.csv").touch()
     supported = f"no text file there; supported are {SUPPORTED}"
