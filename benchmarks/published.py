@@ -32,3 +32,16 @@ TABLE_1 = {
     ),
 }
 FIGURE_3 = {"lora": {50: 5.29, 200: 10.72}, "full": {50: 6.04, 200: 12.23}}  # ELO is so many times faster, by GB
+# What a row of `python -m experiments` is in the paper: table 3 and figure 2 have LogicKor's scores.
+TABLES = {
+    "table1": {
+        model: {"FFT": {"hours": full[-1]}, "ELO + alignment": {"hours": stage_1[-1] + stage_2[-1]}}
+        for model, (full, stage_1, stage_2) in TABLE_1.items()
+    },
+    "table3": {"Llama-3.1-8B": {"layers 1,32": {"logickor": 7.76}, "layers 8,24": {"logickor": 5.0}}},
+    "figure2": {
+        "Llama-3.1-8B": {
+            f"ELO + {units}": {"logickor": score} for units, score in (("0", 4.5), ("1", 7.76), ("1.5", 7.78))
+        }
+    },
+}

@@ -1,4 +1,4 @@
-"""Tables on a terminal, in which Korean and Japanese names stand straight too."""
+"""Tables: on a terminal, in which Korean and Japanese names stand straight too, and in Markdown."""
 
 import unicodedata
 from collections.abc import Sequence
@@ -26,3 +26,9 @@ def width(text: str) -> int:
         0 if unicodedata.combining(character) else 2 if unicodedata.east_asian_width(character) in "WF" else 1
         for character in text
     )
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """The same in Markdown; the first row is the head."""
+    lines = ["| " + " | ".join(printable(cell).replace("|", "\\|") for cell in row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])

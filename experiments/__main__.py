@@ -17,6 +17,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from elo import methods
 from elo.common.errors import UserError, exit_status
 from elo.common.fields import is_number, read_json_object
 from elo.common.options import Parser, positive, positive_int, seed
@@ -36,8 +37,9 @@ RECORD = dict.fromkeys(("row", "rates", "model", "device", "date"), str) | {
     "figures": dict,
     "settings": dict,
 }
-METHODS = ("elo", "align", "full", "lora", "selective")
+METHODS = (*methods.METHODS, "align")
 OWN = {"--model", "--target", "--source", "--data", "--gb", "--seed", "--out", "--elo", "--after", "--validation"}
+OWN |= {"--method", "--layers", "--scale", "--bridge", "--merge", "--validation-field", "--validation-mb"}
 DEMO = Path("data/demo")
 # What `make demo` trains, in its sizes, as defaults; the rates were not searched for.
 SMALL = f"""--model models/SmolLM2-135M-Instruct --target {DEMO}/ko.train.jsonl --source {DEMO}/en.train.jsonl
@@ -61,9 +63,9 @@ def parse_arguments() -> Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/experiments"), metavar="DIR", help="(%(default)s)")
     parser.add_argument("--rates", nargs="+", default=[], type=rates, metavar="METHOD=LR,...", help="the best is taken")
     parser.add_argument(
-        "--training", default=[], type=words, action="extend", help='for train.py and align.py: "--dtype fp32"'
+        "--training", default=[], type=shlex.split, action="extend", help='for train.py and align.py: "--dtype fp32"'
     )
-    parser.add_argument("--sft", default=[], type=words, action="extend", help="for sft.py, likewise")
+    parser.add_argument("--sft", default=[], type=shlex.split, action="extend", help="for sft.py, likewise")
     parser.add_argument("--held-out", type=positive_int, default=40, metavar="N", help="documents (%(default)s)")
     parser.add_argument("--seeds", type=seeds, default=[0], help="such as 0,1,2: mean and spread (0)")
     parser.add_argument("--only", nargs="+", metavar="ROW", help="rows by name; the others' records stay")
@@ -85,7 +87,7 @@ def parse_arguments() -> Namespace:
     for name, needed in (("sft", "conversations"), ("judge_model", "benchmarks"), ("base_url", "judge_model")):
         if getattr(options, name) and not getattr(options, needed):
             raise UserError(f"--{name.replace('_', '-')} does nothing without --{needed.replace('_', '-')}")
-    for name in sorted(OWN & {*options.training, *options.sft}):
+    for name in sorted(OWN & {word.partition("=")[0] for word in (*options.training, *options.sft)}):
         raise UserError(f"{name} in --training or --sft: the experiment sets it itself, by its rows and own options")
     if options.dry_run and not options.bytes_per_token:
         raise UserError("--dry-run needs --bytes-per-token, such as 3.6 for Llama-3.1's tokenizer and Korean")
@@ -111,7 +113,6 @@ def main() -> None:
     if options.dry_run:
         return runs.show()
     runs.begin()
-    (options.out / "texts").mkdir(exist_ok=True)
     for path, lines in held_out.items():
         Path(path).write_text(lines)
     settings = inputs.settings(options)
@@ -132,7 +133,7 @@ def tell(experiment: ModuleType, records: list[dict[str, Any]], file: Path) -> N
     """Table and picture."""
     if not records:
         raise UserError(f"{file}: no records of an experiment; run it without --report")
-    show(report.write(experiment, records, file.with_suffix(".md"), file.with_suffix(".png")))
+    show(report.write(experiment, records, file))
     say(f"written to {file.with_suffix('.md')} and {file.with_suffix('.png')}")
 
 
@@ -154,14 +155,6 @@ def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, 
 
 def seeds(text: str) -> list[int]:
     return list(dict.fromkeys(seed(part) for part in text.split(",")))
-
-
-def words(text: str) -> list[str]:
-    """An option and its value are two words, also of --option=value."""
-    try:
-        return [part for word in shlex.split(text) for part in word.split("=", 1 if word.startswith("--") else 0)]
-    except ValueError as error:
-        raise ArgumentTypeError(f"{text!r}: {error}") from None
 
 
 def rates(text: str) -> tuple[str, list[str]]:
@@ -193,7 +186,6 @@ def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     try:
         model = row.model(kit)
         training = runs.made_of.get(model, [])
-        record["commands"] = [runs.command(run) for run in training]
         record["rates"] = ", ".join(rate_of(run, runs.options.rates) for run in training if run.option("--lr"))
         figures["hours"] = runs.seconds(model)[0] / 3600
         figures["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)

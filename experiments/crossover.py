@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from eval.tables import markdown
+
 Series = Mapping[str, Sequence[tuple[float, float, float]]]  # (units of alignment, mean, spread)
 
 SIDES = "ELO", "alignment only"
@@ -29,11 +31,11 @@ def compare(bits: Series, hours: Series) -> str:
     if unit <= 0:  # by the noise of clocks
         return ""
     cost = taken[0][0] / unit
-    lines = ["| " + " | ".join(HEAD) + " |", "|---" * len(HEAD) + "|"]
+    lines = [HEAD]
     for units, difference in zip(shared, differences, strict=True):
         # The control has ELO's loss at units + worth.
         worth = units * np.expm1(difference / fall)
-        lines.append(f"| {units:g} | {difference:+.3f} | {within(worth)} | {cost:.2f} |")
+        lines.append([f"{units:g}", f"{difference:+.3f}", within(worth), f"{cost:.2f}"])
     places = np.geomspace(shared[0], BEYOND * shared[-1], 500)
     ahead = slope * np.log(places) + at_1 < fall * np.log1p(cost / places)  # in the same time; (draws, places)
     some = ahead.any(axis=1)
@@ -43,7 +45,7 @@ def compare(bits: Series, hours: Series) -> str:
     said += f"{places[-1]:g} units"
     if some.any():
         said += f", from {within(places[ahead[some].argmax(axis=1)])} units on"
-    return "\n".join([*lines, "", said + ".\n"])
+    return f"{markdown(lines)}\n\n{said}.\n"
 
 
 def draw(units: Sequence[float], losses: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:

@@ -5,7 +5,6 @@ from argparse import Namespace
 from experiments.rows import Row, align, alignment_only, elo
 
 ALONG = "units of alignment"  # which is the last word of a row's name
-PAPER = {"Llama-3.1-8B": {f"ELO + {n}": {"logickor": score} for n, score in (("0", 4.5), ("1", 7.76), ("1.5", 7.78))}}
 
 
 def rows(options: Namespace) -> list[Row]:

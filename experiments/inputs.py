@@ -32,7 +32,7 @@ def check(options: Namespace) -> None:
         benchmarks = BENCHMARKS if options.judge_model else LIKELIHOOD
         raise UserError(f"--benchmarks {options.benchmarks}: none of {', '.join(benchmarks)} is a folder there")
     try:
-        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "texts").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {options.out}: {error.strerror}") from None
     import_module("eval.figures.charts")  # or that matplotlib is missing

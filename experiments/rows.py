@@ -106,8 +106,8 @@ class Row:
 
 
 def bits_of(files: list[dict[str, Any]]) -> dict[str, float]:
-    """By their names without folder and .jsonl: a directory may have been moved."""
-    return {Path(line["file"]).stem: line["bits_per_byte"] for line in files}
+    """By their names without folder and .jsonl: a directory may have been moved. Of NaN, which is null, none."""
+    return {Path(line["file"]).stem: bits for line in files if (bits := line.get("bits_per_byte")) is not None}
 
 
 def shared(training: list[str]) -> list[str]:
@@ -131,8 +131,7 @@ def stage(method: str, script: str, units: float | Callable[[Kit], float], *word
                 made = kit.pretrain("align.py", 1, first, ("--elo", made, *same))
         except FailedError:  # reported, and as bad as it can be
             return math.inf
-        found = bits_of(kit.runs.made_of[made][-1].last_step.get("validation", [])).get("target.validation", math.inf)
-        return found if math.isfinite(found) else math.inf
+        return bits_of(kit.runs.made_of[made][-1].last_step.get("validation", [])).get("target.validation", math.inf)
 
     def do(kit: Kit) -> str:
         rates = kit.runs.options.rates.get(method, [None]) if units else [None]

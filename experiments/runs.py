@@ -5,7 +5,6 @@ interrupted goes on by its own resume.
 """
 
 import fcntl
-import os
 import shlex
 import signal
 import subprocess
@@ -18,6 +17,7 @@ from typing import Any, NamedTuple
 
 from elo.common.errors import EarlyExit
 from elo.common.files import lock
+from elo.common.options import Parser
 from elo.common.terminal import note, say
 from elo.model.config import ModelConfig
 from elo.planning.budget import Plan
@@ -38,7 +38,9 @@ class FailedError(Exception):
 
 def option(words: Sequence[str], name: str) -> str | None:
     """Its value; of one that is given twice the last, which counts."""
-    return dict(zip(words, words[1:], strict=False)).get(name)
+    parser = Parser(add_help=False)
+    parser.add_argument(name, dest="value", type=str)
+    return parser.parse_known_args(words)[0].value
 
 
 class Run(NamedTuple):
@@ -127,10 +129,9 @@ class Runs:
         log, begun, plan = Path(f"{run.directory}.log"), time.monotonic(), self.plans[run]
         run.directory.mkdir(parents=True, exist_ok=True)
         say(f"{self.remaining()}{shlex.join(self.command(run))}")
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         with open(log, "ab") as output:
             self.child = subprocess.Popen(
-                self.command(run), stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment,
+                self.command(run), stdout=output, stderr=output, stdin=subprocess.DEVNULL,
                 pass_fds=[self.lock.fileno()], start_new_session=True,
             )  # fmt: skip
             status, self.child = self.child.wait(), None

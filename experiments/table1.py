@@ -2,15 +2,8 @@
 
 from argparse import Namespace
 
-from benchmarks.published import TABLE_1
 from elo.methods import DEFAULT_LAYERS
 from experiments.rows import Row, align, alignment_only, base, baseline, elo, found_scale, in_time_of, instruct
-
-# Hours of full training, and of ELO with its alignment.
-PAPER = {
-    model: {"FFT": {"hours": full[-1]}, "ELO + alignment": {"hours": stage_1[-1] + stage_2[-1]}}
-    for model, (full, stage_1, stage_2) in TABLE_1.items()
-}
 
 
 def rows(options: Namespace) -> list[Row]:

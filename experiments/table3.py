@@ -7,8 +7,6 @@ from elo.methods import DEFAULT_LAYERS
 from elo.model.config import ModelConfig
 from experiments.rows import ALONE, Row, align, alignment_only, base, elo
 
-PAPER = {"Llama-3.1-8B": {"layers 1,32": {"logickor": 7.76}, "layers 8,24": {"logickor": 5.0}}}
-
 
 def rows(options: Namespace) -> list[Row]:
     n = ModelConfig.load(Path(options.model)).num_hidden_layers

@@ -34,3 +34,11 @@ def test_a_row_without_a_finite_loss_has_failed(project, monkeypatch, capsys):
     pretending(monkeypatch, {"1e-3": float("nan"), "1e-2": float("nan")})
     status, _, error = run_here(monkeypatch, capsys, *words("--only 'alignment only' --rates align=1e-2"))
     assert status == 2 and "1 rows failed, the rest is done" in error and "a finite loss" in error
+
+
+def test_a_held_out_loss_that_is_no_number(project, monkeypatch, capsys):
+    """The row has the other figures."""
+    pretending(monkeypatch, {"1e-3": float("nan")})
+    assert run_here(monkeypatch, capsys, *words("--only 'alignment only'"))[0] == 0
+    (record,) = [json.loads(line) for line in (project / "out/table3.jsonl").read_text().splitlines()]
+    assert record["figures"].keys() == {"source", "hours", "tokens"}

@@ -19,8 +19,8 @@ def test_table_and_picture(tmp_path):
     ]
     found[2]["rates"], found[2]["date"] = "1e-4", "later"  # of a run for another first seed, on another day
     found.append({**record, "row": "layers 1,2", "seed": 0, "figures": {}, "failed": "it broke", "device": "8 x H100"})
-    files = tmp_path / "table.md", tmp_path / "table.png"
-    text = report.write(table3, found, *files)
+    files = tmp_path / "table3.md", tmp_path / "table3.png"
+    text = report.write(table3, found, tmp_path / "table3.jsonl")
     assert "| layers 1,32 | 1.1 ± 0.1 | 0.5 | 1 | 7.76 | 1e-3 and 1e-4 | 0,1,2 |" in text
     assert "| layers 1,2 |  |  |  |  | failed: it broke | 0 |" in text
     assert "CPU and 8 x H100, today and later;" in text  # hours of both do not compare
@@ -40,8 +40,8 @@ def test_series_of_a_figure(tmp_path):
         "alignment only": [(4.0, 1.5, 0.0)],
         "alignment only, in the time of ELO": [(4.0, 1.25, 0.0)],
     }
-    report.write(figure2, found, tmp_path / "figure.md", tmp_path / "figure.png")
-    assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
+    report.write(figure2, found, tmp_path / "figure2.jsonl")
+    assert (tmp_path / "figure2.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_figure_3(tmp_path, monkeypatch, capsys):
@@ -95,9 +95,9 @@ def test_the_crossover_is_of_seeds_that_both_have(tmp_path):
         for seed in (0, 1)
         if name[0] == "E" or seed == 0
     ]
-    text = report.write(figure2, found, tmp_path / "figure.md", tmp_path / "figure.png")
+    text = report.write(figure2, found, tmp_path / "figure2.jsonl")
     assert "| 1 | +0.000 |" in text and "* is at an end of --rates" in text
     lost = [{**line, "seed": 1, "figures": {}, "failed": "it broke"} for line in found if line["row"][0] == "a"]
-    assert "| 1 | +0.000 |" in report.write(figure2, [*found, *lost], tmp_path / "f.md", tmp_path / "f.png")
-    found[-1]["figures"]["target"] = float("nan")  # of a loss that was none: a point less
-    report.write(figure2, found, tmp_path / "figure.md", tmp_path / "figure.png")
+    assert "| 1 | +0.000 |" in report.write(figure2, [*found, *lost], tmp_path / "f.jsonl")
+    del found[-1]["figures"]["target"]  # of a loss that was none: a point less
+    report.write(figure2, found, tmp_path / "figure2.jsonl")
