@@ -92,6 +92,10 @@ def parse_arguments() -> Namespace:
     if options.dry_run and not options.bytes_per_token:
         raise UserError("--dry-run needs --bytes-per-token, such as 3.6 for Llama-3.1's tokenizer and Korean")
     options.bytes_per_token = options.bytes_per_token or 4.0  # only the runs' proportions count then
+    names = [name for name in inputs.LANGUAGES if getattr(options, name)]
+    options.held_out_files = [f"{options.out}/texts/{name}.{part}.jsonl" for part in inputs.PARTS for name in names]
+    # Equal parts of --validation-mb, each a whole file.
+    options.validation_mb = max(4.0, len(options.held_out_files) * options.held_out * inputs.SIZES[-1] / 1e6)
     return options
 
 
@@ -105,18 +109,16 @@ def main() -> None:
     options.contents = inputs.contents(options)
     if not options.dry_run:
         inputs.check(options)
-    held_out, runs = inputs.hold_out(options), Runs(options)
-    chosen = choose_rows(experiment.rows(options), options)
+    runs, chosen = Runs(options), choose_rows(experiment.rows(options), options)
     rows = [(Kit(runs, number), row) for number in options.seeds for row in chosen]
     for kit, row in rows:
         row.measure(kit, row.model(kit), {})
     if options.dry_run:
         return runs.show()
     runs.begin()
-    for path, lines in held_out.items():
-        Path(path).write_text(lines)
     settings = inputs.settings(options)
     records = {(r["row"], r["seed"]): r for r in read_records(file, settings)}
+    inputs.hold_out(options)
     for kit, row in rows:
         records[row.name, kit.seed] = do_row(kit, row) | {"settings": settings}
         lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records.values()]

@@ -3,9 +3,8 @@
 import hashlib
 import json
 import random
-import zlib
 from argparse import Namespace
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from importlib import import_module
 from itertools import chain, islice
 from pathlib import Path
@@ -22,6 +21,7 @@ from experiments.runs import option
 AMONG = 5000  # documents, from the beginning
 SIZES = range(200, 20_001)  # bytes of one that is held out
 PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
+LANGUAGES = ("target", "source")
 SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
 LATER = ("judge_model", *BENCHMARKS)  # may be added to those that have none
 
@@ -39,37 +39,35 @@ def check(options: Namespace) -> None:
 
 
 def contents(options: Namespace) -> dict[str, str]:
-    """Of models, conversations and benchmarks a hash each: runs are told apart by what is in them, not by their names.
+    """Of inputs a hash each, by their paths: runs are told apart by what is in files, not by their names.
 
     Raises UserError for what is missing, but in a dry run.
     """
-    folder, chats = options.benchmarks or "", options.conversations or []
-    given = {"model": [options.model], "instruct": [options.instruct], "conversations": chats, "benchmarks": [folder]}
-    for name, path in ((name, path) for name, paths in given.items() for path in paths):
-        if path and not (options.dry_run or Path(path).exists()):
-            raise UserError(f"--{name} {path}: not found")
-    benches = {name: f"{folder}/{name}" for name in options.benches}
-    paths = [options.model, options.instruct, *chats, *benches.values()]
-    found = {path: named(path, files_in(path)) for path in paths if path}
-    return found | {folder: "".join(found[path] for name, path in benches.items() if name in LIKELIHOOD)}
+    folder, found = options.benchmarks or "", dict[str, str]()
+    given = {"model": [options.model], "instruct": [options.instruct], "conversations": options.conversations}
+    given |= {"target": options.target, "source": options.source}
+    given |= {"benchmarks": [f"{folder}/{name}" for name in options.benches]}
+    for name, path in ((name, path) for name, paths in given.items() for path in paths or () if path):
+        with suppress(UserError if options.dry_run else ()):
+            found[path] = hashed(name, path)
+    texts = [found.get(path, path) for path in (*options.target, *(options.source or ()))]
+    texts += [field(options, "target"), field(options, "source"), str(options.held_out)]
+    found |= {path: str([Path(path).name, *texts]) for path in options.held_out_files}
+    return found | {folder: " ".join(found.get(f"{folder}/{name}", "") for name in LIKELIHOOD)}  # of `eval choice`
 
 
-def files_in(path: str) -> list[Path]:
-    """Those of a directory, without hidden ones, or the one file."""
-    place = Path(path)
-    files = [file for file in (place, *sorted(place.rglob("*"))) if file.is_file()]
-    return [file for file in files if not any(part.startswith(".") for part in file.relative_to(place).parts)]
-
-
-def named(path: str, files: list[Path]) -> str:
-    """Of a directory the names in it count, too."""
-    return f"{hashed(files)} {zlib.crc32(str([str(file.relative_to(path)) for file in files]).encode())}"
-
-
-def hashed(files: list[Path]) -> str:
-    """Of weights samples are read."""
+def hashed(name: str, path: str) -> str:
+    """Of files, and in directories of their names; of weights samples are read."""
+    if name in LANGUAGES:
+        files, names = find_files([path]), ""
+    elif Path(path).exists():
+        files = [file for file in (Path(path), *sorted(Path(path).rglob("*"))) if file.is_file()]
+        files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        names = str([str(file.relative_to(path)) for file in files])
+    else:
+        raise UserError(f"--{name} {path}: not found")
     parts = [samples(file) if file.suffix == ".safetensors" else [digest(file)] for file in files]
-    return hashlib.sha256(b"".join(chain(*parts))).hexdigest()
+    return hashlib.sha256(b"".join(chain([names.encode()], *parts))).hexdigest()
 
 
 def field(options: Namespace, language: str = "text") -> str:
@@ -77,39 +75,24 @@ def field(options: Namespace, language: str = "text") -> str:
     return option(options.training, f"--{language}-field") or option(options.training, "--text-field") or "text"
 
 
-def hold_out(options: Namespace) -> dict[str, str]:
-    """Files for --validation, yet to be written, on which no run trains; the first is for choosing.
+def hold_out(options: Namespace) -> None:
+    """Write the files for --validation, on which no run trains; the first is for choosing.
 
-    Sets `options.held_out`, their names, and adds to `options.contents` hashes of them and of the texts that they are
-    from. Raises UserError for too few documents, but in a dry run.
+    Raises UserError for too few documents.
     """
-    languages = [name for name in ("target", "source") if getattr(options, name)]
-    number, parts = options.held_out, dict[str, str]()
-    options.held_out = [f"{options.out}/texts/{name}.{part}.jsonl" for part in PARTS for name in languages]
-    options.validation_mb = max(4.0, len(options.held_out) * number * SIZES[-1] / 1e6)  # equal parts, each a whole file
-    for name in languages:
-        with suppress(UserError) if options.dry_run else nullcontext():
-            parts |= hold_out_of(name, number, options)
-    options.contents |= {path: hashlib.sha256(lines.encode()).hexdigest() for path, lines in parts.items()}
-    return parts
-
-
-def hold_out_of(name: str, number: int, options: Namespace) -> dict[str, str]:
-    files = find_files(getattr(options, name))
-    options.contents |= dict.fromkeys(getattr(options, name), hashed(files))
-    every = islice(read_documents(files, field(options, name), "--skip-malformed" in options.training), AMONG)
-    documents = list(dict.fromkeys(text for text in every if len(text.encode()) in SIZES))
-    if len(documents) < 3 * number:
-        raise UserError(f"--{name}: {len(documents)} documents of {SIZES[0]} to {SIZES[-1]} bytes; "
-                        f"of {3 * number} and more --held-out {number} leaves enough")  # fmt: skip
-    random.Random(0).shuffle(documents)
-    chosen = {part: [documents.pop() for _ in range(round(times * number) or 1)] for part, times in PARTS.items()}
-    return {
-        f"{options.out}/texts/{name}.{part}.jsonl": "".join(
-            json.dumps({field(options): text}, ensure_ascii=False) + "\n" for text in texts
-        )
-        for part, texts in chosen.items()
-    }
+    number = options.held_out
+    for name in (name for name in LANGUAGES if getattr(options, name)):
+        files = find_files(getattr(options, name))
+        every = islice(read_documents(files, field(options, name), "--skip-malformed" in options.training), AMONG)
+        documents = list(dict.fromkeys(text for text in every if len(text.encode()) in SIZES))
+        if len(documents) < 3 * number:
+            raise UserError(f"--{name}: {len(documents)} documents of {SIZES[0]} to {SIZES[-1]} bytes; "
+                            f"of {3 * number} and more --held-out {number} leaves enough")  # fmt: skip
+        random.Random(0).shuffle(documents)
+        for part, times in PARTS.items():
+            chosen = [{field(options): documents.pop()} for _ in range(round(times * number) or 1)]
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in chosen]
+            Path(options.out, "texts", f"{name}.{part}.jsonl").write_text("".join(lines))
 
 
 def settings(options: Namespace) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Kit:
         given += ["--gb", f"{units * options.gb / UNITS:.9g}", "--seed", str(self.seed), *options.training]
         given += [word if isinstance(word, str) else word(self) for word in words]
         if units:
-            given += ["--validation", *options.held_out, f"--validation-mb={options.validation_mb:g}"]
+            given += ["--validation", *options.held_out_files, f"--validation-mb={options.validation_mb:g}"]
             given += ["--validate-every=1000000"]
             given += ["--lr", rate] if rate else []
         return self.runs.do(script, *given, "--save-every", "5m", "--out", "{here}")
@@ -60,7 +60,7 @@ class Kit:
         if made and made[-1].option("--validation"):
             bits = bits_of(made[-1].last_step.get("validation", []))
         else:
-            words = ("--model", model, "--data", *options.held_out, *shared(options.training))
+            words = ("--model", model, "--data", *options.held_out_files, *shared(options.training))
             bits = bits_of(self.result("eval perplexity", *words).get("files", []))
         figures |= {name.partition(".")[0]: value for name, value in bits.items() if name.endswith(".heldout")}
         chat = self.chat(model)
@@ -165,7 +165,7 @@ def found_scale(stage_1: Chain) -> Chain:
     """What --scale auto finds on the target language's validation text."""
 
     def found(kit: Kit) -> str:
-        validation = ("--validation", kit.runs.options.held_out[0])
+        validation = ("--validation", kit.runs.options.held_out_files[0])
         here = kit.pretrain("align.py", 0, None, ("--elo", stage_1, "--scale", "auto", *validation))
         return ",".join(map(str, read_json_object(Path(here, "elo.json"))["scale"])) if kit.runs.lock else "auto"
 

@@ -143,15 +143,18 @@ def test_dry_run(project, monkeypatch, capsys):
     assert total.startswith("together 10,000 tokens, ") and "GB for the states of the run at work" in total
 
 
-def test_what_is_held_out_is_measured_alike(tmp_path):
+def test_what_is_held_out_is_measured_alike(tmp_path, monkeypatch):
     """In the runs and of the base by `eval perplexity`: in windows of the same length, and each file as a whole."""
     (tmp_path / "ko.jsonl").write_text("".join(json.dumps({"text": f"{n} " + "x" * 15_000}) + "\n" for n in range(620)))
-    given = options(tmp_path, target=[str(tmp_path / "ko.jsonl")], source=None, held_out=200, dry_run=False)
-    given.training = ["--seq-len=64", "--dtype", "fp32", "--clip=0"]
-    (tmp_path / "texts").mkdir()
-    for path, text in inputs.hold_out(given).items():
-        Path(path).write_text(text)
-    lines = [Path(file).read_text().splitlines() for file in given.held_out]
+    monkeypatch.chdir(tmp_path)
+    options(tmp_path)
+    told = "experiments table3 --model base --target ko.jsonl --held-out 200 --out out --training"
+    monkeypatch.setattr(sys, "argv", [*told.split(), "--seq-len=64 --dtype fp32 --clip=0"])
+    given = command.parse_arguments()
+    given.contents = inputs.contents(given)
+    inputs.check(given)
+    inputs.hold_out(given)
+    lines = [Path(file).read_text().splitlines() for file in given.held_out_files]
     texts = [sum(len(json.loads(line)["text"]) for line in of_file) for of_file in lines]
     assert texts[1] > 2_000_000
     runs = Runs(given)
@@ -211,7 +214,9 @@ def test_runs_are_told_apart_by_what_they_read(project, monkeypatch, capsys):
     lines = (project / "korean.jsonl").read_text().splitlines()
     (project / "korean.jsonl").write_text("\n".join([lines[0].replace("0", "9", 1), *lines[1:]]))
     inputs.digest.cache_clear()  # of a process, in which nothing changes
+    texts = [path.read_text() for path in (project / "moved/texts").iterdir()]
     assert run_here(monkeypatch, capsys, *given)[2] == f"error: {OTHER} --target{INSTEAD}".replace("out/", "moved/")
+    assert [path.read_text() for path in (project / "moved/texts").iterdir()] == texts
     (project / "moved/table3.jsonl").unlink()
     assert run_here(monkeypatch, capsys, *given)[0] == 0
     assert len(done) == 2 * ran
@@ -270,7 +275,7 @@ def read(project):
         ("--sft '--epochs 3'", "--sft does nothing without --conversations"),
         ("--judge-model gpt", "--judge-model does nothing without --benchmarks"),
         ("--benchmarks . --base-url http://here", "--base-url does nothing without --judge-model"),
-        ("--benchmarks nowhere", "--benchmarks nowhere: not found"),
+        ("--benchmarks nowhere", "--benchmarks nowhere: none of mmlu, kobest, marc_ja is a folder there"),
         ("--benchmarks base", "--benchmarks base: none of mmlu, kobest, marc_ja is a folder there"),
         ("--instruct nowhere", "--instruct nowhere: not found"),
         ("--conversations ko.jsonl chats.json", "--conversations chats.json: not found"),

@@ -24,9 +24,9 @@ def test_texts_in_another_field(project, monkeypatch, capsys):
 
 def test_names_count_in_a_directory(project):
     """A chat template by another name is none."""
-    before = inputs.named("base", inputs.files_in("base"))
+    before = inputs.hashed("model", "base")
     (project / "base/tokenizer.json").rename(project / "base/tokenizer.json.off")
-    assert inputs.named("base", inputs.files_in("base")) != before
+    assert inputs.hashed("model", "base") != before
 
 
 def test_a_row_without_a_finite_loss_has_failed(project, monkeypatch, capsys):

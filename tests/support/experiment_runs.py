@@ -35,7 +35,7 @@ def options(tmp_path, **changes):
     given = {"model": f"{tmp_path}/base", "instruct": None, "target": ["ko"], "source": ["en"], "conversations": None}
     given |= {"benchmarks": None, "judge_model": None, "base_url": None, "gb": 10.0, "processes": 1, "out": tmp_path}
     given |= {"rates": {}, "training": [], "sft": [], "seeds": [0], "benches": [], "equal_time": False, "only": None}
-    given |= {"held_out": [f"{tmp_path}/{language}.{part}.jsonl" for part, language in HELD_OUT]}
+    given |= {"held_out_files": [f"{tmp_path}/{language}.{part}.jsonl" for part, language in HELD_OUT], "held_out": 4}
     given |= {"bytes_per_token": 4.0, "gpu": "H100", "validation_mb": 4.0, "contents": {}}
     return Namespace(**(given | changes))
 
@@ -61,9 +61,8 @@ def pretending(monkeypatch, bits, seconds=2.0):
             return [sys.executable, "-c", "raise SystemExit('no such thing')"]
         # What is held out for the results is best where the validation text is worst.
         numbers = [None if math.isnan(number) else number for number in (value, 1.0, 10 - value, 5.0)]  # as runs do
-        validation = [
-            {"file": file, "bits_per_byte": number} for file, number in zip(self.options.held_out, numbers, strict=True)
-        ]
+        files = zip(self.options.held_out_files, numbers, strict=True)
+        validation = [{"file": file, "bits_per_byte": number} for file, number in files]
         line = {"step": 1, "loss": 1.0, "grad_norm": 1.0, "seconds": seconds, "tokens": 7, "validation": validation}
         result = {"files": validation, "file": f"there/{run.option('--judge-model')}_single.jsonl"}
         texts = {"metrics.jsonl": json.dumps(line) + "\n", "config.json": "{}", "result.json": json.dumps(result)}
