@@ -103,7 +103,7 @@ def main() -> None:
     options = parse_arguments()
     experiment, file = import_module(f"experiments.{options.name}"), options.out / f"{options.name}.jsonl"
     if options.report:
-        return tell(experiment, read_records(file, None), file)
+        return tell(experiment, read_records(file, {}), file)
     if options.small and not options.dry_run and not (DEMO / "ko.train.jsonl").exists():
         texts.write_all(DEMO)
     options.contents = inputs.contents(options)
@@ -139,17 +139,15 @@ def tell(experiment: ModuleType, records: list[dict[str, Any]], file: Path) -> N
     say(f"written to {file.with_suffix('.md')} and {file.with_suffix('.png')}")
 
 
-def read_records(file: Path, settings: dict[str, Any] | None) -> list[dict[str, Any]]:
+def read_records(file: Path, settings: dict[str, Any]) -> list[dict[str, Any]]:
     """Raises UserError for what is no record, and for those of an experiment with other settings."""
     records = [line.record for line in read_lines(file)] if file.exists() else []
     for number, record in enumerate(records, start=1):
         is_whole = all(isinstance(record.get(name), kind) for name, kind in RECORD.items())
         if not (is_whole and all(is_number(record["figures"].get(name, 0)) for name in report.COLUMNS)):
             raise UserError(f"{file}: record {number} is none of an experiment, or of an older one; move it away")
-        before, now = record["settings"], settings or record["settings"]
-        for name in sorted(before.keys() | now.keys()):
-            values = before.get(name), now.get(name)
-            if values[0] != values[1] and not (name in inputs.LATER and (None in values or [None] in values)):
+        for name, value in settings.items():
+            if record["settings"].get(name, value) != value:
                 option = "--benchmarks" if name in BENCHMARKS else f"--{name.replace('_', '-')}"
                 raise UserError(f"{file}: its rows have another {option}; move it away or give another --out")
     return records
@@ -170,25 +168,22 @@ def choose_rows(rows: list[Row], options: Namespace) -> list[Row]:
     if options.equal_time:
         rows = list({row.name: row for row in [*rows, *(in_time_of(row) for row in rows if row.control)]}.values())
     rows = [row for row in rows if row.name != "instruct" or options.instruct]
-    names = [row.name for row in rows]
     for name in options.only or ():
-        if name not in names:
+        if name not in (names := [row.name for row in rows]):
             raise UserError(f"--only {name}: the rows are {'; '.join(names)}")
     return [row for row in rows if not options.only or row.name in options.only]
 
 
 def do_row(kit: Kit, row: Row) -> dict[str, Any]:
     """The record of a row for one seed: its figures, or why some are missing."""
-    figures, runs = dict[str, Any](), kit.runs
-    record = {"row": row.name, "seed": kit.seed, "rates": "", "figures": figures, "date": time.strftime("%Y-%m-%d")}
-    record |= {
-        "model": Path(runs.options.model).name,
-        "device": machine(runs.options.processes, device_name(inference_device())),
-    }
+    figures, runs, options = dict[str, Any](), kit.runs, kit.runs.options
+    record = {"row": row.name, "seed": kit.seed, "rates": "", "figures": figures, "model": Path(options.model).name}
+    record["device"] = machine(options.processes, device_name(inference_device()))
+    record["date"] = time.strftime("%Y-%m-%d")
     try:
         model = row.model(kit)
         training = runs.made_of.get(model, [])
-        record["rates"] = ", ".join(rate_of(run, runs.options.rates) for run in training if run.option("--lr"))
+        record["rates"] = ", ".join(rate_of(run, options.rates) for run in training if run.option("--lr"))
         figures["hours"] = runs.seconds(model)[0] / 3600
         figures["tokens"] = sum(run.last_step.get("tokens", 0) for run in training)
         if made := [read_json_object(run.directory / "run.json") for run in training]:  # some perhaps long before

@@ -23,7 +23,6 @@ SIZES = range(200, 20_001)  # bytes of one that is held out
 PARTS = {"validation": 0.5, "heldout": 1.0}  # times --held-out
 LANGUAGES = ("target", "source")
 SETTINGS = ("model", "instruct", "target", "source", "conversations", "gb", "training", "sft", "held_out")
-LATER = ("judge_model", *BENCHMARKS)  # may be added to those that have none
 
 
 def check(options: Namespace) -> None:
@@ -96,9 +95,9 @@ def hold_out(options: Namespace) -> None:
 
 
 def settings(options: Namespace) -> dict[str, Any]:
-    """What all records of an experiment have in common, inputs by their hashes."""
+    """What all records of an experiment have in common, inputs by their hashes; a judge and benchmarks may be added."""
     found = {}
-    for name in (*SETTINGS, "judge_model"):
+    for name in (*SETTINGS, *(["judge_model"] if options.judge_model else [])):
         value = getattr(options, name)
         found[name] = [options.contents.get(word, word) for word in (value if isinstance(value, list) else [value])]
     return found | {name: options.contents[f"{options.benchmarks}/{name}"] for name in options.benches}
