@@ -42,3 +42,12 @@ def test_a_held_out_loss_that_is_no_number(project, monkeypatch, capsys):
     assert run_here(monkeypatch, capsys, *words("--only 'alignment only'"))[0] == 0
     (record,) = [json.loads(line) for line in (project / "out/table3.jsonl").read_text().splitlines()]
     assert record["figures"].keys() == {"source", "hours", "tokens"}
+
+
+def test_other_held_out_text_is_measured_again(project, monkeypatch, capsys):
+    """Of the base too, whose command names but the files."""
+    done = pretending(monkeypatch, {})
+    for number in ("4", "5", "5"):
+        assert run_here(monkeypatch, capsys, *words(f"--only base --held-out {number}"))[0] == 0
+        (project / "out/table3.jsonl").unlink()
+    assert len(done) == 2
