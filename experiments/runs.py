@@ -5,6 +5,7 @@ interrupted goes on by its own resume.
 """
 
 import fcntl
+import os
 import shlex
 import signal
 import subprocess
@@ -129,9 +130,10 @@ class Runs:
         log, begun, plan = Path(f"{run.directory}.log"), time.monotonic(), self.plans[run]
         run.directory.mkdir(parents=True, exist_ok=True)
         say(f"{self.remaining()}{shlex.join(self.command(run))}")
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
         with open(log, "ab") as output:
             self.child = subprocess.Popen(
-                self.command(run), stdout=output, stderr=output, stdin=subprocess.DEVNULL,
+                self.command(run), stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment,
                 pass_fds=[self.lock.fileno()], start_new_session=True,
             )  # fmt: skip
             status, self.child = self.child.wait(), None

@@ -66,6 +66,16 @@ def with_added(style: str, tokens: list[dict]) -> tokenizers.Tokenizer:
     return reference
 
 
+def expected_ids(reference: tokenizers.Tokenizer, text: str) -> list[int] | None:
+    """None where tokenizers itself breaks down, as it does for some tokens whose spaces overlap."""
+    try:
+        return reference.encode(text, add_special_tokens=False).ids
+    except BaseException as error:  # of Rust, and not an Exception
+        if str(error) != "AddedVocabulary bad split":
+            raise
+        return None
+
+
 def load(directory, **files):
     for name, content in files.items():
         path = directory / name.replace("__", ".")
@@ -89,7 +99,9 @@ def test_ids_and_texts_equal_those_of_tokenizers(style, tmp_path):
         ours = load(tmp_path, tokenizer__json=json.loads(reference.to_str()))
         for text in samples:
             ids = ours.encode(text)
-            assert ids == reference.encode(text, add_special_tokens=False).ids
+            if (expected := expected_ids(reference, text)) is None:
+                return
+            assert ids == expected
             # A special token of one letter is what a text becomes nevertheless, and then tokenizers hides it. And é is
             # in ByteLevel's alphabet: its decoder takes it for the byte that it stands for there.
             hidden = {token["content"] for token in tokens if token["special"]} & {"b", " "}
