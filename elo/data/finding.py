@@ -50,7 +50,7 @@ def find_files(patterns: Sequence[str | Path]) -> list[Path]:
         note(f"{patterns[0]}{more}: left out, as no texts: {_counted(left_out)}")
     names = set(found.values())
     if twice := sorted(name for name in names if name.endswith(PACKED) and os.path.splitext(name)[0] in names):
-        more = f", as are {len(twice) - 1} more of such pairs" if len(twice) > 1 else ""
+        more = f"; so are {len(twice)} such pairs in all" if len(twice) > 1 else ""
         note(f"{twice[0]}: it is there without {os.path.splitext(twice[0])[1]} too, and both are read{more}")
     return sorted(map(Path, names), key=os.path.abspath)
 

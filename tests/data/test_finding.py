@@ -100,7 +100,7 @@ def test_files_that_are_packed_and_unpacked_are_told(tmp_path, capsys):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     assert len(find_files([tmp_path])) == 6
-    told = f"{tmp_path}/a.jsonl.gz: it is there without .gz too, and both are read, as are 1 more of such pairs\n"
+    told = f"{tmp_path}/a.jsonl.gz: it is there without .gz too, and both are read; so are 2 such pairs in all\n"
     assert capsys.readouterr().err == told
     find_files([tmp_path / "a.jsonl.gz", tmp_path / "b.txt"])
     assert capsys.readouterr().err == ""

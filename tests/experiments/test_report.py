@@ -99,5 +99,6 @@ def test_the_crossover_is_of_seeds_that_both_have(tmp_path):
     assert "| 1 | +0.000 |" in text and "* is at an end of --rates" in text
     lost = [{**line, "seed": 1, "figures": {}, "failed": "it broke"} for line in found if line["row"][0] == "a"]
     assert "| 1 | +0.000 |" in report.write(figure2, [*found, *lost], tmp_path / "f.jsonl")
-    del found[-1]["figures"]["target"]  # of a loss that was none: a point less
-    report.write(figure2, found, tmp_path / "figure2.jsonl")
+    assert "ELO minus control" in text
+    del found[-1]["figures"]["target"]  # of a loss that was none: a point less, and too few are left
+    assert "ELO minus control" not in report.write(figure2, found, tmp_path / "figure2.jsonl")

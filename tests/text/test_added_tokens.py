@@ -67,7 +67,7 @@ def with_added(style: str, tokens: list[dict]) -> tokenizers.Tokenizer:
 
 
 def expected_ids(reference: tokenizers.Tokenizer, text: str) -> list[int] | None:
-    """None where tokenizers itself breaks down, as it does for some tokens whose spaces overlap."""
+    """None where tokenizers itself breaks down, as it rarely does for several added tokens."""
     try:
         return reference.encode(text, add_special_tokens=False).ids
     except BaseException as error:  # of Rust, and not an Exception
